@@ -1,0 +1,101 @@
+"""Engine settings: small frozen parts, validated once, never mutated after they are built. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+EVICTION_POLICIES = ("lfu", "lru", "arc")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the field and the limit. Commands end with exit code 2."""
+
+
+def parse_size(text: str | int | None, name: str = "size") -> int | None:
+    """Bytes from an int or from text with a K, M, G or T suffix (powers of 1024); None stays None."""
+    if text is None:
+        return None
+    try:
+        if isinstance(text, str):
+            body = text.strip().upper().removesuffix("B").removesuffix("I")
+            scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(body[-1:], 1)
+            value = int(float(body[:-1] if scale > 1 else body) * scale)
+        else:
+            value = int(text)
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{name} must be bytes or a number with K, M or G, got {text!r}") from None
+    if value < 0:
+        raise ConfigError(f"{name} must not be negative, got {text!r}")
+    return value
+
+
+def _at_least(name: str, value: int | None, low: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+        raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model: str | None = None  # local directory or hub id; None: the built-in model
+    dtype: str = "auto"  # weights and KV; auto: float32 on CPU, else the checkpoint's
+    max_model_len: int | None = None  # tokens; None: the model's window
+    skip_tokenizer_init: bool = False
+    load_format: str = "auto"  # auto: safetensors; dummy: random weights
+
+    def __post_init__(self) -> None:
+        _at_least("max_model_len", self.max_model_len, 1)
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.load_format not in ("auto", "dummy"):
+            raise ConfigError(f"load_format must be auto or dummy, got {self.load_format!r}")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    page_size: int = 16  # tokens
+    kv_cache_memory: int | None = None  # bytes over the whole mesh; None: from free memory
+    host_kv_memory: int | None = None  # bytes; None: from free memory; 0: no host tier
+    eviction_policy: str = "lfu"
+    enable_prefix_caching: bool = True
+    kv_layout: str = "auto"  # physical pool layout, a name only pallas_kernels understands
+
+    def __post_init__(self) -> None:
+        _at_least("page_size", self.page_size, 1)
+        _at_least("kv_cache_memory", self.kv_cache_memory, 1)
+        _at_least("host_kv_memory", self.host_kv_memory, 0)
+        if self.eviction_policy not in EVICTION_POLICIES:
+            raise ConfigError(f"eviction_policy must be one of {', '.join(EVICTION_POLICIES)}, "
+                              f"got {self.eviction_policy!r}")
+
+
+@dataclass(frozen=True)
+class SchedConfig:
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    enable_chunked_prefill: bool = True
+    overlap: bool = True  # plan and submit step n + 1 before step n is read
+
+    def __post_init__(self) -> None:
+        _at_least("max_num_seqs", self.max_num_seqs, 1)
+        _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(f"max_num_batched_tokens must be at least max_num_seqs ({self.max_num_seqs}) so that "
+                              f"decodes never stall, got {self.max_num_batched_tokens}")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    tensor_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    sched: SchedConfig = field(default_factory=SchedConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    seed: int = 0

@@ -1,0 +1,297 @@
+"""The host's vocabulary: every value that crosses a layer border, standard library only.
+
+Owns the nouns (requests, sequences, chunks, moves, plans, results). Owns no behaviour beyond validation and
+(de)serialisation: who changes a ``Sequence`` is the Scheduler and the CacheController, nobody else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
+from typing import Any, Protocol
+
+MAX_LOGPROBS = 20  # top-n log-probabilities a request may ask for
+MAX_LOGIT_BIAS = 300  # entries of `logit_bias`, as the OpenAI API allows
+MAX_STOP_IDS = 32  # stop ids and end-of-sequence ids of one request together
+
+
+class Tier(IntEnum):
+    """Where a page lives, fastest first."""
+
+    HBM = 0
+    HOST = 1
+
+
+class Kind(IntEnum):
+    """Who wrote a trie node's KV first. An ANSWER that a later prompt matches becomes PROMPT."""
+
+    PROMPT = 0
+    ANSWER = 1
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """Layers that share a page table: same attention span, same KV shape, own page pool.
+
+    ``kv_heads`` counts heads as stored over the whole mesh. ``window`` is in tokens: a query at position p sees
+    keys at positions > p - window; None sees everything.
+    """
+
+    layers: tuple[int, ...]
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    window: int | None = None
+
+    def page_bytes(self, page_size: int) -> int:
+        """Bytes of one page over all layers of the group, keys and values."""
+        itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return 2 * len(self.layers) * page_size * self.kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens; names and meanings are those of the OpenAI API and of vLLM.
+
+    Raises ValueError that names the field and the limit.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0  # 0 or -1: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # a dict is accepted
+    logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely ones
+    prompt_logprobs: int | None = None
+    seed: int | None = None
+    max_tokens: int | None = 16  # None: up to the window
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()  # a string or a list is accepted
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  frozen: normalise once
+        if isinstance(self.stop, str):
+            put("stop", (self.stop,))
+        put("stop", tuple(self.stop or ()))
+        put("stop_token_ids", tuple(self.stop_token_ids or ()))
+        bias = self.logit_bias or ()
+        put("logit_bias", tuple((_int("logit_bias", t, 0), _number("logit_bias", b, -100.0, 100.0))
+                                for t, b in (bias.items() if isinstance(bias, dict) else bias)))
+        if self.top_k == -1:
+            put("top_k", 0)
+        _int("n", self.n, 1, 128)
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _int("top_k", self.top_k, 0)
+        _number("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise ValueError("top_p must be in (0, 1], got 0")
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0)
+        if self.repetition_penalty == 0.0:
+            raise ValueError("repetition_penalty must be greater than 0")
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.seed is not None:
+            _int("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            _int("max_tokens", self.max_tokens, 1)
+        _int("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
+        if any(not isinstance(s, str) or not s for s in self.stop):
+            raise ValueError("stop must hold non-empty strings")
+        for t in self.stop_token_ids:
+            _int("stop_token_ids", t, 0)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise ValueError(f"logit_bias may hold at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}")
+
+    @property
+    def needs_slot_state(self) -> bool:
+        """Whether the device needs per-slot tables (counts, biases, stop ids) for this request."""
+        return bool(self.logit_bias or self.min_tokens or self.presence_penalty or self.frequency_penalty
+                    or self.repetition_penalty != 1.0)
+
+
+def _int(name: str, value: Any, low: int, high: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {f'in [{low}, {high}]' if high is not None else f'at least {low}'}, got {value}")
+    return value
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
+    return float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to complete once: a request with n > 1 is n of these with the same ``parent`` and child 0..n-1."""
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int  # resolved against the window, >= 1
+    seed: int = 0
+    child: int = 0
+    parent: str = ""  # id shared by the children of one request
+    arrival: float = 0.0  # seconds on the injected clock
+    priority: int = 0  # lower runs earlier
+    namespace: str = ""  # cache salt: requests of different namespaces share no KV
+    stop_ids: tuple[int, ...] = ()  # ends the sequence: stop_token_ids plus eos unless ignore_eos
+
+
+class Status(IntEnum):
+    WAITING = 0
+    RUNNING = 1
+    FINISHED = 2
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A request under way. *Scheduled* and *committed* are kept apart, which is what makes overlap easy."""
+
+    request: Request
+    tokens: list[int]  # prompt and committed outputs
+    status: Status = Status.WAITING
+    slot: int = -1
+    num_scheduled: int = 0  # leading positions whose KV is in pages once every submitted step has run
+    in_flight: int = 0  # sampled by a submitted step, not yet committed
+    num_cached: int = 0  # prompt tokens found in the cache at first admission
+    finish_reason: str | None = None
+    first_admission: bool = True
+    # owned by the CacheController
+    pages: list[list[int]] = field(default_factory=list)  # [group][index] -> HBM page, -1 where out of the window
+    node: Any = None  # deepest trie node of the pinned path
+    num_published: int = 0  # leading tokens on that path
+    dirty: list[int] = field(default_factory=list)  # [group] first page index the device's table does not know yet
+
+    @property
+    def num_tokens(self) -> int:
+        """Length with the tokens still on the device."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_tokens - len(self.request.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class PageMove:
+    """Copy page ``src`` to ``dst`` over all layers of ``group``. Moves run in order, before the plan's chunks.
+
+    A HOST source that is ``last`` is dropped after the move. HOST -> nothing does not exist: a host page that is
+    dropped without being read appears in ``StepPlan.host_frees``.
+    """
+
+    group: int
+    src: tuple[Tier, int]
+    dst: tuple[Tier, int]
+    last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """What the device must know of a sequence that enters a slot."""
+
+    slot: int
+    request_id: str
+    params: SamplingParams
+    seed: int
+    child: int
+    prompt_len: int
+    tokens: tuple[int, ...]  # everything so far; empty unless params.needs_slot_state
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive positions of one sequence to run in this step. Values only, never a live Sequence."""
+
+    request_id: str
+    slot: int
+    start: int  # position of the first token
+    tokens: tuple[int, ...]  # -1: the token the slot sampled last, still on the device
+    num_logits: int  # how many trailing positions yield logits: 0, 1 or k + 1
+    pages: tuple[tuple[int, tuple[int, ...]], ...]  # [group] (first index, pages): replaces the slot's row from there
+    next_token: int = -1  # the known token after the chunk, for prompt log-probabilities
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step does. A value: it can be logged, compared, sent and replayed."""
+
+    id: int
+    moves: tuple[PageMove, ...] = ()
+    host_frees: tuple[tuple[int, int], ...] = ()  # (group, host page) dropped after the moves
+    admits: tuple[Admit, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(c.tokens) for c in self.chunks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; equal plans give equal dicts."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probability of a token and of the most likely ones, as (token id, logprob) best first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the host learns from one step, by chunk of the plan: sampled tokens, and log-probabilities if asked for."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[Logprobs, ...], ...] = ()
+    prompt_logprobs: tuple[tuple[Logprobs, ...], ...] = ()  # for positions start + 1 .. of a chunk that asked
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What commit tells the caller about one sequence."""
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    prompt_logprobs: tuple[Logprobs, ...] = ()
+    finish_reason: str | None = None  # "stop", "length" or "abort"
+    stop_token: int | None = None
+    num_cached: int = 0
+
+
+class StepHandle(Protocol):
+    """A submitted step; ``read`` blocks until its result is on the host."""
+
+    def read(self) -> StepResult: ...
+
+
+class Executor(Protocol):
+    """Runs plans in the order they are submitted."""
+
+    def submit(self, plan: StepPlan) -> StepHandle: ...

@@ -1,0 +1,25 @@
+"""Strict numerics for every test: four virtual CPU devices, no implicit promotion, warnings are errors."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile("jaxkv", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("jaxkv")
+
+
+@pytest.fixture
+def highest_precision():
+    """Float32 products in float32, also on hardware that would rather not."""
+    with jax.default_matmul_precision("highest"):
+        yield
