@@ -156,6 +156,16 @@ class Request:
     namespace: str = ""  # cache salt: requests of different namespaces share no KV
     stop_ids: tuple[int, ...] = ()  # ends the sequence: stop_token_ids plus eos unless ignore_eos
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Request:
+        """The request ``to_dict`` wrote, also after a JSON round trip."""
+        return cls(**{**data, "prompt": tuple(data["prompt"]), "stop_ids": tuple(data["stop_ids"]),
+                      "params": SamplingParams(**data["params"])})
+
 
 class Status(IntEnum):
     WAITING = 0
@@ -176,10 +186,15 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the cache at first admission
     finish_reason: str | None = None
     first_admission: bool = True
+    num_reported: int = 0  # prompt positions whose log-probabilities a submitted step returns, if they were asked for
+    key: tuple[float, ...] = ()  # place among the waiting and running, best first; unique
     # owned by the CacheController
     pages: list[list[int]] = field(default_factory=list)  # [group][index] -> HBM page, -1 where out of the window
-    node: Any = None  # deepest trie node of the pinned path
+    first: list[int] = field(default_factory=list)  # [group] first page index that is still in the window
+    node: Any = None  # deepest trie node of the pinned path; the trie owns the pages of the path
     num_published: int = 0  # leading tokens on that path
+    num_matched: int = 0  # those that were there when the sequence was admitted last
+    num_settled: int = 0  # num_scheduled before the latest chunk: later positions may not have been submitted yet
     dirty: list[int] = field(default_factory=list)  # [group] first page index the device's table does not know yet
 
     @property
@@ -191,18 +206,28 @@ class Sequence:
     def num_outputs(self) -> int:
         return self.num_tokens - len(self.request.prompt)
 
+    @property
+    def owes_prompt_logprobs(self) -> bool:
+        """Whether prompt positions are still to be run for their log-probabilities (of the token after each)."""
+        return self.request.params.prompt_logprobs is not None and self.num_reported < len(self.request.prompt) - 1
+
+    @property
+    def match_limit(self) -> int:
+        """Leading tokens that may come from the cache: one always runs, and all that still owe log-probabilities."""
+        return self.num_reported if self.owes_prompt_logprobs else len(self.tokens) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class PageMove:
     """Copy page ``src`` to ``dst`` over all layers of ``group``. Moves run in order, before the plan's chunks.
 
-    A HOST source that is ``last`` is dropped after the move. HOST -> nothing does not exist: a host page that is
-    dropped without being read appears in ``StepPlan.host_frees``.
+    A HOST source that is ``last`` is dropped after the move; ``dst`` None drops a HOST page that nobody reads. As drops
+    keep their place in the order, a later move of the same plan may write the host page number that was freed.
     """
 
     group: int
     src: tuple[Tier, int]
-    dst: tuple[Tier, int]
+    dst: tuple[Tier, int] | None
     last: bool = False
 
 
@@ -240,7 +265,6 @@ class StepPlan:
 
     id: int
     moves: tuple[PageMove, ...] = ()
-    host_frees: tuple[tuple[int, int], ...] = ()  # (group, host page) dropped after the moves
     admits: tuple[Admit, ...] = ()
     chunks: tuple[Chunk, ...] = ()
 
@@ -251,6 +275,21 @@ class StepPlan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; equal plans give equal dicts."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> StepPlan:
+        """The plan ``to_dict`` wrote, also after a JSON round trip."""
+        def place(pair: list[int] | None) -> tuple[Tier, int] | None:
+            return pair and (Tier(pair[0]), pair[1])
+
+        return cls(
+            id=data["id"],
+            moves=tuple(PageMove(m["group"], place(m["src"]), place(m["dst"]), m["last"]) for m in data["moves"]),
+            admits=tuple(Admit(**{**a, "params": SamplingParams(**a["params"]), "tokens": tuple(a["tokens"]),
+                                  "stop_ids": tuple(a["stop_ids"])}) for a in data["admits"]),
+            chunks=tuple(Chunk(**{**c, "tokens": tuple(c["tokens"]),
+                                  "pages": tuple((first, tuple(pages)) for first, pages in c["pages"])})
+                         for c in data["chunks"]))
 
 
 @dataclass(frozen=True, slots=True)

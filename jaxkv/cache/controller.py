@@ -1,0 +1,339 @@
+"""What the scheduler asks of the KV cache: a prefix to start from, room to grow, publication, release.
+
+Owns the cache side of a ``Sequence`` (pages, path, how much of it is published). Owns no order between sequences and no
+device: every effect is a page number in ``Sequence.pages`` or a ``PageMove``. The tree is in ``trie``, tiers and eviction
+in ``store``, free lists in ``pages``, the choice of a prefix in ``hit``, integrity in ``check``.
+
+A page is private to a running sequence until ``publish`` gives it to the trie; the sequence then pins the path (from
+``Sequence.node`` up to the root) and goes on reading it. ``release`` publishes what is left and unpins: preemption is
+release, coming back is a hit.
+
+Rules for one plan, which ``take_moves`` ends. The scheduler keeps the first two, this file the others:
+  1. ``grow`` comes before a chunk; ``publish`` after ``num_scheduled`` was advanced, before the chunk copies page rows.
+  2. A sequence with a chunk in the plan is not released before the plan ends.
+  3. Moves run before the step, so a page that this very plan computes (``Node.born``) may be shared but not copied.
+  4. A page that two sequences computed is swapped for the trie's only when an earlier plan computed it: no step writes
+     a page twice.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from jaxkv.cache.check import check
+from jaxkv.cache.hit import find_hit
+from jaxkv.cache.store import CacheStats, PageStore
+from jaxkv.cache.trie import TOKEN_BYTES, Node, Source, Trie, common_tokens, encode
+from jaxkv.types import Kind, KVGroup, PageMove, Sequence, Tier
+
+RUN_PAGES = 64  # a node grows in place up to this many pages: long enough to walk fast, short enough to cut and copy
+SETTLED = sys.maxsize  # every position was computed by an earlier plan
+
+
+class CacheController:
+    """Decides which KV pages are where. Sizes are in pages, one entry per KV group.
+
+    ``root_salt`` names all that KV depends on besides tokens and namespace: model fingerprint, layout, adapter.
+    """
+
+    def __init__(self, groups: tuple[KVGroup, ...], page_size: int, num_pages: tuple[int, ...],
+                 num_host_pages: tuple[int, ...], policy: str = "lfu", root_salt: str = "",
+                 enable_prefix_caching: bool = True) -> None:
+        self.groups = groups
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.num_host_pages = num_host_pages
+        self.enable_prefix_caching = enable_prefix_caching
+        self.trie = Trie(page_size, root_salt)
+        self.store = PageStore(self.trie, groups, num_pages, num_host_pages, policy)
+        self._windows = [(g, group.window) for g, group in enumerate(groups) if group.window is not None]
+
+    # ---- what there is
+
+    @property
+    def stats(self) -> CacheStats:
+        return self.store.stats
+
+    def available(self, group: int) -> int:
+        """Pages of a group that are free or can be made free without touching a running sequence."""
+        return self.store.available(group)
+
+    def usage(self) -> dict[Tier, tuple[int, ...]]:
+        """Pages in use per tier and group; cached pages that nobody uses count."""
+        return {Tier.HBM: tuple(pool.used for pool in self.store.hbm),
+                Tier.HOST: tuple(pool.used for pool in self.store.host)}
+
+    def take_moves(self) -> tuple[PageMove, ...]:
+        """The moves of the plan under construction, in the order they must run. Ends the plan."""
+        moves = tuple(self.store.moves)
+        self.store.moves.clear()
+        return moves
+
+    def check(self, sequences: list[Sequence]) -> None:
+        """Recompute all ownership from ``sequences``, those acquired and not released. AssertionError if it is broken."""
+        check(self.store, sequences)
+
+    # ---- a sequence enters
+
+    def acquire(self, seq: Sequence, plan_id: int) -> int:
+        """Start a sequence on the longest cached prefix of its first ``match_limit`` tokens, and return its length.
+
+        Pins the path, brings its HOST pages back, copies a partly matching page into a private one, and sets ``pages``,
+        ``num_scheduled`` and ``dirty``. It never fails: where room is missing for the copy or for all the HOST pages
+        the match is shorter, and a match of 0 needs no room. What the caller cannot ``grow`` afterwards, it releases.
+        """
+        seq.pages = [[] for _ in self.groups]
+        seq.dirty = [0] * len(self.groups)
+        seq.first = [0] * len(self.groups)
+        seq.node = None
+        seq.num_scheduled = seq.num_published = seq.num_matched = seq.num_settled = 0
+        if not self.enable_prefix_caching:
+            return 0
+        store, stats = self.store, self.store.stats
+        hit = find_hit(store, seq, plan_id)
+        source, node = hit.source, hit.path[-1]
+        keep = hit.pages - store.first_page(node)
+        if keep < len(node):
+            source = source and Source(node, 0, source.tokens)
+            node = store.split(node, keep)
+        self._claim(node, len(seq.request.prompt))
+        store.pin(node)
+        if source:
+            self._protect(source, True)
+        room = store.reserve(hit.need)
+        assert room, "find_hit chose a prefix that there is no room for"
+        self._enter(seq, node, hit.first)
+        seq.num_published = seq.num_matched = hit.pages * self.page_size
+        seq.num_scheduled = seq.num_settled = seq.num_matched + (source.tokens if source else 0)
+        if source:
+            self._copy(seq, source)
+            self._protect(source, False)
+        stats.query_tokens += len(seq.tokens)
+        stats.hit_tokens += seq.num_scheduled
+        return seq.num_scheduled
+
+    def _claim(self, node: Node | None, prompt: int) -> None:
+        """ANSWER nodes on the path to ``node`` become PROMPT as far as their pages are within ``prompt`` tokens."""
+        while node is not None and node.parent is not None:
+            inside = prompt // self.page_size - self.store.first_page(node)
+            if node.kind is Kind.ANSWER and inside > 0:
+                if inside < len(node):
+                    node = self.store.split(node, inside)
+                node.kind = Kind.PROMPT
+                self.store.stats.claims += 1
+            node = node.parent
+
+    def _enter(self, seq: Sequence, node: Node, first: list[int]) -> None:
+        """Bring the pinned path to ``node`` into HBM, count the use and give the sequence the pages."""
+        store, path = self.store, []
+        seq.node, seq.first = node, first
+        while node.parent is not None:
+            path.append(node)
+            node = node.parent
+        for node in reversed(path):
+            if node.tier is Tier.HOST:
+                store.stats.host_hit_tokens += len(node) * self.page_size
+                store.promote(node, first)
+            store.policies[Tier.HBM].touch(node.key)
+            for mine, pages in zip(seq.pages, node.pages, strict=True):
+                mine += pages
+        for g, _ in self._windows:
+            pages, pool = seq.pages[g], store.window_pool(g)
+            hidden = min(first[g], len(pages))
+            pages[:hidden] = [-1] * hidden
+            for page in pages[hidden:]:
+                pool.share(page)
+
+    def _protect(self, source: Source, on: bool) -> None:
+        """Keep the page to be copied where it is while room is made."""
+        (self.store.hold if on else self.store.let_go)(source.node)
+        if source.node.tier is Tier.HBM:
+            for g, _ in self._windows:
+                pool = self.store.window_pool(g)
+                (pool.share if on else pool.unshare)(source.node.pages[g][source.index])
+
+    def _copy(self, seq: Sequence, source: Source) -> None:
+        """A private copy of a partly matching page in every group."""
+        node, store = source.node, self.store
+        for g, pages in enumerate(seq.pages):
+            pages.append(store.hbm[g].take())
+            store.moves.append(PageMove(g, (node.tier, node.pages[g][source.index]), (Tier.HBM, pages[-1])))
+        if self.trie.partial(node):
+            store.policies[node.tier].touch(node.key)
+        if node.tier is Tier.HOST:
+            store.stats.host_hit_tokens += source.tokens
+        store.stats.partial_copies += 1
+
+    # ---- a sequence runs
+
+    def grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Pages for positions [0, ``num_tokens``), called before every chunk; the chunk starts at ``num_scheduled``.
+
+        Window groups let go of the pages that no position from there on sees. False: no room, and no page was taken.
+        """
+        start = seq.num_settled = seq.num_scheduled
+        for g, window in self._windows:
+            if (start - window + 1) // self.page_size > seq.first[g]:
+                self._slide(seq, g, (start - window + 1) // self.page_size)
+        need = -(-num_tokens // self.page_size) - len(seq.pages[0])
+        if need <= 0:
+            return True
+        if not self.store.reserve([need] * len(seq.pages)):
+            return False
+        for pages, pool in zip(seq.pages, self.store.hbm, strict=True):
+            pages += pool.take_many(need)
+        return True
+
+    def _slide(self, seq: Sequence, group: int, first: int) -> None:
+        """Let go of a window group's pages before index ``first``."""
+        pages, pool = seq.pages[group], self.store.window_pool(group)
+        shared = -(-seq.num_published // self.page_size)
+        first = min(first, len(pages))
+        for i in range(seq.first[group], first):
+            if i < shared:
+                pool.unshare(pages[i])
+            else:
+                pool.give(pages[i])
+            pages[i] = -1
+        seq.first[group] = first
+
+    def publish(self, seq: Sequence, plan_id: int) -> None:
+        """Give the trie the full pages of known, scheduled tokens, and the last page of a prompt that is complete.
+
+        Where the trie has a page already the sequence goes over to it. Cheap when there is nothing to give.
+        """
+        if not self.enable_prefix_caching:
+            return
+        done = min(len(seq.tokens), seq.num_scheduled)
+        full = done - done % self.page_size
+        if full > seq.num_published:
+            self._publish_pages(seq, full, seq.num_settled, plan_id)
+        if done == len(seq.request.prompt) and seq.num_published == full < done:
+            self._publish_leaf(seq, done, plan_id)
+
+    def release(self, seq: Sequence) -> None:
+        """Publish everything, a partly filled last page included, and hold nothing any more.
+
+        For the end of a sequence, an abort and a preemption alike, but not while a chunk of it is in the plan under
+        construction.
+        """
+        store = self.store
+        if seq.node is not None:
+            done = min(len(seq.tokens), seq.num_scheduled)
+            full = done - done % self.page_size
+            if full > seq.num_published:
+                self._publish_pages(seq, full, SETTLED, -1)
+            if full < done > seq.num_published:
+                self._take_back_leaf(seq)
+                self._publish_leaf(seq, done, -1)
+        shared = -(-seq.num_published // self.page_size)
+        for g, pages in enumerate(seq.pages):
+            for page in pages[shared:]:
+                if page >= 0:
+                    store.hbm[g].give(page)
+        for g, _ in self._windows:
+            for page in reversed(seq.pages[g][seq.first[g]:shared]):
+                store.window_pool(g).unshare(page)
+        store.unpin(seq.node)
+        seq.pages, seq.first, seq.dirty, seq.node, seq.num_published = [], [], [], None, 0
+
+    # ---- publication
+
+    def _publish_pages(self, seq: Sequence, full: int, settled: int, plan_id: int) -> None:
+        """Extend the pinned path to ``full`` tokens; positions from ``settled`` on are computed by plan ``plan_id``."""
+        self._take_back_leaf(seq)
+        at, size = seq.num_published, self.page_size
+        data = encode(seq.tokens[at:full])
+        while data:
+            child = seq.node.children.get(data[:self.trie.page_bytes])
+            if child is None:
+                self._append(seq, data, settled, plan_id)
+                return
+            count = common_tokens(child.data, data) // size
+            if child.tier is Tier.HBM:
+                count = min(count, (settled - at) // size)
+            if count <= 0:
+                return
+            if count < len(child):
+                child = self.store.split(child, count)
+            if child.tier is Tier.HBM:
+                self.store.hold(child)
+                self._swap(seq, child)
+            else:
+                own = [pages[at // size:at // size + count] for pages in seq.pages]
+                self.store.refill(child, own, plan_id if child.end > settled else -1)
+            self._claim(child, len(seq.request.prompt))
+            data = data[count * self.trie.page_bytes:]
+            at = seq.num_published = child.end
+            seq.node = child
+
+    def _swap(self, seq: Sequence, node: Node) -> None:
+        """Go over to the pages of a pinned node that holds the same tokens; the node's holes are filled."""
+        at = self.store.first_page(node)
+        for g, pages in enumerate(seq.pages):
+            pool = self.store.hbm[g]
+            window = self.groups[g].window is not None
+            for i, theirs in enumerate(node.pages[g]):
+                mine = pages[at + i]
+                if mine < 0:
+                    continue
+                if theirs < 0:
+                    node.pages[g][i] = mine
+                    self.store.window_pool(g).adopt(mine, node, 1)
+                    continue
+                if window:
+                    self.store.window_pool(g).share(theirs)
+                pool.give(mine)
+                pages[at + i] = theirs
+            seq.dirty[g] = min(seq.dirty[g], at)
+        self.store.stats.swaps += len(node)
+
+    def _append(self, seq: Sequence, data: bytes, settled: int, plan_id: int) -> None:
+        """New runs for the full pages ``data`` below the sequence's node; a run is all PROMPT or all ANSWER."""
+        prompt = len(seq.request.prompt) // self.page_size
+        while data:
+            at = seq.num_published // self.page_size
+            count = len(data) // self.trie.page_bytes
+            kind = Kind.PROMPT if at < prompt else Kind.ANSWER
+            if kind is Kind.PROMPT:
+                count = min(count, prompt - at)
+            run, data = data[:count * self.trie.page_bytes], data[count * self.trie.page_bytes:]
+            pages = [pages[at:at + count] for pages in seq.pages]
+            born = plan_id if (at + count) * self.page_size > settled else -1
+            node = seq.node
+            if node.start >= seq.num_matched and node.kind is kind and node.refs == 1 and not node.children \
+                    and 0 < len(node) <= RUN_PAGES - count and born in (-1, node.born):
+                self.store.extend(node, run, pages)
+            else:
+                self._supersede(node, run[:self.trie.page_bytes])
+                seq.node = self.store.attach(node, run, kind, pages, born)
+            seq.num_published += count * self.page_size
+
+    def _publish_leaf(self, seq: Sequence, done: int, plan_id: int) -> None:
+        """The partly filled page behind the path, unless the trie has its tokens already."""
+        at = seq.num_published
+        data = encode(seq.tokens[at:done])
+        known = self.trie.sources(seq.node, data)
+        pages = [pages[at // self.page_size] for pages in seq.pages]
+        if (known and known[0].tokens == done - at) or min(pages) < 0:
+            return
+        self._supersede(seq.node, data)
+        kind = Kind.PROMPT if done <= len(seq.request.prompt) else Kind.ANSWER
+        seq.node = self.store.attach(seq.node, data, kind, [[page] for page in pages], plan_id)
+        seq.num_published = done
+
+    def _take_back_leaf(self, seq: Sequence) -> None:
+        """The leaf that a sequence published and went on writing becomes private again."""
+        leaf = seq.node
+        if self.trie.partial(leaf):
+            seq.node, seq.num_published = leaf.parent, leaf.start
+            self.store.take_back(leaf)
+
+    def _supersede(self, parent: Node, data: bytes) -> None:
+        """Drop the unused leaf that the new page ``data`` extends."""
+        for known in self.trie.sources(parent, data):
+            leaf = known.node
+            if not leaf.refs and len(leaf.data) == known.tokens * TOKEN_BYTES < len(data):
+                self.store.discard(leaf)
+                self.store.stats.supersedes += 1
+                return

@@ -1,0 +1,100 @@
+"""How much of what the trie knows a sequence can use now: windows, unfinished pages and room shorten a match.
+
+Reads the trie and the store, changes neither.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxkv.cache.store import PageStore
+from jaxkv.cache.trie import Node, Source, encode
+from jaxkv.types import Sequence, Tier
+
+
+class Hit(NamedTuple):
+    """A prefix to start from."""
+
+    path: list[Node]  # root first; the last node may be used in part
+    pages: int  # whole pages used
+    source: Source | None  # page to copy for the tokens after those
+    first: list[int]  # [group] first page that the next position sees
+    need: list[int]  # [group] HBM pages that it takes: HOST pages in sight and the copy
+
+
+def find_hit(store: PageStore, seq: Sequence, plan_id: int) -> Hit:
+    """The longest usable prefix of ``seq.tokens[:seq.match_limit]``; in the worst case of length 0.
+
+    A page that plan ``plan_id`` itself computes is no source of a copy. A window group must hold every page that the
+    next position sees. All HBM pages taken must be free, or idle once the path is pinned.
+    """
+    root = store.trie.root(seq.request.namespace)
+    path, pages, sources = store.trie.match(root, encode(seq.tokens[:seq.match_limit]))
+    source = next((s for s in sources if s.node.born != plan_id and all(p[s.index] >= 0 for p in s.node.pages)), None)
+    while True:
+        tokens = pages * store.page_size + (source.tokens if source else 0)
+        hit = Hit(path, pages, source, store.first_visible(tokens), [])
+        hole = _last_hole(store, hit)
+        if hole >= 0:
+            pages, source = hole, None
+            continue
+        hit.need.extend(_need(store, hit))
+        short = _shortage(store, hit)
+        if short <= 0:
+            break
+        if source:
+            source = None
+        else:
+            pages -= short
+    while len(path) > 1 and store.first_page(path[-1]) >= pages:
+        path.pop()
+    return hit
+
+
+def _last_hole(store: PageStore, hit: Hit) -> int:
+    """Index of the last whole page in sight that a window group lost; -1: none."""
+    last = -1
+    for g in store.windows:
+        first = max(hit.first[g], last + 1)
+        for node in reversed(hit.path[1:]):
+            start = store.first_page(node)
+            held = node.pages[g]
+            for i in range(min(hit.pages, start + len(held)) - 1, max(first, start) - 1, -1):
+                if held[i - start] < 0:
+                    last = i
+                    break
+            if start <= first or last >= first:
+                break
+    return last
+
+
+def _need(store: PageStore, hit: Hit) -> list[int]:
+    need = [int(hit.source is not None)] * len(hit.first)
+    for node in reversed(hit.path[1:]):
+        if node.tier is Tier.HBM:
+            break
+        start = store.first_page(node)
+        end = min(hit.pages, start + len(node))
+        for g, first in enumerate(hit.first):
+            need[g] += max(0, end - max(start, first))
+    return need
+
+
+def _shortage(store: PageStore, hit: Hit) -> int:
+    """Pages by which the hit exceeds what can be made free once it is pinned, in the worst group."""
+    if not any(hit.need):
+        return 0
+    warm = [node for node in hit.path[1:] if node.tier is Tier.HBM]
+    source = hit.source if hit.source and hit.source.node.tier is Tier.HBM else None
+    pinned = sum(max(0, min(hit.pages - store.first_page(node), len(node))) for node in warm if not node.refs)
+    if source and not source.node.refs:
+        pinned += len(source.node) - source.index  # of a node cut by the match, the part above the source is counted
+    short = max((hit.need[g] + pinned - store.available(g) for g in store.full), default=0)
+    for g in store.windows:
+        users = store.window_pool(g).users
+        seen = [page for node in warm for start in [store.first_page(node)]
+                for page in node.pages[g][max(0, hit.first[g] - start):max(0, hit.pages - start)]]
+        if source:
+            seen.append(source.node.pages[g][source.index])
+        short = max(short, hit.need[g] + sum(not users[page] for page in seen) - store.available(g))
+    return short

@@ -1,0 +1,99 @@
+"""The choice of one token per logit row, inside the step.
+
+Order, as in vLLM: stop-id ban and bias, penalties, temperature, min_p, top_k, top_p, random choice. Each part that
+costs something sits behind a ``lax.cond`` on "some row wants it", so that one executable serves every request and a
+greedy batch pays for an argmax only. NaN logits count as -inf; a row without a finite logit yields token 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxkv.device.sampling.logprobs import TokenLogprobs, empty_logprobs, token_logprobs
+from jaxkv.device.sampling.noise import exponential, row_keys
+from jaxkv.device.sampling.slots import SamplerState, adjust_logits, count_outputs
+from jaxkv.device.sampling.truncation import threshold
+from jaxkv.types import SamplingParams
+
+USES_SLOT_STATE = 1  # bits of SamplingColumns.flags
+BAN_STOP_IDS = 2
+WANTS_LOGPROBS = 4
+_GREEDY_BELOW = 1e-5  # temperatures below it are greedy, as in vLLM
+
+
+class SamplingColumns(NamedTuple):
+    """One entry per logit row, [R]."""
+
+    temperature: jax.Array  # f32; 0: greedy, lowest id among equals
+    top_k: jax.Array  # i32; 0: off
+    top_p: jax.Array  # f32; 1: off
+    min_p: jax.Array  # f32; 0: off
+    repetition_penalty: jax.Array  # f32; 1: off
+    presence_penalty: jax.Array  # f32; 0: off
+    frequency_penalty: jax.Array  # f32; 0: off
+    seed_lo: jax.Array  # i32, low half of the 64-bit seed
+    seed_hi: jax.Array  # i32
+    child: jax.Array  # i32
+    position: jax.Array  # i32, of the token to be sampled
+    slot: jax.Array  # i32; >= B: padding, nothing is wanted
+    flags: jax.Array  # i32: 1 uses slot state, 2 stop ids are banned (with 1 only), 4 wants logprobs
+
+
+def columns_for(params: SamplingParams, seed: int, child: int) -> dict[str, int | float]:
+    """What a request puts into its rows' columns; position, slot and the ban flag change by step and are not here."""
+    low, high = np.array([seed & (1 << 64) - 1], np.uint64).view(np.int32).tolist()
+    flags = USES_SLOT_STATE * params.needs_slot_state | WANTS_LOGPROBS * (params.logprobs is not None)
+    return {
+        "temperature": params.temperature, "top_k": min(params.top_k, 2**31 - 1), "top_p": params.top_p,
+        "min_p": params.min_p, "repetition_penalty": params.repetition_penalty,
+        "presence_penalty": params.presence_penalty, "frequency_penalty": params.frequency_penalty,
+        "seed_lo": low, "seed_hi": high, "child": child, "flags": flags,
+    }
+
+
+def sample(
+    logits: jax.Array, columns: SamplingColumns, state: SamplerState
+) -> tuple[jax.Array, SamplerState, TokenLogprobs]:
+    """Tokens i32 [R] for logits f32 [R, V], the state with those tokens counted, log-probabilities (zeros if unwanted)."""
+    slots = state.history.shape[0]
+    active = columns.slot < slots
+    stateful = active & (columns.flags & USES_SLOT_STATE != 0)
+    random = active & (columns.temperature >= _GREEDY_BELOW)
+    slot = jnp.where(stateful, columns.slot, slots)
+
+    def choose() -> jax.Array:
+        adjusted = lax.cond(jnp.any(stateful), lambda: adjust_logits(
+            logits, state, slot, columns.flags & BAN_STOP_IDS != 0, columns.repetition_penalty,
+            columns.presence_penalty, columns.frequency_penalty), lambda: logits)
+        return lax.cond(jnp.any(random), lambda: _choose_randomly(adjusted, columns, random),
+                        lambda: _argmax(adjusted))
+
+    tokens = lax.cond(jnp.any(stateful | random), choose, lambda: _argmax(logits))
+    wants = jnp.any(active & (columns.flags & WANTS_LOGPROBS != 0))
+    logprobs = lax.cond(wants, lambda: token_logprobs(logits, tokens), lambda: empty_logprobs(tokens.shape[0]))
+    return tokens, count_outputs(state, slot, tokens), logprobs
+
+
+def _choose_randomly(logits: jax.Array, columns: SamplingColumns, random: jax.Array) -> jax.Array:
+    """Random rows by an exponential race (argmax of p / noise, the Gumbel trick with one logarithm less), others greedy."""
+    x = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+    limit = jnp.finfo(jnp.float32).max  # infinities become finite where they would make inf - inf
+    best = jnp.clip(jnp.max(x, axis=1, keepdims=True), -limit, limit)
+    z = (jnp.minimum(x, limit) - best) * (1.0 / jnp.maximum(columns.temperature, _GREEDY_BELOW))[:, None]
+    cut = threshold(z, jnp.where(random, columns.top_k, 0), jnp.where(random, columns.top_p, 1.0), columns.min_p)
+    keys = row_keys(columns.seed_lo, columns.seed_hi, columns.child, columns.position)
+    race = jnp.where(z >= cut[:, None], jnp.exp(z) / exponential(keys, logits.shape[1]), -1.0)
+    return _argmax(jnp.where(random[:, None], race, x))
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """i32 [R], lowest index among equals, NaN as -inf. Two vectorised reductions: 1.4 ms where jnp.argmax takes 9."""
+    x = jnp.where(jnp.isnan(x), -jnp.inf, x)
+    is_best = x == jnp.max(x, axis=1, keepdims=True)
+    index = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.min(jnp.where(is_best, index, x.shape[1] - 1), axis=1)

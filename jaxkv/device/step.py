@@ -1,0 +1,69 @@
+"""The one step: embed, run the layers (each writes its KV, then attends), sample, return the donated state.
+
+There is no prefill and no decode mode: a step is a ragged set of chunks and decode is a chunk of length 1.
+Everything that varies from step to step comes in one int32 buffer (see ``batch``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+import pallas_kernels as ops
+from jaxkv.device import models, sampling
+from jaxkv.device.batch import BatchLayout
+from jaxkv.device.sampling import SamplingColumns
+from jaxkv.device.spec import KVSpec, ModelSpec
+from jaxkv.device.state import EngineState
+
+
+class StepOutput(NamedTuple):
+    """By logit row, and by token for prompt log-probabilities; zeros where nothing was asked for."""
+
+    tokens: jax.Array  # i32 [R]
+    logprobs: sampling.TokenLogprobs  # of the sampled tokens, [R] and [R, N]
+    prompt_logprobs: sampling.TokenLogprobs  # of the next prompt token, [T] and [T, N]
+
+
+def build_step(
+    spec: ModelSpec, kv: KVSpec, layout: BatchLayout, mesh: Mesh, attention_impl: str = "auto"
+) -> Callable[[tuple, EngineState, jax.Array], tuple[EngineState, StepOutput]]:
+    """The step function of one batch shape, to be jitted with the state donated."""
+    mesh_ops = ops.MeshOps(mesh, kv.layout)
+    where = {layer: (g, i) for g, group in enumerate(kv.groups) for i, layer in enumerate(group.layers)}
+
+    def step(params: tuple, state: EngineState, buffer: jax.Array) -> tuple[EngineState, StepOutput]:
+        b = layout.unpack(buffer)
+        slots = [_kv_slots(b["page_table"][g], b, kv.page_size, n) for g, n in enumerate(kv.num_pages)]
+        pools = [list(group) for group in state.pools]
+
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            g, i = where[layer]
+            pools[g][i] = mesh_ops.kv_write(pools[g][i], k, v, slots[g])
+            return mesh_ops.ragged_paged_attention(
+                q, pools[g][i], b["page_table"][g], b["kv_lens"][g], b["cu_q_lens"], plan=b["attention_plan"][g],
+                scale=spec.scale, window=kv.groups[g].window, soft_cap=spec.soft_cap, impl=attention_impl)
+
+        ids = b["token_ids"]
+        ids = jnp.where(ids < 0, state.last_tokens[jnp.maximum(~ids, 0)], ids)
+        hidden = models.forward(spec, params, ids, b["positions"], attend)
+
+        rows = hidden.at[b["row_token"]].get(mode="fill", fill_value=0)
+        columns = SamplingColumns(**{n: b.get("row_" + n, b.get(n)) for n in SamplingColumns._fields})
+        tokens, sampler, logprobs = sampling.sample(models.logits(spec, params, rows), columns, state.sampler)
+        prompt = sampling.prompt_logprobs(hidden, b["prompt_targets"], lambda h: models.logits(spec, params, h))
+        last = state.last_tokens.at[b["row_slot"]].set(tokens, mode="drop")
+        return EngineState(tuple(map(tuple, pools)), last, sampler), StepOutput(tokens, logprobs, prompt)
+
+    return step
+
+
+def _kv_slots(page_table: jax.Array, b: dict[str, jax.Array], page_size: int, num_pages: int) -> jax.Array:
+    """Where each token's KV goes, i32 [T]: page * page_size + offset, out of range for padding."""
+    index = b["cache_index"]
+    page = page_table[b["token_seq"], jnp.maximum(index, 0) // page_size]
+    return jnp.where(index < 0, num_pages * page_size, page * page_size + index % page_size)

@@ -1,0 +1,151 @@
+"""The engine: decide (scheduler), execute (executor), learn (commit), once per ``step``, always on one thread.
+
+Owns the open requests and the order of submit and read. With overlap on, step n + 1 is planned and submitted before
+step n is read, so that the host's work hides behind the device's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from jaxkv.config import EngineConfig
+from jaxkv.runtime.metrics import EngineMetrics
+from jaxkv.runtime.outputs import Delta, OutputProcessor
+from jaxkv.sched.scheduler import Scheduler
+from jaxkv.types import MAX_STOP_IDS, Executor, Request, SamplingParams, StepHandle, StepPlan, TokenEvent
+
+
+class Engine:
+    """Built by ``startup.build_engine``. ``add_request`` and ``abort`` are called between steps, on the engine's thread."""
+
+    def __init__(
+        self, config: EngineConfig, scheduler: Scheduler, executor: Executor, *, model_name: str, max_model_len: int,
+        vocab_size: int, tokenizer=None, eos_ids: Sequence[int] = (), description: Sequence[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config, self.scheduler, self.executor = config, scheduler, executor
+        self.model_name, self.max_model_len, self.vocab_size = model_name, max_model_len, vocab_size
+        self.tokenizer, self.eos_ids = tokenizer, tuple(eos_ids)
+        self.events: deque[tuple[str, int]] = deque(maxlen=4096)  # ("submit" | "read", plan id), newest last
+        self.metrics = EngineMetrics()
+        self._description = tuple(description)
+        self._clock = clock
+        self._outputs: dict[str, OutputProcessor] = {}  # by child id
+        self._children: dict[str, list[str]] = {}  # user's request id -> ids of its open children
+        self._pending: tuple[StepPlan, StepHandle] | None = None
+        self._counter = 0
+
+    def describe(self) -> tuple[str, ...]:
+        """What was built, in lines for a person: pools and tiers in tokens and bytes, executables, implementations."""
+        return self._description
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or self._pending is not None
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
+        cache_salt: str = "",
+    ) -> None:
+        """Queues a prompt; its ``params.n`` children share the prompt's KV. ValueError names the field and the limit."""
+        if request_id in self._children:
+            raise ValueError(f"request_id {request_id!r} is already in use")
+        prompt = tuple(prompt_token_ids)
+        max_tokens = self._check(prompt, params)
+        stop_ids = tuple(dict.fromkeys(params.stop_token_ids + (() if params.ignore_eos else self.eos_ids)))
+        if len(stop_ids) > MAX_STOP_IDS:
+            raise ValueError(f"stop_token_ids may hold at most {MAX_STOP_IDS} ids with the model's own, got {len(stop_ids)}")
+        self._counter += 1
+        seed = params.seed if params.seed is not None else self._draw_seed()
+        now = self._clock()
+        children = [f"{request_id}#{i}" for i in range(params.n)]
+        requests = [
+            Request(child, prompt, params, max_tokens, seed=seed, child=i, parent=request_id, arrival=now,
+                    priority=priority, namespace=cache_salt, stop_ids=stop_ids)
+            for i, child in enumerate(children)
+        ]
+        for request in requests:
+            self.scheduler.add(request)
+            self._outputs[request.id] = OutputProcessor(request, self.tokenizer)
+        self._children[request_id] = children
+        self.metrics.prompt_tokens += len(prompt)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and frees its pages now; unknown ids are ignored (it may just have finished)."""
+        for child in self._children.pop(request_id, ()):
+            if self._outputs.pop(child, None) is not None:
+                self.scheduler.abort(child)
+                self.metrics.finished["abort"] += 1
+
+    def step(self) -> list[Delta]:
+        """One iteration: plan and submit, then learn from the step before (or, without overlap, from this one)."""
+        t0 = time.perf_counter()
+        plan = self.scheduler.plan(self._clock())
+        t1 = time.perf_counter()
+        pending, self._pending = self._pending, None
+        if plan is not None:
+            self.events.append(("submit", plan.id))
+            self._pending = plan, self.executor.submit(plan)
+            self.metrics.steps += 1
+        self.metrics.stage_seconds["plan"] += t1 - t0
+        if not self.config.sched.overlap:
+            pending, self._pending = self._pending, None
+        return self._learn(*pending) if pending else []
+
+    def check(self) -> None:
+        """Recomputes all ownership of pages; AssertionError if anything is lost or shared twice. Cheap when idle."""
+        self.scheduler.check()
+
+    def _learn(self, plan: StepPlan, handle: StepHandle) -> list[Delta]:
+        result = handle.read()
+        self.events.append(("read", plan.id))
+        t0 = time.perf_counter()
+        events = self.scheduler.commit(plan, result, self._clock())
+        t1 = time.perf_counter()
+        deltas = [delta for event in events if (delta := self._deliver(event)) is not None]
+        stages = self.metrics.stage_seconds
+        stages["commit"] += t1 - t0
+        stages["output"] += time.perf_counter() - t1
+        return deltas
+
+    def _deliver(self, event: TokenEvent) -> Delta | None:
+        output = self._outputs.get(event.request_id)
+        if output is None:  # aborted meanwhile
+            return None
+        delta, stop = output.process(event)
+        self.metrics.generation_tokens += len(event.tokens)
+        if stop is not None and event.finish_reason is None:
+            self.scheduler.finish(event.request_id, "stop")
+        if delta.finish_reason is not None:
+            del self._outputs[event.request_id]
+            siblings = self._children[delta.request_id]
+            siblings.remove(event.request_id)
+            if not siblings:
+                del self._children[delta.request_id]
+            self.metrics.finished[delta.finish_reason] += 1
+        return delta
+
+    def _check(self, prompt: tuple[int, ...], params: SamplingParams) -> int:
+        """The request's max_tokens, resolved against the window."""
+        if not prompt:
+            raise ValueError("prompt must hold at least one token")
+        if len(prompt) >= self.max_model_len:
+            raise ValueError(f"prompt has {len(prompt)} tokens; max_model_len is {self.max_model_len} "
+                             "and leaves room for at least one new token")
+        for name, ids in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids),
+                          ("logit_bias", [t for t, _ in params.logit_bias])):
+            bad = next((t for t in ids if not 0 <= t < self.vocab_size), None)
+            if bad is not None:
+                raise ValueError(f"{name} holds token id {bad}, outside of the vocabulary of {self.vocab_size}")
+        room = self.max_model_len - len(prompt)
+        return min(params.max_tokens or room, room)
+
+    def _draw_seed(self) -> int:
+        """A request's own seed: differs between requests, repeats with the engine's seed and the order of arrival."""
+        digest = hashlib.blake2b(f"{self.config.seed}/{self._counter}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
+

@@ -1,0 +1,219 @@
+"""Runs plans on the devices: page moves, admissions, one packed buffer, one executable. Decides nothing.
+
+Owns the device state and the host's mirror of the page tables and sampling settings by slot. All JAX work of the
+engine is dispatched from here, on one thread, in plan order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import pallas_kernels as ops
+from jaxkv.device import sampling
+from jaxkv.device.batch import FIELDS, BatchLayout, BatchShape, batch_shapes, choose_shape
+from jaxkv.device.spec import KVSpec, ModelSpec
+from jaxkv.device.state import EngineState, init_state, state_shardings
+from jaxkv.device.step import StepOutput, build_step
+from jaxkv.runtime.tiers import Tiers
+from jaxkv.types import Admit, Chunk, Logprobs, StepPlan, StepResult
+
+ADMIT_TOKENS = 1024  # tokens of a sequence told to the sampler at once
+_BAN_STOP_IDS = 2  # bit of the `flags` column, see sampling.SamplingColumns
+_BY_SLOT = [f for f in FIELDS if f.dims == ("R",) and not f.name.startswith("row_")]
+
+
+class JaxExecutor:
+    """``submit`` enqueues a plan and returns at once; the handle's ``read`` waits for its tokens."""
+
+    def __init__(
+        self, spec: ModelSpec, params: tuple, kv: KVSpec, mesh: Mesh, *, max_num_seqs: int, max_num_batched_tokens: int,
+        max_model_len: int, host_bytes: int = 0, attention_impl: str = "auto",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.kv, self.slots, self.params = kv, max_num_seqs, params
+        self.shapes = batch_shapes(max_num_seqs, max_num_batched_tokens)
+        self.stage_seconds = {"moves": 0.0, "pack": 0.0, "dispatch": 0.0, "wait": 0.0}
+        self._pages_per_seq = -(-max_model_len // kv.page_size)
+        self._tables = np.zeros((len(kv.groups), max_num_seqs, self._pages_per_seq), np.int32)
+        self._by_slot = {f.name: np.zeros(max_num_seqs, np.dtype(f.dtype)) for f in _BY_SLOT}
+        self._ban_until = np.zeros(max_num_seqs, np.int32)  # first position at which stop ids may be sampled
+        self._logprobs = [False] * max_num_seqs
+        self.tiers = Tiers(kv, mesh, host_bytes)
+        self.state = init_state(kv, max_num_seqs, spec.vocab_size, mesh)
+        self._layouts = {s: self._layout(s) for s in self.shapes}
+        self._steps = _compile_steps(spec, kv, mesh, params, self.state, self._layouts, attention_impl, progress)
+        self._vocab = spec.vocab_size
+        self._admit_op = _compile_admit(self.state, mesh)
+
+    def submit(self, plan: StepPlan) -> Handle:
+        """Enqueues the plan's moves, admissions and step, in this order."""
+        t0 = time.perf_counter()
+        if plan.moves:
+            self.state = self.state._replace(pools=self.tiers.apply(self.state.pools, plan.moves))
+        for admit in plan.admits:
+            self._admit(admit)
+        t1 = time.perf_counter()
+        output = None
+        if plan.chunks:
+            rows = sum(c.num_logits for c in plan.chunks)
+            shape = choose_shape(self.shapes, plan.num_tokens, len(plan.chunks), rows)
+            buffer = self._pack(plan.chunks, shape)
+            t2 = time.perf_counter()
+            self.state, output = self._steps[shape](self.params, self.state, buffer)
+            self.stage_seconds["pack"] += t2 - t1
+            self.stage_seconds["dispatch"] += time.perf_counter() - t2
+        self.stage_seconds["moves"] += t1 - t0
+        return Handle(plan, output, [self._logprobs[c.slot] for c in plan.chunks], self.stage_seconds)
+
+    def _layout(self, shape: BatchShape) -> BatchLayout:
+        words = ops.attention_plan_size(shape.tokens, shape.seqs, self._pages_per_seq)
+        return BatchLayout(shape, len(self.kv.groups), self._pages_per_seq, words)
+
+    def _admit(self, admit: Admit) -> None:
+        values = sampling.columns_for(admit.params, admit.seed, admit.child)
+        for name, column in self._by_slot.items():
+            column[admit.slot] = values[name]
+        self._ban_until[admit.slot] = admit.prompt_len + admit.params.min_tokens if admit.params.min_tokens else 0
+        self._logprobs[admit.slot] = admit.params.logprobs is not None
+        if admit.params.needs_slot_state:
+            for args in sampling.admit_pieces(admit, self._vocab, ADMIT_TOKENS):
+                self.state = self.state._replace(sampler=self._admit_op(self.state.sampler, *args))
+
+    def _pack(self, chunks: tuple[Chunk, ...], shape: BatchShape) -> np.ndarray:
+        """The buffer of a step; what the table's padding means is said in ``batch.FIELDS``."""
+        buffer, b = self._layouts[shape].new()
+        n, tables = len(chunks), self._tables
+        for c in chunks:
+            for g, (first, pages) in enumerate(c.pages):
+                if pages:
+                    tables[g, c.slot, first : first + len(pages)] = pages
+        slots = np.array([c.slot for c in chunks], np.int32)
+        starts = np.array([c.start for c in chunks], np.int32)
+        lens = np.array([len(c.tokens) for c in chunks], np.int32)
+        ends = starts + lens
+        cu = b["cu_q_lens"]
+        np.cumsum(lens, out=cu[1 : n + 1])
+        cu[n + 1 :] = total = cu[n]
+
+        b["token_ids"][:total] = [t if t >= 0 else ~c.slot for c in chunks for t in c.tokens]
+        index = np.arange(total, dtype=np.int32) + np.repeat(starts - cu[:n], lens)
+        b["positions"][:total] = b["cache_index"][:total] = index
+        b["cache_index"][total:] = -1
+        b["token_seq"][:total] = np.repeat(np.arange(n, dtype=np.int32), lens)
+        b["kv_lens"][:, :n] = ends
+        b["page_table"][:, :n] = tables[:, slots]
+        if b["attention_plan"].size:
+            for g, group in enumerate(self.kv.groups):
+                b["attention_plan"][g] = ops.attention_plan(
+                    lens, ends, tokens=shape.tokens, seqs=shape.seqs, pages=self._pages_per_seq, window=group.window)
+        b["prompt_targets"][:] = -1
+        for i, c in enumerate(chunks):
+            if targets := _prompt_targets(c):
+                b["prompt_targets"][cu[i] : cu[i] + len(targets)] = targets
+
+        # row r of a chunk with k logits is its token len - k + r
+        counts = np.array([c.num_logits for c in chunks], np.int32)
+        rows = int(counts.sum())
+        row_slots, row_ends = np.repeat(slots, counts), np.repeat(cu[1 : n + 1], counts)
+        back = np.repeat(np.cumsum(counts), counts) - np.arange(rows, dtype=np.int32)
+        b["row_token"][:rows] = row_ends - back
+        b["row_token"][rows:] = shape.tokens
+        b["row_position"][:rows] = np.repeat(ends, counts) - back + 1
+        b["row_slot"][:rows] = row_slots
+        b["row_slot"][rows:] = self.slots
+        for name, column in self._by_slot.items():
+            b[name][:rows] = column[row_slots]
+        for name in ("top_p", "repetition_penalty"):
+            b[name][rows:] = 1.0
+        b["flags"][:rows] |= np.where(b["row_position"][:rows] < self._ban_until[row_slots], _BAN_STOP_IDS, 0)
+        return buffer
+
+
+class Handle:
+    """A step under way. Its small outputs start for the host at once and are read one step later."""
+
+    def __init__(
+        self, plan: StepPlan, output: StepOutput | None, logprobs: list[bool], stage_seconds: dict[str, float]
+    ) -> None:
+        self._plan, self._output, self._logprobs, self._stage_seconds = plan, output, logprobs, stage_seconds
+        if output is not None:
+            output.tokens.copy_to_host_async()
+
+    def is_ready(self) -> bool:
+        return self._output is None or self._output.tokens.is_ready()
+
+    def read(self) -> StepResult:
+        """Waits for the step and gives its tokens by chunk, log-probabilities where the request asked for them."""
+        chunks, output = self._plan.chunks, self._output
+        if output is None:
+            return StepResult(())
+        t0 = time.perf_counter()
+        sampled = np.asarray(output.tokens).tolist()
+        self._stage_seconds["wait"] += time.perf_counter() - t0
+        ends = list(accumulate(c.num_logits for c in chunks))
+        rows = [range(end - c.num_logits, end) for c, end in zip(chunks, ends)]
+        tokens = tuple(tuple(sampled[r.start : r.stop]) for r in rows)
+        chosen: tuple = ()
+        prompt: tuple = ()
+        if any(self._logprobs):
+            arrays = [np.asarray(a) for a in output.logprobs]
+            chosen = tuple(_logprobs(t, arrays, r) if want else () for t, r, want in zip(tokens, rows, self._logprobs))
+        if any(c.prompt_logprobs for c in chunks):
+            arrays = [np.asarray(a) for a in output.prompt_logprobs]
+            starts = accumulate((len(c.tokens) for c in chunks), initial=0)
+            prompt = tuple(_logprobs(t := _prompt_targets(c), arrays, range(at, at + len(t)))
+                           for c, at in zip(chunks, starts))
+        return StepResult(tokens, chosen, prompt)
+
+
+def _prompt_targets(chunk: Chunk) -> tuple[int, ...]:
+    """The prompt tokens whose log-probability the chunk's positions give."""
+    if not chunk.prompt_logprobs:
+        return ()
+    return chunk.tokens[1:] + ((chunk.next_token,) if chunk.next_token >= 0 else ())
+
+
+def _logprobs(tokens: tuple[int, ...], arrays: list[np.ndarray], rows: range) -> tuple[Logprobs, ...]:
+    """From the columns of sampling.TokenLogprobs: logprob [n], rank [n], top ids [n, N], top logprobs [n, N]."""
+    chosen, rank, ids, values = arrays
+    return tuple(Logprobs(t, float(chosen[r]), int(rank[r]), tuple(zip(ids[r].tolist(), values[r].tolist())))
+                 for t, r in zip(tokens, rows))
+
+
+def _compile_steps(
+    spec: ModelSpec, kv: KVSpec, mesh: Mesh, params: tuple, state: EngineState, layouts: dict[BatchShape, BatchLayout],
+    attention_impl: str, progress: Callable[[int, int], None] | None,
+) -> dict[BatchShape, Callable]:
+    """One executable per batch shape, compiled ahead of time: afterwards nothing can compile, only fail loudly."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
+    args = jax.tree.map(like, (params, state))
+
+    def compile_one(layout: BatchLayout) -> Callable:
+        step = build_step(spec, kv, layout, mesh, attention_impl)
+        jitted = jax.jit(step, donate_argnums=1, out_shardings=(state_shardings(kv, mesh), whole))
+        return jitted.lower(*args, jax.ShapeDtypeStruct((layout.words,), jnp.int32, sharding=whole)).compile()
+
+    out: dict[BatchShape, Callable] = {}
+    with ThreadPoolExecutor(2) as pool:  # tracing holds the interpreter lock, compiling does not
+        for shape, fn in zip(layouts, pool.map(compile_one, layouts.values())):
+            out[shape] = fn
+            if progress:
+                progress(len(out), len(layouts))
+    return out
+
+
+def _compile_admit(state: EngineState, mesh: Mesh) -> Callable:
+    whole = NamedSharding(mesh, PartitionSpec())
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)  # noqa: E731
+    args = jax.tree.map(like, (state.sampler, *sampling.admit_arguments(ADMIT_TOKENS)))
+    return jax.jit(sampling.admit, donate_argnums=0, out_shardings=jax.tree.map(lambda _: whole, args[0])).lower(
+        *args).compile()

@@ -1,0 +1,103 @@
+"""How many pages each KV group and each tier gets: from the sizes the user gave, else from the memory that is free.
+
+Pure arithmetic but for ``free_device_memory`` and ``free_host_memory``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+from jaxkv.config import ConfigError, SchedConfig
+from jaxkv.types import KVGroup
+
+CPU_POOL_LIMIT = 4 * 2**30  # a development machine's memory is not ours to fill
+HOST_TIER_LIMIT = 64 * 2**30  # what PJRT pins by default
+STAGING_PAGES = 16  # pages of every group that may be on their way back to the device
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Pages by group, and the bytes they stand for over the whole mesh."""
+
+    num_pages: tuple[int, ...]
+    pool_bytes: int
+    num_host_pages: tuple[int, ...]
+    host_bytes: int
+
+
+def free_device_memory(devices: Sequence[jax.Device]) -> tuple[int, int]:
+    """Bytes over all devices: (free, what the pools take when no size is given). The latter is 90 % of the devices'
+    memory less what is in use; on CPU a quarter of the free host memory, at most 4 GiB."""
+    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
+    if stats:
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        return len(devices) * free, len(devices) * max(0, free - stats["bytes_limit"] // 10)
+    return free_host_memory(), min(CPU_POOL_LIMIT, free_host_memory() // 4)
+
+
+def free_host_memory() -> int:
+    """Bytes of host memory that can be used without swapping."""
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def plan_capacity(
+    groups: Sequence[KVGroup], page_size: int, sched: SchedConfig, max_model_len: int, *,
+    kv_cache_memory: int | None, host_kv_memory: int | None, free_device: tuple[int, int], free_host: int,
+) -> Capacity:
+    """Splits the memory over groups. All groups get pages for the same tokens, but a window group never more than
+    twice what its windows can hold at once (half of it remembers windows of prefixes).
+
+    ConfigError: not even one sequence of max_model_len fits, or more memory is asked for than there is.
+    """
+    free, usual = free_device
+    if kv_cache_memory is not None and kv_cache_memory > free:
+        raise ConfigError(f"kv_cache_memory is {kv_cache_memory:,} bytes, but only {free:,} are free")
+    if host_kv_memory is not None and host_kv_memory > free_host:
+        raise ConfigError(f"host_kv_memory is {host_kv_memory:,} bytes, but only {free_host:,} are free")
+    page_bytes = [g.page_bytes(page_size) for g in groups]
+
+    def split(pages: int) -> tuple[int, ...]:
+        return tuple(min(pages, _window_cap(g, page_size, sched)) if g.window else pages for g in groups)
+
+    def cost(pages: int) -> int:
+        return sum(n * b for n, b in zip(split(pages), page_bytes))
+
+    useful = sched.max_num_seqs * -(-max_model_len // page_size)
+    budget = kv_cache_memory if kv_cache_memory is not None else min(usual, cost(useful))
+    pages = _largest(cost, budget, budget // min(page_bytes))
+    need = -(-max_model_len // page_size) + 1
+    if pages < need:
+        raise ConfigError(f"kv_cache_memory of {budget:,} bytes holds {pages * page_size} tokens, less than one sequence "
+                          f"of max_model_len {max_model_len} ({cost(need):,} bytes with one page to spare)")
+    host_budget = host_kv_memory
+    if host_budget is None:
+        host_budget = min(free_host // 8, HOST_TIER_LIMIT, 2 * cost(pages))
+    host_pages = max(0, _largest(cost, host_budget, host_budget // min(page_bytes)) - STAGING_PAGES)
+    if host_kv_memory and not host_pages:
+        raise ConfigError(f"host_kv_memory of {host_kv_memory:,} bytes holds no page besides the staging of "
+                          f"{STAGING_PAGES} ({cost(STAGING_PAGES + 1):,} bytes is the least; 0 turns the tier off)")
+    return Capacity(split(pages), cost(pages), split(host_pages) if host_pages else (0,) * len(groups),
+                    host_budget if host_pages else 0)
+
+
+def _window_cap(group: KVGroup, page_size: int, sched: SchedConfig) -> int:
+    assert group.window is not None
+    in_windows = sched.max_num_seqs * (-(-group.window // page_size) + 2)
+    return 2 * (in_windows + -(-sched.max_num_batched_tokens // page_size))
+
+
+def _largest(cost, limit: int, most: int) -> int:
+    """The largest n <= most with cost(n) <= limit; cost grows with n."""
+    low, high = 0, most
+    while low < high:
+        mid = (low + high + 1) // 2
+        low, high = (mid, high) if cost(mid) <= limit else (low, mid - 1)
+    return low

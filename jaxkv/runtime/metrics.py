@@ -1,0 +1,88 @@
+"""What the engine counts: plain numbers that the engine's one thread writes and any thread may read.
+
+Owns the names, units and meanings of the counters and a histogram small enough for the hot path. Owns no text format
+(``jaxkv.serve.metrics`` renders Prometheus) and no clock. Standard library only. Nothing here takes a lock: every
+field is one Python number, and a reader may see step n of one counter and step n + 1 of the next.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+STAGES = ("plan", "submit", "read", "commit", "output")  # host work of one step, in order
+REASONS = ("stop", "length", "abort")
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+@dataclass(slots=True)
+class TierUsage:
+    """Fill of one memory tier, summed over KV groups. Pages and tokens of a tier without memory are 0."""
+
+    pages_used: int = 0  # referenced or cached
+    pages_active: int = 0  # of those, pages that running sequences hold: not evictable
+    pages_total: int = 0
+    tokens_total: int = 0
+    bytes_used: int = 0
+    bytes_total: int = 0
+
+    @property
+    def active_fraction(self) -> float:
+        """Share of the tier that running sequences hold, 0..1."""
+        return self.pages_active / self.pages_total if self.pages_total else 0.0
+
+
+@dataclass(slots=True)
+class EngineMetrics:
+    """Gauges and ever-growing counters of one engine. Tokens count positions, times are seconds."""
+
+    # gauges
+    running: int = 0  # sequences, a child of n > 1 counts as one
+    waiting: int = 0
+    device: TierUsage = field(default_factory=TierUsage)
+    host: TierUsage = field(default_factory=TierUsage)
+    # requests
+    prompt_tokens: int = 0  # of accepted requests, once for all n children
+    generation_tokens: int = 0  # delivered, end-of-sequence tokens included
+    finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))  # keys never change
+    # prefix cache
+    prefix_query_tokens: int = 0  # prompt tokens looked up at admission
+    prefix_hit_tokens: int = 0  # of those found, in any tier
+    host_hit_tokens: int = 0  # of those found in host memory
+    partial_copies: int = 0  # partly matching pages copied into a private page
+    demotions: int = 0  # pages moved device -> host
+    promotions: int = 0  # pages moved host -> device
+    evictions: int = 0  # pages dropped: no tier below had room
+    preemptions: int = 0
+    # steps
+    steps: int = 0
+    computed_tokens: int = 0  # positions run through the model
+    stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))  # keys never change
+    compiles_after_start: int = 0  # step executables built while serving: should stay 0
+    # facts fixed at start: e.g. attention, kv_layout, dtype, platform, eviction_policy
+    info: dict[str, str] = field(default_factory=dict)
+
+
+class Histogram:
+    """Counts of observations by upper bound, as Prometheus means them (value <= bound). One writer."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float] = LATENCY_BUCKETS):
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)  # the last one: above every bound
+        self.total = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Adds `times` observations of the same value."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+    def buckets(self) -> list[tuple[str, int]]:
+        """(upper bound as text, observations up to it), cumulative, ending with +Inf."""
+        rows, seen = [], 0
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts):
+            seen += count
+            rows.append((bound, seen))
+        return rows

@@ -1,0 +1,111 @@
+"""Reading safetensors files: headers, tensors one at a time, and samples for the fingerprint.
+
+Tensors are read, not memory-mapped: mapped pages of a checkpoint would count towards the process as long as the map
+lives. bfloat16 is ml_dtypes' (numpy has none). Owns no knowledge of models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxkv.config import ConfigError
+
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: ``start`` and ``nbytes`` in bytes of the file, ``dtype`` as the format spells it."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def read(self) -> np.ndarray:
+        """The tensor in its own memory. ConfigError names it when its dtype is no float or the file is short."""
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"tensor {self.name} in {self.file} has dtype {self.dtype}; "
+                              f"supported: {', '.join(DTYPES)}")
+        data = np.empty(self.shape, DTYPES[self.dtype])
+        with open(self.file, "rb", buffering=0) as f:
+            f.seek(self.start)
+            view, done = memoryview(data.reshape(-1).view(np.uint8)), 0
+            while done < self.nbytes:
+                got = f.readinto(view[done:])
+                if not got:
+                    raise ConfigError(f"tensor {self.name} in {self.file} is cut off")
+                done += got
+        return data
+
+    def sample(self, size: int = 4096) -> bytes:
+        """The first, middle and last ``size`` bytes."""
+        with open(self.file, "rb", buffering=0) as f:
+            parts = []
+            for offset in (0, max(0, self.nbytes // 2 - size // 2), max(0, self.nbytes - size)):
+                f.seek(self.start + offset)
+                parts.append(f.read(min(size, self.nbytes - offset)))
+        return b"".join(parts)
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The tensors of one file, by name. ConfigError when it is not a whole, well-formed safetensors file."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 0 < length <= min(MAX_HEADER, size - 8):
+                raise ValueError("header length out of range")
+            header = json.loads(f.read(length))
+        entries = {name: _entry(file, name, info, 8 + length) for name, info in header.items()
+                   if name != "__metadata__"}
+        end = max((e.start + e.nbytes for e in entries.values()), default=0)
+        if end > size:
+            raise ValueError(f"cut off: {size} bytes, {end} expected")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from None
+    return entries
+
+
+def _entry(file: Path, name: str, info: dict[str, Any], base: int) -> TensorEntry:
+    start, end = info["data_offsets"]
+    shape = tuple(info["shape"])
+    if info["dtype"] in DTYPES and end - start != math.prod(shape) * np.dtype(DTYPES[info["dtype"]]).itemsize:
+        raise ValueError(f"tensor {name} has {end - start} bytes for shape {shape} of {info['dtype']}")
+    return TensorEntry(file, name, info["dtype"], shape, base + start, end - start)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, [] when it has none."""
+    single, index = directory / "model.safetensors", directory / INDEX
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"cannot read {index}: {error!r}") from None
+        return [directory / name for name in names]
+    return sorted(f for f in directory.glob("*.safetensors") if not f.name.startswith("consolidated"))
+
+
+def read_headers(directory: Path) -> dict[str, TensorEntry]:
+    """All tensors of a model directory, single file or shards. ConfigError when there are none."""
+    files = weight_files(directory)
+    if not files:
+        raise ConfigError(f"{directory} has no weights (no *.safetensors file)")
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        entries |= read_header(file)
+    return entries

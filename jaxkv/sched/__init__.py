@@ -1,0 +1,1 @@
+"""Who runs next: requests become step plans, step results become tokens. Standard library only."""

@@ -1,0 +1,66 @@
+"""Record what a scheduler was told and replay it: the plans must come out identical.
+
+Owns the event format (one JSON object per call). Owns no decision: what is recorded are the inputs only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from jaxkv.sched.scheduler import Scheduler
+from jaxkv.types import Request, StepPlan, StepResult, TokenEvent
+
+
+class Recorder:
+    """A scheduler that hands every input to ``sink`` (say, ``list.append``) as a JSON-ready dict before acting on it.
+
+    Results are recorded without log-probabilities: they decide nothing.
+    """
+
+    def __init__(self, scheduler: Scheduler, sink: Callable[[dict[str, Any]], None]) -> None:
+        self._scheduler = scheduler
+        self._sink = sink
+
+    def add(self, request: Request) -> None:
+        self._sink({"event": "add", "request": request.to_dict()})
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        return self.finish(request_id, "abort")
+
+    def finish(self, request_id: str, reason: str) -> bool:
+        self._sink({"event": "finish", "request_id": request_id, "reason": reason})
+        return self._scheduler.finish(request_id, reason)
+
+    def plan(self, now: float) -> StepPlan | None:
+        self._sink({"event": "plan", "now": now})
+        return self._scheduler.plan(now)
+
+    def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
+        self._sink({"event": "commit", "plan": plan.id, "tokens": result.tokens, "now": now})
+        return self._scheduler.commit(plan, result, now)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)  # counters
+
+
+def replay(events: Iterable[dict[str, Any]], scheduler: Scheduler) -> list[StepPlan]:
+    """Feed recorded inputs to a fresh scheduler with a fresh cache of the same settings; the plans it makes."""
+    plans: list[StepPlan] = []
+    for event in events:
+        match event["event"]:
+            case "add":
+                scheduler.add(Request.from_dict(event["request"]))
+            case "finish":
+                scheduler.finish(event["request_id"], event["reason"])
+            case "plan":
+                plan = scheduler.plan(event["now"])
+                if plan is not None:
+                    plans.append(plan)
+            case "commit":
+                result = StepResult(tuple(tuple(tokens) for tokens in event["tokens"]))
+                scheduler.commit(plans[event["plan"]], result, event["now"])
+            case unknown:
+                raise ValueError(f"event must be add, finish, plan or commit, got {unknown!r}")
+    return plans

@@ -1,0 +1,299 @@
+"""Continuous batching at iteration level: every plan is decided anew from who waits, who runs and which pages are left.
+
+Owns the waiting and running order, slots, the token budget, preemption and the end of sequences. Owns no pages (the
+CacheController does) and never talks to a device: ``plan`` returns a value, ``commit`` takes one. Both are pure
+functions of the calls made so far, so a recorded run can be replayed (``jaxkv.sched.replay``).
+
+One order decides everything: sequences are served by ascending key, and when a running one cannot grow, the running
+sequence with the largest key is released. Nobody is preempted to admit someone else, a plan that preempts admits
+nobody, and the pool holds at least one sequence of full length: the first in the order always advances, so there is
+no deadlock. Preemption is ``release``: the pages stay in the trie, and coming back is a prefix hit.
+
+Overlap: ``plan`` may be called before the previous plan is committed. A sequence then has ``in_flight`` tokens that
+the host does not know; its next chunk carries -1 and the device inserts the slot's last token. As that token is lost
+with the slot, a preempted sequence waits until its in-flight tokens are committed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from heapq import heappop, heappush
+from itertools import pairwise
+from operator import attrgetter
+
+from jaxkv.cache.controller import CacheController
+from jaxkv.config import SchedConfig
+from jaxkv.sched.capacity import check_capacity, fits_beside
+from jaxkv.sched.chunking import append_tokens, chunk_length, take_chunk
+from jaxkv.sched.policy import FCFS, SchedulerPolicy
+from jaxkv.types import Admit, Chunk, Request, Sequence, Status, StepPlan, StepResult, TokenEvent
+
+_RUNNING = Status.RUNNING
+_FINISHED = Status.FINISHED
+_key = attrgetter("key")
+
+
+class Scheduler:
+    """Turns requests into plans and results into token events.
+
+    Whole prompts (``enable_chunked_prefill=False``) need a budget of at least ``max_model_len`` tokens.
+    Raises ConfigError when the budget or a page pool is too small for one sequence of ``max_model_len`` tokens.
+    """
+
+    def __init__(self, config: SchedConfig, cache: CacheController, max_model_len: int,
+                 policy: SchedulerPolicy | None = None) -> None:
+        check_capacity(config, cache, max_model_len)
+        self.cache = cache
+        self.max_model_len = max_model_len
+        self.num_preemptions = 0
+        self._policy = policy or FCFS()
+        self._budget = config.max_num_batched_tokens
+        self._whole = not config.enable_chunked_prefill
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []  # by key
+        self._running: list[Sequence] = []  # by key
+        self._num_slots = config.max_num_seqs
+        self._slots = list(range(config.max_num_seqs))  # free ones, a heap
+        self._pending: deque[tuple[int, list[Sequence]]] = deque()  # plans not committed: id, sequence of each chunk
+        self._next_plan = 0
+        self._num_added = 0
+        self._stuck: Sequence | None = None  # did not fit; not tried again until a sequence is released
+        self._leading: set[str] = set()  # parents whose siblings wait for child 0's prompt
+        self._led: list[str] = []  # those whose child 0 finished its prompt in the latest plan
+
+    # ---- requests in and out
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError that names the field when it cannot ever be served."""
+        if request.id in self._sequences:
+            raise ValueError(f"request id {request.id!r} is already in use")
+        if not request.prompt:
+            raise ValueError("prompt must hold at least one token")
+        if request.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {request.max_tokens}")
+        if len(request.prompt) + request.max_tokens > self.max_model_len:
+            raise ValueError(f"prompt and max_tokens must fit in max_model_len ({self.max_model_len} tokens), "
+                             f"got {len(request.prompt)} + {request.max_tokens}")
+        seq = Sequence(request, list(request.prompt))
+        seq.key = (*self._policy.key(seq), self._num_added)
+        self._num_added += 1
+        self._sequences[request.id] = seq
+        insort(self._waiting, seq, key=_key)
+        if request.child == 0 and request.params.n > 1 and self.cache.enable_prefix_caching:
+            self._leading.add(request.parent)
+
+    def abort(self, request_id: str) -> bool:
+        """End a sequence at once, whatever it is doing; tokens still on the device are discarded. False if unknown."""
+        return self.finish(request_id, "abort")
+
+    def finish(self, request_id: str, reason: str) -> bool:
+        """End a sequence for a reason the scheduler cannot see (a stop string, a lost client). False if unknown."""
+        seq = self._sequences.get(request_id)
+        if seq is None:
+            return False
+        self._end(seq, reason)
+        return True
+
+    # ---- plan
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step, or None when nothing can run before a commit or an arrival. ``now``: the injected clock."""
+        plan_id = self._next_plan
+        if self._led:
+            self._leading.difference_update(self._led)
+            self._led.clear()
+        chunks: list[Chunk] = []
+        seqs: list[Sequence] = []
+        admits: list[Admit] = []
+        left, preempted = self._continue(plan_id, chunks, seqs)
+        if self._waiting and not preempted:
+            self._admit(plan_id, left, chunks, seqs, admits)
+        moves = self.cache.take_moves()
+        if not chunks and not moves:
+            if self._waiting and not self._running and not self._pending:
+                raise RuntimeError(f"request {self._waiting[0].request.id!r} does not fit into an idle KV pool")
+            return None
+        self._next_plan += 1
+        self._pending.append((plan_id, seqs))
+        return StepPlan(plan_id, moves, tuple(admits), tuple(chunks))
+
+    def _continue(self, plan_id: int, chunks: list[Chunk], seqs: list[Sequence]) -> tuple[int, bool]:
+        """Chunks of the running sequences: one token each is theirs, prompts share what the budget has beyond that.
+
+        Returns the budget left for admissions and whether a sequence was preempted. A victim comes after the one that
+        grows in the order, so it has no chunk in this plan.
+        """
+        running = self._running
+        grow = self.cache.grow
+        left = self._budget - len(running)
+        preempted = False
+        index = 0
+        while index < len(running):
+            seq = running[index]
+            request = seq.request
+            start = seq.num_scheduled
+            missing = len(seq.tokens) + seq.in_flight
+            if missing - len(request.prompt) >= request.max_tokens:  # the last token is on the device
+                left += 1
+                index += 1
+                continue
+            length = 1
+            if missing - start > 1:
+                length = chunk_length(seq, 1 + left)
+                left -= length - 1
+            while not grow(seq, start + length):
+                victim = running[-1]
+                self._preempt(victim)
+                preempted = True
+                if victim is seq:
+                    break
+            else:
+                chunks.append(self._schedule(seq, length, plan_id))
+                seqs.append(seq)
+                index += 1
+        return left, preempted
+
+    def _admit(self, plan_id: int, left: int, chunks: list[Chunk], seqs: list[Sequence], admits: list[Admit]) -> None:
+        """First chunks of waiting sequences in order, up to the first that cannot enter; siblings may be passed."""
+        waiting = self._waiting
+        index = 0
+        while left > 0 and self._slots and index < len(waiting):
+            seq = waiting[index]
+            if seq.in_flight or seq is self._stuck:
+                break
+            if seq.request.child and seq.request.parent in self._leading and not seq.owes_prompt_logprobs:
+                index += 1
+                continue
+            length = self._acquire(seq, plan_id, left)
+            if length == 0:
+                break
+            del waiting[index]
+            left -= length
+            admits.append(self._enter(seq))
+            chunks.append(self._schedule(seq, length, plan_id))
+            seqs.append(seq)
+
+    def _acquire(self, seq: Sequence, plan_id: int, left: int) -> int:
+        """Pages for the cached prefix and the first chunk; the chunk's length, or 0 with nothing held."""
+        cache = self.cache
+        cache.acquire(seq, plan_id)
+        length = chunk_length(seq, left)
+        if not self._whole or seq.num_scheduled + length == len(seq.tokens):
+            others = len(self._running)
+            if (not others or fits_beside(cache, seq, others, left)) and cache.grow(seq, seq.num_scheduled + length):
+                return length
+            self._stuck = seq
+        cache.release(seq)
+        return 0
+
+    def _enter(self, seq: Sequence) -> Admit:
+        request = seq.request
+        seq.slot = heappop(self._slots)
+        seq.status = _RUNNING
+        seq.dirty = [0] * len(seq.pages)  # the slot's row belonged to someone else
+        if seq.first_admission:
+            seq.first_admission = False
+            seq.num_cached = seq.num_scheduled
+        insort(self._running, seq, key=_key)
+        return Admit(seq.slot, request.id, request.params, request.seed, request.child, len(request.prompt),
+                     tuple(seq.tokens) if request.params.needs_slot_state else (), request.stop_ids)
+
+    def _schedule(self, seq: Sequence, length: int, plan_id: int) -> Chunk:
+        """Publishing comes before the chunk is made: it may swap a private page for the trie's equal one."""
+        start = seq.num_scheduled
+        end = seq.num_scheduled = start + length
+        if min(end, len(seq.tokens)) - seq.num_published >= self.cache.page_size:
+            self.cache.publish(seq, plan_id)
+        request = seq.request
+        if start < len(request.prompt) <= end and request.parent in self._leading and request.child == 0:
+            self._led.append(request.parent)
+        return take_chunk(seq, start)
+
+    # ---- commit
+
+    def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
+        """Learn what a step sampled; plans are committed in order, each once. ``now`` is the injected clock.
+
+        Tokens after a stop id and tokens of sequences that ended meanwhile are discarded.
+        """
+        plan_id, seqs = self._pending.popleft()
+        assert plan_id == plan.id, f"commit of plan {plan.id}, expected {plan_id}"
+        events: list[TokenEvent] = []
+        sampled, logprobs, prompt_logprobs = result.tokens, result.logprobs, result.prompt_logprobs
+        for index, seq in enumerate(seqs):
+            if seq.status is _FINISHED:
+                continue
+            chunk = plan.chunks[index]
+            reported = prompt_logprobs[index] if chunk.prompt_logprobs and prompt_logprobs else ()
+            if not chunk.num_logits:
+                if reported:
+                    events.append(TokenEvent(chunk.request_id, (), (), reported, None, None, seq.num_cached))
+                continue
+            tokens = sampled[index]
+            count, reason = append_tokens(seq, tokens)
+            if reason is not None:
+                self._end(seq, reason)
+            events.append(TokenEvent(
+                chunk.request_id, tokens[:count], logprobs[index][:count] if logprobs else (), reported, reason,
+                tokens[count - 1] if reason == "stop" else None, seq.num_cached))
+        return events
+
+    # ---- leaving
+
+    def _end(self, seq: Sequence, reason: str) -> None:
+        if seq.status is _RUNNING:
+            self._leave(seq)
+        else:
+            _remove(self._waiting, seq)
+            self._stuck = None
+        seq.status = _FINISHED
+        seq.finish_reason = reason
+        del self._sequences[seq.request.id]
+        if seq.request.child == 0:
+            self._leading.discard(seq.request.parent)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._leave(seq)
+        seq.status = Status.WAITING
+        insort(self._waiting, seq, key=_key)
+        self.num_preemptions += 1
+        if seq.request.child == 0:
+            self._leading.discard(seq.request.parent)
+
+    def _leave(self, seq: Sequence) -> None:
+        """Give up slot and pages; the pages stay in the trie for whoever needs their contents next."""
+        _remove(self._running, seq)
+        self.cache.release(seq)
+        heappush(self._slots, seq.slot)
+        seq.slot = -1
+        seq.num_scheduled = 0
+        self._stuck = None
+
+    def check(self) -> None:
+        """Assert that every sequence is in exactly one place and every slot and page is accounted for."""
+        for order, status in ((self._waiting, Status.WAITING), (self._running, Status.RUNNING)):
+            assert all(a.key < b.key for a, b in pairwise(order)), "out of order"
+            assert all(seq.status is status and self._sequences[seq.request.id] is seq for seq in order)
+        assert len(self._waiting) + len(self._running) == len(self._sequences), "a sequence is nowhere"
+        assert all(seq.slot < 0 for seq in self._waiting)
+        assert sorted([*self._slots, *(seq.slot for seq in self._running)]) == list(range(self._num_slots)), "slots"
+        self.cache.check(self._running)
+
+
+def _remove(order: list[Sequence], seq: Sequence) -> None:
+    index = bisect_left(order, seq.key, key=_key)
+    assert order[index] is seq
+    del order[index]

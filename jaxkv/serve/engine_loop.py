@@ -1,0 +1,225 @@
+"""The engine's one thread and the bridge to the event loop.
+
+Owns the thread that builds the engine and does every dispatch to the device, the bounded set of open calls, and how
+deltas travel: commands go in through an inbox under one lock, what a step produced comes out in one
+``call_soon_threadsafe``. Nothing is polled: an idle thread sleeps on a condition, a waiting request on a future.
+Owns no HTTP and no JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from jaxkv.runtime.metrics import EngineMetrics
+from jaxkv.runtime.outputs import Delta
+from jaxkv.serve.errors import ApiError, shutting_down
+from jaxkv.serve.metrics import Latencies
+from jaxkv.types import SamplingParams
+
+log = logging.getLogger("jaxkv.serve")
+IDLE_CHECK_S = 5.0  # idle time after which the engine recomputes its page ownership, once
+
+
+class EngineLike(Protocol):
+    """What the server needs of ``jaxkv.runtime.engine.Engine``. All but the plain attributes: engine thread only."""
+
+    model_name: str
+    max_model_len: int
+    tokenizer: Any
+    metrics: EngineMetrics
+
+    def describe(self) -> Sequence[str]: ...
+    @property
+    def has_work(self) -> bool: ...
+    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *,
+                    priority: int = 0, cache_salt: str = "") -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> list[Delta]: ...
+    def check(self) -> None: ...
+
+
+class Call:
+    """One prompt under way: its deltas, in order, for one consumer on the event loop."""
+
+    __slots__ = ("_items", "_waiter", "arrival", "cache_salt", "error", "first", "id", "last", "open_children",
+                 "params", "priority", "prompt")
+
+    def __init__(self, request_id: str, prompt: list[int], params: SamplingParams, priority: int = 0,
+                 cache_salt: str = ""):
+        self.id, self.prompt, self.params = request_id, prompt, params
+        self.priority, self.cache_salt = priority, cache_salt
+        self.arrival, self.first, self.last = time.monotonic(), 0.0, [0.0] * params.n
+        self.open_children = params.n
+        self.error: Exception | None = None
+        self._items: list[Delta] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def next(self) -> list[Delta]:
+        """All deltas since the last call, at least one; [] when all children are finished. Raises how the call failed."""
+        while not self._items:
+            if self.error is not None:
+                raise self.error
+            if not self.open_children:
+                return []
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        items, self._items = self._items, []
+        return items
+
+    def put(self, delta: Delta) -> None:
+        self._items.append(delta)
+        self.wake()
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.wake()
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class EngineLoop:
+    """Runs one engine on one thread. Every method but ``_run`` and what it calls belongs to the event loop's thread."""
+
+    def __init__(self, build: Callable[[], EngineLike], max_open: int):
+        self.latencies = Latencies()
+        self.max_open = max_open  # prompts accepted and not finished
+        self.engine: EngineLike | None = None  # set before `ready` resolves
+        self.failure: BaseException | None = None
+        self.draining = False
+        self.calls: dict[str, Call] = {}
+        self._build = build
+        self._wakeup = threading.Condition()
+        self._adds: list[Call] = []  # under _wakeup, like the next two
+        self._aborts: list[str] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> tuple[asyncio.Future[None], asyncio.Future[None]]:
+        """Starts the thread. Returns (ready, dead): dead resolves when the engine failed, or could not be built."""
+        self._loop = asyncio.get_running_loop()
+        self.ready, self.dead = self._loop.create_future(), self._loop.create_future()
+        self._thread.start()
+        return self.ready, self.dead
+
+    def submit(self, calls: Sequence[Call]) -> None:
+        """Hands prompts to the engine, all or none. Raises ApiError: 429 over the bound, 503 while draining or dead."""
+        if self.failure is not None or self.engine is None:
+            raise ApiError(503, "the engine is loading" if self.failure is None else "the engine has failed")
+        if self.draining:
+            raise shutting_down()
+        if len(self.calls) + len(calls) > self.max_open:
+            raise ApiError(429, f"too many open requests: {len(self.calls)} of {self.max_open}, "
+                                f"{len(calls)} more asked for", code="too_many_requests", headers={"retry-after": "1"})
+        self.calls.update((call.id, call) for call in calls)
+        with self._wakeup:
+            self._adds.extend(calls)
+            self._wakeup.notify()
+
+    def abort(self, calls: Sequence[Call]) -> None:
+        """Forgets calls; the engine frees their pages before its next step. Finished ones are left alone."""
+        ids = [call.id for call in calls if self.calls.pop(call.id, None) is not None]
+        if ids:
+            with self._wakeup:
+                self._aborts.extend(ids)
+                self._wakeup.notify()
+
+    def abort_all(self, error: Exception) -> None:
+        """Ends every open call with an error."""
+        calls = list(self.calls.values())
+        self.abort(calls)
+        for call in calls:
+            call.fail(error)
+
+    def stop(self, timeout: float) -> bool:
+        """Ends the thread after its current step; False if it did not end in time. Blocks."""
+        with self._wakeup:
+            self._stopping = True
+            self._wakeup.notify()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # --- on the event loop, called from the engine thread
+
+    def _post(self, function: Callable[..., None], *args: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the event loop is closed: nobody listens any more
+            self._stopping = True
+
+    def _deliver(self, deltas: list[Delta], refused: list[tuple[str, ValueError]]) -> None:
+        now = time.monotonic()
+        for request_id, error in refused:
+            if (call := self.calls.pop(request_id, None)) is not None:
+                call.fail(error)
+        for delta in deltas:
+            call = self.calls.get(delta.request_id)
+            if call is None:
+                continue
+            self.latencies.observe(call, delta, now)
+            if delta.finish_reason is not None:
+                call.open_children -= 1
+                if not call.open_children:
+                    del self.calls[call.id]
+            call.put(delta)
+
+    def _set_ready(self, engine: EngineLike) -> None:
+        self.engine = engine
+        self.ready.set_result(None)
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        self.dead.set_result(None)
+        for call in list(self.calls.values()):
+            call.fail(ApiError(500, f"the engine failed: {type(error).__name__}", code="engine_error"))
+        self.calls.clear()
+
+    # --- the engine thread
+
+    def _run(self) -> None:
+        try:
+            engine = self._build()
+            self._post(self._set_ready, engine)
+            while self._work(engine):
+                pass
+        except BaseException as error:  # reported, then the process ends: a supervisor starts a fresh one
+            self._post(self._fail, error)
+
+    def _work(self, engine: EngineLike) -> bool:
+        """One round: take commands, step. Sleeps first if there is nothing to do. False: stop."""
+        adds, aborts = self._take(engine)
+        if self._stopping:
+            return False
+        refused: list[tuple[str, ValueError]] = []
+        gone = set(aborts)
+        for call in adds:
+            if call.id in gone:
+                continue
+            try:
+                engine.add_request(call.id, call.prompt, call.params, priority=call.priority,
+                                   cache_salt=call.cache_salt)
+            except ValueError as error:
+                refused.append((call.id, error))
+        for request_id in aborts:
+            engine.abort(request_id)
+        deltas = engine.step() if engine.has_work else []
+        if deltas or refused:
+            self._post(self._deliver, deltas, refused)
+        return True
+
+    def _take(self, engine: EngineLike) -> tuple[list[Call], list[str]]:
+        checked = False
+        with self._wakeup:
+            while not (self._adds or self._aborts or self._stopping or engine.has_work):
+                if not self._wakeup.wait(None if checked else IDLE_CHECK_S) and not checked:
+                    engine.check()  # nothing else wants the lock for long: the server is idle
+                    checked = True
+            adds, self._adds = self._adds, []
+            aborts, self._aborts = self._aborts, []
+        return adds, aborts

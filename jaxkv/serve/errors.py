@@ -1,0 +1,61 @@
+"""OpenAI error objects: {"error": {"message", "type", "param", "code"}} for whatever is refused or fails.
+
+Owns the shape, the types and which field a message is about. Owns no HTTP: ``app`` and ``answer`` send it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
+          503: "service_unavailable_error"}
+
+
+class ApiError(Exception):
+    """Ends a request with an HTTP status and an error object."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+                 headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """The error object, ready for JSON."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def render(self) -> bytes:
+        """The error object as JSON text."""
+        return orjson.dumps(self.body())
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A 400 about one field."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def shutting_down() -> ApiError:
+    """The 503 of a server that drains."""
+    return ApiError(503, "the server is shutting down", code="shutting_down")
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """The first complaint of pydantic as a 400 whose param is the path of the field."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"]).lstrip(".")
+    got = repr(first.get("input"))
+    shown = "" if first["type"] == "missing" else f", got {got[:80]}{'...' if len(got) > 80 else ''}"
+    return bad_request(f"{path or 'body'}: {first['msg']}{shown}", path or None)
+
+
+def from_value_error(error: ValueError, fields: set[str], rename: dict[str, str]) -> ApiError:
+    """A ValueError whose message starts with the field's name; ``rename`` maps engine names to the request's."""
+    message = str(error)
+    first, _, rest = message.partition(" ")
+    if first in rename:
+        first, message = rename[first], f"{rename[first]} {rest}"
+    too_long = first == "prompt" and "max_model_len" in message
+    return bad_request(message, first if first in fields else None, "context_length_exceeded" if too_long else None)

@@ -1,0 +1,123 @@
+"""/metrics: Prometheus text from the engine's counters and the server's latencies.
+
+Owns the exported names: vLLM's where the meaning is the same, ``jaxkv:`` for the rest. Owns no counter that decides
+anything. Latencies are taken where a client feels them: on the event loop, from the body read to the delta handed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from jaxkv.runtime.metrics import EngineMetrics, Histogram
+from jaxkv.runtime.outputs import Delta
+
+
+class Latencies:
+    """Histograms in seconds, one writer: the event loop."""
+
+    def __init__(self) -> None:
+        self.first_token, self.between_tokens, self.whole = Histogram(), Histogram(), Histogram()
+
+    def observe(self, call: Any, delta: Delta, now: float) -> None:
+        """Books one delta of a call (``arrival``, ``first``, ``last`` per child: seconds on the same clock)."""
+        index, tokens = delta.index, len(delta.token_ids)
+        if tokens:
+            if not call.first:
+                call.first = now
+                self.first_token.observe(now - call.arrival)
+            if call.last[index]:
+                self.between_tokens.observe((now - call.last[index]) / tokens, tokens)
+            call.last[index] = now
+        if delta.finish_reason is not None and call.open_children == 1:
+            self.whole.observe(now - call.arrival)
+
+
+class EngineCollector(Collector):
+    """Reads the live counters when scraped; keeps nothing itself."""
+
+    def __init__(self, metrics: EngineMetrics, latencies: Latencies, model: str):
+        self.metrics, self.latencies, self.model = metrics, latencies, model
+
+    def collect(self) -> Iterator[Metric]:
+        m = self.metrics
+        yield self._gauge("vllm:num_requests_running", "sequences in the running batch", m.running)
+        yield self._gauge("vllm:num_requests_waiting", "sequences waiting for room", m.waiting)
+        yield self._gauge("vllm:kv_cache_usage_perc", "share of device pages that running sequences hold, 0 to 1",
+                          m.device.active_fraction)
+        yield self._counter("vllm:prefix_cache_queries", "prompt tokens looked up", m.prefix_query_tokens)
+        yield self._counter("vllm:prefix_cache_hits", "prompt tokens found in any tier", m.prefix_hit_tokens)
+        yield self._counter("vllm:num_preemptions", "sequences put back to waiting", m.preemptions)
+        yield self._counter("vllm:prompt_tokens", "prompt tokens of accepted requests", m.prompt_tokens)
+        yield self._counter("vllm:generation_tokens", "tokens generated", m.generation_tokens)
+        yield self._by("vllm:request_success", "finished sequences", "finished_reason", m.finished)
+        yield self._histogram("vllm:time_to_first_token_seconds", "arrival to first token", self.latencies.first_token)
+        yield self._histogram("vllm:inter_token_latency_seconds", "between tokens", self.latencies.between_tokens)
+        yield self._histogram("vllm:e2e_request_latency_seconds", "arrival to last token", self.latencies.whole)
+        yield from self._tiers()
+        yield self._counter("jaxkv:host_hit_tokens", "prompt tokens found in host memory", m.host_hit_tokens)
+        yield self._counter("jaxkv:partial_page_copies", "partly matching pages copied", m.partial_copies)
+        yield self._counter("jaxkv:demoted_pages", "pages moved device to host", m.demotions)
+        yield self._counter("jaxkv:promoted_pages", "pages moved host to device", m.promotions)
+        yield self._counter("jaxkv:dropped_pages", "cached pages dropped", m.evictions)
+        yield self._counter("jaxkv:steps", "steps submitted", m.steps)
+        yield self._counter("jaxkv:computed_tokens", "positions run through the model", m.computed_tokens)
+        yield self._by("jaxkv:step_host_seconds", "host time of steps by stage", "stage", m.stage_seconds)
+        yield self._counter("jaxkv:compiles_after_start", "step executables built while serving",
+                            m.compiles_after_start)
+        yield InfoMetricFamily("jaxkv:engine", "facts fixed at start", {"model_name": self.model, **m.info})
+
+    def _tiers(self) -> Iterator[Metric]:
+        names = (("pages_used", "pages referenced or cached"), ("pages_total", "pages"), ("bytes_used", "bytes held"),
+                 ("bytes_total", "bytes allowed"), ("tokens_total", "tokens that fit"))
+        tiers = {"device": self.metrics.device, "host": self.metrics.host}
+        for name, text in names:
+            family = GaugeMetricFamily(f"jaxkv:tier_{name}", f"{text}, by memory tier", labels=["model_name", "tier"])
+            for tier, usage in tiers.items():
+                family.add_metric([self.model, tier], getattr(usage, name))
+            yield family
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self.model], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self.model], value)
+        return family
+
+    def _by(self, name: str, text: str, label: str, values: dict[str, Any]) -> Metric:
+        family = CounterMetricFamily(name, text, labels=["model_name", label])
+        for key, value in values.items():
+            family.add_metric([self.model, key], value)
+        return family
+
+    def _histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
+        family = HistogramMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self.model], histogram.buckets(), histogram.total)
+        return family
+
+
+def registry(metrics: EngineMetrics, latencies: Latencies, model: str) -> CollectorRegistry:
+    """The server's own registry: its collector and the process's memory, CPU and file descriptors."""
+    own = CollectorRegistry()
+    own.register(EngineCollector(metrics, latencies, model))
+    ProcessCollector(registry=own)
+    PlatformCollector(registry=own)
+    return own
+
+
+def render(own: CollectorRegistry) -> bytes:
+    """The registry as Prometheus text, format 0.0.4."""
+    return generate_latest(own)

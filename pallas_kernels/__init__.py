@@ -1,0 +1,29 @@
+"""Array kernels over a paged KV cache. Knows arrays, never requests; imports nothing from jaxkv.
+
+Dimensions: T tokens, S sequences, P pages per sequence, N pool pages, ps page size, Hq/Hkv heads, D head_dim, L layers,
+G = Hq / Hkv query heads per KV head. Every op has a folder with ``api.py`` (the public function: validation, dispatch),
+``ref.py`` (the definition, slow) and one file per fast implementation. Only ``layout.py`` knows what a pool looks like.
+"""
+
+from .kv_write.api import kv_write
+from .layout import LAYOUTS, kv_head_axis, pool_shape, resolve_layout, storage_dtype
+from .page_copy.api import copy_pages, gather_pages, scatter_pages
+from .ragged_paged_attention.api import ragged_paged_attention
+from .ragged_paged_attention.plan import attention_plan, attention_plan_size
+from .sharded import MeshOps
+
+__all__ = [
+    "LAYOUTS",
+    "MeshOps",
+    "attention_plan",
+    "attention_plan_size",
+    "copy_pages",
+    "gather_pages",
+    "kv_head_axis",
+    "kv_write",
+    "pool_shape",
+    "ragged_paged_attention",
+    "resolve_layout",
+    "scatter_pages",
+    "storage_dtype",
+]

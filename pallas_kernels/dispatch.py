@@ -1,0 +1,40 @@
+"""Which implementation of an op runs. Decided while tracing, so a choice costs nothing at run time.
+
+An op hands over its implementations as an ordered dict name -> function, best first. An implementation that cannot
+serve a call (shape, dtype, platform) raises NotImplementedError and the next is tried.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+
+def dispatch(op: str, implementations: Mapping[str, Callable[..., Any]], impl: str, *args: Any, **kwargs: Any) -> Any:
+    """Call the first implementation that accepts the call, or exactly `impl` if it is not "auto".
+
+    ValueError for an unknown `impl`; an ExceptionGroup of every refusal if none is left.
+    """
+    if impl != "auto" and impl not in implementations:
+        raise ValueError(f"{op}: impl must be one of {('auto', *implementations)}, got {impl!r}")
+    refusals = []
+    for name in implementations if impl == "auto" else (impl,):
+        try:
+            result = implementations[name](*args, **kwargs)
+        except NotImplementedError as error:
+            error.add_note(f"implementation {name!r} of {op}")
+            refusals.append(error)
+        else:
+            _log_choice(op, name)
+            return result
+    raise ExceptionGroup(f"{op}: no implementation serves this call", refusals)
+
+
+@functools.cache
+def _log_choice(op: str, name: str) -> None:
+    """Cached: one line per (op, implementation) and process."""
+    _log.info("%s runs as %s", op, name)

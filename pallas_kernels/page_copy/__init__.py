@@ -1,0 +1,1 @@
+"""Moving whole pages: gather, scatter, copy."""

@@ -1,0 +1,81 @@
+"""Public page moves: whole pages of all layers of a KV group, out of, into and within the pools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from ..dispatch import dispatch
+from ..layout import logical_dtype, pool_dims
+from . import ref, xla
+
+GATHER = {"xla": xla.gather_pages, "ref": ref.gather_pages}
+SCATTER = {"xla": xla.scatter_pages, "ref": ref.scatter_pages}
+COPY = {"xla": xla.copy_pages, "ref": ref.copy_pages}
+
+Pools = Sequence[jax.Array]
+
+
+def gather_pages(pools: Pools, pages: jax.Array, *, layout: str, impl: str = "auto") -> jax.Array:
+    """Copy pages out of L pools: -> [n, L, 2, ps, Hkv, D], the canonical form, in the logical dtype.
+
+    pages: [n] int32; an entry outside [0, N) gives some finite or stored garbage page (padding).
+    """
+    _check(pools, layout, pages=pages)
+    return dispatch("gather_pages", GATHER, impl, tuple(pools), pages, layout=layout)
+
+
+def scatter_pages(
+    pools: Pools, pages: jax.Array, data: jax.Array, *, layout: str, impl: str = "auto"
+) -> tuple[jax.Array, ...]:
+    """The reverse: write canonical `data` [n, L, 2, ps, Hkv, D] to `pages` [n] of each pool; in place when donated.
+
+    A page outside [0, N) is dropped (padding); pages must not repeat.
+    """
+    dims = _check(pools, layout, pages=pages)
+    want = (pages.shape[0], len(pools), 2, *dims[1:])
+    if data.shape != want or data.dtype != logical_dtype(pools[0].dtype):
+        raise ValueError(f"data must be {logical_dtype(pools[0].dtype)} {want} for {len(pools)} pools "
+                         f"{pools[0].shape} ({layout}), got {data.dtype} {data.shape}")
+    return dispatch("scatter_pages", SCATTER, impl, tuple(pools), pages, data, layout=layout)
+
+
+def copy_pages(
+    pools: Pools,
+    src: jax.Array,
+    dst: jax.Array,
+    *,
+    layout: str,
+    position_delta: jax.Array | None = None,
+    rotate: jax.Array | None = None,
+    impl: str = "auto",
+) -> tuple[jax.Array, ...]:
+    """Copy page src[i] to page dst[i] within each of L pools; in place when donated. All reads come before all writes.
+
+    src, dst: [n] int32; a dst outside [0, N) is dropped (padding), dst must not repeat. With `position_delta` [n] int32,
+    keys are re-rotated as if their tokens stood that many positions later; `rotate` is then the RoPE inverse
+    frequencies, [rotary_dim / 2] float32 (rotary_dim <= D leading channels, half-rotation convention of HF Llama).
+    """
+    dims = _check(pools, layout, src=src, dst=dst)
+    if src.shape != dst.shape:
+        raise ValueError(f"src and dst must have one shape, got {src.shape} and {dst.shape}")
+    if (position_delta is None) != (rotate is None):
+        raise ValueError("position_delta and rotate go together: give both or none")
+    if position_delta is not None and (position_delta.shape != src.shape or position_delta.dtype != "int32"):
+        raise ValueError(f"position_delta must be int32 {src.shape}, got {position_delta.dtype} {position_delta.shape}")
+    if rotate is not None and (rotate.ndim != 1 or 2 * rotate.shape[0] > dims.head_dim):
+        raise ValueError(f"rotate must be [at most head_dim / 2 = {dims.head_dim // 2}] frequencies, got {rotate.shape}")
+    return dispatch("copy_pages", COPY, impl, tuple(pools), src, dst, layout=layout, position_delta=position_delta,
+                    rotate=rotate)
+
+
+def _check(pools: Pools, layout: str, **indices: jax.Array):
+    if not pools:
+        raise ValueError("pools is empty: give one pool per layer")
+    if any(p.shape != pools[0].shape or p.dtype != pools[0].dtype for p in pools):
+        raise ValueError(f"pools must be alike, got {sorted({(p.shape, str(p.dtype)) for p in pools})}")
+    for name, index in indices.items():
+        if index.ndim != 1 or index.dtype != "int32":
+            raise ValueError(f"{name} must be int32 [n], got {index.dtype} {index.shape}")
+    return pool_dims(pools[0], layout)

@@ -1,0 +1,43 @@
+"""The definition of the page moves: whole pools through the canonical form."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ..layout import from_canonical, to_canonical
+from .rope import rotate_pages
+
+
+def gather_pages(pools: tuple[jax.Array, ...], pages: jax.Array, *, layout: str) -> jax.Array:
+    """See `api.gather_pages`."""
+    pages = jnp.clip(pages, 0, pools[0].shape[0] - 1)
+    return jnp.stack([to_canonical(pool, layout)[pages] for pool in pools], axis=1)
+
+
+def scatter_pages(
+    pools: tuple[jax.Array, ...], pages: jax.Array, data: jax.Array, *, layout: str
+) -> tuple[jax.Array, ...]:
+    """See `api.scatter_pages`."""
+    hit = pages[None, :] == jnp.arange(pools[0].shape[0], dtype=jnp.int32)[:, None]  # [N, n]
+    written, which = hit.any(axis=1)[:, None, None, None, None], hit.argmax(axis=1)
+    return tuple(
+        jnp.where(written, from_canonical(data[:, layer], layout, pool.dtype)[which], pool)
+        for layer, pool in enumerate(pools)
+    )
+
+
+def copy_pages(
+    pools: tuple[jax.Array, ...],
+    src: jax.Array,
+    dst: jax.Array,
+    *,
+    layout: str,
+    position_delta: jax.Array | None = None,
+    rotate: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
+    """See `api.copy_pages`."""
+    data = gather_pages(pools, src, layout=layout)  # [n, L, 2, ps, Hkv, D]
+    if position_delta is not None:
+        data = jnp.stack([rotate_pages(data[:, i], position_delta, rotate) for i in range(len(pools))], axis=1)
+    return scatter_pages(pools, dst, data, layout=layout)

@@ -1,0 +1,21 @@
+"""The host's half of an attention call: a work list that rides in the step's packed buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def attention_plan_size(tokens: int, seqs: int, pages: int) -> int:
+    """int32 entries of a plan for a batch of T tokens, S sequences and P pages per sequence; static. 0: no plan needed."""
+    del tokens, seqs, pages
+    return 0
+
+
+def attention_plan(
+    q_lens: Sequence[int], kv_lens: Sequence[int], *, tokens: int, seqs: int, pages: int, window: int | None = None
+) -> np.ndarray:
+    """The plan of one batch and window: int32 [attention_plan_size(tokens, seqs, pages)]."""
+    del q_lens, kv_lens, window
+    return np.zeros(attention_plan_size(tokens, seqs, pages), np.int32)

@@ -1,0 +1,50 @@
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxkv.device.batch import FIELDS, BatchLayout, BatchShape, batch_shapes, choose_shape
+
+
+def test_buffer_round_trip_through_the_jit():
+    layout = BatchLayout(BatchShape(8, 3, 2), groups=2, pages_per_seq=4, plan_words=5)
+    buffer, columns = layout.new()
+    rng = np.random.default_rng(0)
+    for view in columns.values():
+        view[...] = rng.integers(-9, 9, view.shape) if view.dtype == np.int32 else rng.normal(size=view.shape)
+    out = jax.jit(layout.unpack)(buffer)
+    assert set(out) == {f.name for f in FIELDS} == set(columns)
+    for name, view in columns.items():
+        assert out[name].dtype == view.dtype
+        np.testing.assert_array_equal(out[name], view)
+    assert sum(v.size for v in columns.values()) == layout.words
+
+
+def test_buffers_are_fresh():
+    layout = BatchLayout(BatchShape(1, 1, 1), 1, 1, 0)
+    assert layout.new()[0] is not layout.new()[0]
+
+
+@given(st.integers(1, 512), st.integers(0, 16384), st.data())
+def test_every_step_finds_a_shape_and_there_are_at_most_24(seqs, more, data):
+    shapes = batch_shapes(seqs, seqs + more)
+    assert len(shapes) == len(set(shapes)) <= 24
+    n = data.draw(st.integers(1, seqs))
+    tokens = data.draw(st.integers(n, seqs + more))
+    rows = data.draw(st.integers(0, n))
+    shape = choose_shape(shapes, tokens, n, rows)
+    assert shape.tokens >= tokens and shape.seqs >= n and shape.rows >= rows
+    assert not shape.decode or tokens == n
+
+
+def test_the_default_configuration_decodes_small_batches_tightly():
+    shapes = batch_shapes(64, 2048)
+    assert [choose_shape(shapes, n, n, n).tokens for n in (1, 2, 3, 33)] == [1, 2, 4, 64]
+    assert choose_shape(shapes, 130, 2, 2) == BatchShape(192, 64, 8)
+    assert not choose_shape(shapes, 3, 2, 2).decode
+
+
+def test_a_step_that_no_shape_holds_is_a_broken_invariant():
+    with pytest.raises(AssertionError, match="no batch shape"):
+        choose_shape(batch_shapes(4, 16), 17, 1, 1)
