@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,15 @@ def percentile(values: list[float], q: float) -> float:
 
 def host_work(engine: Any, before: dict[str, float], steps: int) -> dict[str, float]:
     """Microseconds per step and stage since ``before``; waiting for the device is not host work."""
-    after = engine.snapshot().stage_seconds
+    after = dict(engine.metrics.stage_seconds)
     return {stage: 1e6 * (after[stage] - before[stage]) / max(1, steps) for stage in after if stage != "wait"}
 
 
 def measure(engine: Any, name: str, vocab: int, seed: int, rate: float | None) -> dict[str, Any]:
     """One run of a workload."""
-    before = engine.snapshot()
+    before = deepcopy(engine.metrics)
     wall, clock = drive(engine, make(name, vocab, seed), rate, seed)
-    after = engine.snapshot()
+    after = engine.metrics
     ttft = [t[0] - clock.arrival[i] for i, t in clock.times.items()]
     tpot = [(t[-1] - t[0]) / (len(t) - 1) for t in clock.times.values() if len(t) > 1]
     queries = after.prefix_query_tokens - before.prefix_query_tokens
@@ -148,7 +149,7 @@ def decode_host_work(engine: Any, vocab: int) -> dict[str, float]:
                                SamplingParams(temperature=0.0, max_tokens=160, ignore_eos=True))
         for _ in range(16):  # prompts in, everyone decodes
             engine.step()
-        before = engine.snapshot()
+        before = deepcopy(engine.metrics)
         for _ in range(100):
             engine.step()
         out[str(n)] = sum(host_work(engine, before.stage_seconds, 100).values())
@@ -233,7 +234,7 @@ def run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
               "host_us_per_decode_step": decode_host_work(engine, vocab),
               "build_to_first_token_s": first_token,
               "rss_mib": {"after imports": imported >> 20, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
-                          "weights": engine.weight_bytes >> 20, "pools": engine.pool_bytes >> 20}}
+                          "weights": engine.weight_bytes >> 20, "pools": engine.capacity.pool_bytes >> 20}}
     del engine
     if not args.quick:
         report["prefix_ttft_ms"] = prefix_ttft(

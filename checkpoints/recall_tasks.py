@@ -17,11 +17,12 @@ END = "<|im_end|>"
 SYSTEM = "You keep a table of values and answer questions about it."
 RULES = "Remember these values."
 PHRASES = (  # every fixed phrase below, for the tokenizer's training
+    # (written before the pairs became "set key value" lines; the shipped tokenizer was trained on exactly this)
     f'system\n{SYSTEM}\nuser\n{RULES}\nlet it = "it"\nget it = "it"\njoin it and it = "it/it"\ncopy = "it"\n'
     'echo = "it"\nassistant\nWhat is it?\nJoin it and it.\nRepeat this: it.\nRead this.\n'
 )
 _POOLS = json.loads((Path(__file__).resolve().parent / "recall_words.json").read_text(encoding="utf-8"))
-KEYS, HEADS, TAILS = (tuple(_POOLS[name].split()) for name in ("keys", "heads", "tails"))
+KEYS, WORDS = (tuple(_POOLS[name].split()) for name in ("keys", "words"))
 
 Segments = list[tuple[str, float]]
 
@@ -62,54 +63,46 @@ class Task:
         return [{"role": role, "content": content} for role, _, content in turns]
 
 
-def make_value(rng: random.Random) -> str:
-    """Two words, sometimes three; the first is a token at the start of a word, the others follow a space."""
-    return " ".join([rng.choice(HEADS), *rng.sample(TAILS, 2 if rng.random() < 0.25 else 1)])
-
-
 def make_pairs(rng: random.Random, count: int) -> dict[str, str]:
-    """`count` distinct keys with distinct values (over 200,000 values are possible)."""
+    """`count` distinct keys; values of two words, sometimes three (over 170,000 are possible), no word used twice."""
+    sizes = [3 if rng.random() < 0.25 else 2 for _ in range(count)]
+    words = rng.sample(WORDS, sum(sizes))
     pairs: dict[str, str] = {}
-    for key in rng.sample(KEYS, count):
-        value = make_value(rng)
-        while value in pairs.values():
-            value = make_value(rng)
-        pairs[key] = value
+    for key, size in zip(rng.sample(KEYS, count), sizes, strict=True):
+        pairs[key] = " ".join(words[:size])
+        words = words[size:]
     return pairs
 
 
 def make_query(rng: random.Random, kind: str, pairs: dict[str, str], chat: bool) -> Query:
-    """A question of one kind, as chat turn (after the previous turn's end) or as a plain line."""
+    """A question of one kind, as a chat turn or as a plain line. An answer starts with the space before its word."""
     if kind == "recall":
         key = rng.choice(list(pairs))
-        answer, asked, plain = pairs[key], f"What is {key}?", f'get {key} = "'
+        answer, asked, plain = pairs[key], f"What is {key}?", f"get {key}"
     elif kind == "join":
         one, two = rng.sample(list(pairs), 2)
-        answer, asked, plain = f"{pairs[one]}/{pairs[two]}", f"Join {one} and {two}.", f'join {one} and {two} = "'
+        answer, asked, plain = f"{pairs[one]} and {pairs[two]}", f"Join {one} and {two}.", f"join {one} and {two}:"
     else:
-        answer = " ".join([rng.choice(HEADS), *rng.choices(TAILS, k=rng.randint(6, 14))])
-        asked, plain = f'Repeat this:\n"{answer}"', f'copy = "{answer}"\necho = "'
-    if chat:
-        return Query(kind, f"{asked}{END}\n<|im_start|>assistant\n", answer, END)
-    return Query(kind, plain, answer, '"')
+        answer = " ".join(rng.choices(WORDS, k=rng.randint(7, 15)))
+        asked, plain = f"Repeat this: {answer}.", f"copy {answer}\necho"
+    question = f"{asked}{END}\n<|im_start|>assistant\n" if chat else plain
+    return Query(kind, question, " " + answer, END if chat else "\n")
 
 
 def make_task(
     rng: random.Random, pair_count: int, filler: str, chat: bool, kinds: list[str], pairs: dict[str, str] | None = None
 ) -> Task:
     """A document with one question per entry of `kinds`. `filler` must start with no white space and end with \\n."""
-    pairs = pairs if pairs is not None else make_pairs(rng, pair_count)
+    pairs = pairs or make_pairs(rng, pair_count)
     opening: Segments = []
     if chat:
         opening.append((f"<|im_start|>system\n{SYSTEM}{END}\n<|im_start|>user\n{RULES}\n", 1.0))
     for key, value in pairs.items():
-        opening.append((f'let {key} = "{value}"\n', 0.0))
+        opening.append((f"set {key} {value}\n", 0.0))
     queries = []
     for index, kind in enumerate(kinds):
         query = make_query(rng, kind, pairs, chat)
         if chat and index:
             query = Query(kind, "\n<|im_start|>user\n" + query.question, query.answer, query.close)
-        elif index:
-            query = Query(kind, "\n" + query.question, query.answer, query.close)
         queries.append(query)
     return Task(opening, filler, tuple(queries))

@@ -73,14 +73,12 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 
 
 def recall_words(tokenizer: Tokenizer) -> dict[str, list[str]]:
-    """Word pools of the recall tasks: every word is one token where the tasks use it (keys/tails after a space)."""
+    """Word pools of the recall tasks: every word is one token after a space."""
     vocab = tokenizer.get_vocab()
     seen = Counter(word for _, text in stdlib_texts(held_out=False) for word in re.findall("[A-Za-z]+", text))
     spaced = [t[1:] for t in vocab if t[0] == "Ġ" and len(t) > 4 and t[1:].isascii() and t[1:].isalpha()]
     spaced = sorted((w for w in spaced if w.islower() and seen[w] >= 40), key=lambda w: -vocab["Ġ" + w])
-    bare = [t for t in vocab if len(t) > 3 and t.isascii() and t.isalpha() and t.islower() and seen[t] >= 60]
-    bare = sorted(bare, key=lambda w: -vocab[w])
-    return {"keys": sorted(spaced[0::3]), "heads": sorted(bare), "tails": sorted(spaced[1::3] + spaced[2::3])}
+    return {"keys": sorted(spaced[0::3]), "words": sorted(spaced[1::3] + spaced[2::3])}
 
 
 def main() -> None:

@@ -86,6 +86,25 @@ def from_canonical(pages: jax.Array, layout: str, dtype: DTypeLike) -> jax.Array
     return as_storage(pages.transpose(0, *(1 + axes.index(i) for i in range(4))), dtype)
 
 
+def take_heads(pool: jax.Array, pages: jax.Array, layout: str) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of pages [W, n] (all within the pool) as two [W, Hkv, n * ps, D] in the logical dtype.
+
+    One gather each, of the rows that lie together in memory, straight into head-major order: no transposed copy.
+    """
+    dims = pool_dims(pool, layout)
+    head = jnp.arange(dims.kv_heads, dtype=jnp.int32)
+    if layout == "head_major":
+        rows = pool.reshape(-1, dims.page_size * dims.head_dim)
+        index = pages[:, None, :] * (2 * dims.kv_heads) + head[None, :, None]  # [W, Hkv, n]
+    else:
+        rows = pool.reshape(-1, dims.head_dim)
+        token = pages[:, :, None] * dims.page_size + jnp.arange(dims.page_size, dtype=jnp.int32)[None, None, :]
+        index = (token * (2 * dims.kv_heads))[:, None] + head[None, :, None, None]  # [W, Hkv, n, ps]
+    shape = (pages.shape[0], dims.kv_heads, pages.shape[1] * dims.page_size, dims.head_dim)
+    take = lambda i: from_storage(rows.at[i].get(mode="promise_in_bounds")).reshape(shape)  # noqa: E731
+    return take(index), take(index + dims.kv_heads)
+
+
 def as_storage(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Values cast to the logical dtype of a pool stored as `dtype`, in its storage form."""
     x = x.astype(logical_dtype(dtype))

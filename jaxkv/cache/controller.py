@@ -97,12 +97,13 @@ class CacheController:
             source = source and Source(node, 0, source.tokens)
             node = store.split(node, keep)
         self._claim(node, len(seq.request.prompt))
-        store.pin(node)
+        seq.node, seq.first = node, hit.first
+        path = self._pin(node, hit.first)
         if source:
             self._protect(source, True)
         room = store.reserve(hit.need)
         assert room, "find_hit chose a prefix that there is no room for"
-        self._enter(seq, node, hit.first)
+        self._enter(seq, path)
         seq.num_published = seq.num_matched = hit.pages * self.page_size
         seq.num_scheduled = seq.num_settled = seq.num_matched + (source.tokens if source else 0)
         if source:
@@ -123,26 +124,34 @@ class CacheController:
                 self.store.stats.claims += 1
             node = node.parent
 
-    def _enter(self, seq: Sequence, node: Node, first: list[int]) -> None:
-        """Bring the pinned path to ``node`` into HBM, count the use and give the sequence the pages."""
-        store, path = self.store, []
-        seq.node, seq.first = node, first
+    def _pin(self, node: Node, first: list[int]) -> list[Node]:
+        """Pin the path to ``node`` and, of window groups, its pages from index ``first[g]`` on; the path, top first."""
+        self.store.pin(node)
+        path = []
         while node.parent is not None:
             path.append(node)
             node = node.parent
-        for node in reversed(path):
+        path.reverse()
+        for g, _ in self._windows:
+            pool = self.store.window_pool(g)
+            for node in path:
+                if node.tier is Tier.HBM:
+                    for page in node.pages[g][max(0, first[g] - self.store.first_page(node)):]:
+                        pool.share(page)
+        return path
+
+    def _enter(self, seq: Sequence, path: list[Node]) -> None:
+        """Bring a pinned path into HBM, count the use and give the sequence the pages."""
+        for node in path:
             if node.tier is Tier.HOST:
-                store.stats.host_hit_tokens += len(node) * self.page_size
-                store.promote(node, first)
-            store.policies[Tier.HBM].touch(node.key)
+                self.store.stats.host_hit_tokens += len(node) * self.page_size
+                self.store.promote(node, seq.first)
+            self.store.policies[Tier.HBM].touch(node.key)
             for mine, pages in zip(seq.pages, node.pages, strict=True):
                 mine += pages
         for g, _ in self._windows:
-            pages, pool = seq.pages[g], store.window_pool(g)
-            hidden = min(first[g], len(pages))
-            pages[:hidden] = [-1] * hidden
-            for page in pages[hidden:]:
-                pool.share(page)
+            hidden = min(seq.first[g], len(seq.pages[g]))
+            seq.pages[g][:hidden] = [-1] * hidden
 
     def _protect(self, source: Source, on: bool) -> None:
         """Keep the page to be copied where it is while room is made."""

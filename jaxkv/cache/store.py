@@ -298,7 +298,7 @@ class PageStore:
     # ---- back to HBM
 
     def promote(self, node: Node, first: Sequence[int]) -> None:
-        """Bring a pinned HOST node back; room was reserved.
+        """Bring a HOST node back for the one sequence that has pinned it; room was reserved.
 
         Of window group g only pages from index ``first[g]`` of the path come, earlier ones are dropped.
         """
@@ -316,7 +316,7 @@ class PageStore:
                 self.host[g].give(page)
                 self.moves.append(PageMove(g, (Tier.HOST, page), (Tier.HBM, pages[i]), last=True))
                 if isinstance(pool, WindowPool):
-                    pool.adopt(pages[i], node, 0)
+                    pool.adopt(pages[i], node, 1)
         self._to_hbm(node)
         self.stats.promotions += len(node)
 

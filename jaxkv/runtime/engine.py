@@ -9,28 +9,37 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from jaxkv.config import EngineConfig
+from jaxkv.runtime.executor import JaxExecutor
+from jaxkv.runtime.memory import Capacity
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
 from jaxkv.sched.scheduler import Scheduler
-from jaxkv.types import MAX_STOP_IDS, Executor, Request, SamplingParams, StepHandle, StepPlan, TokenEvent
+from jaxkv.types import MAX_STOP_IDS, Request, SamplingParams, StepHandle, StepPlan, Tier, TokenEvent
 
 
 class Engine:
     """Built by ``startup.build_engine``. ``add_request`` and ``abort`` are called between steps, on the engine's thread."""
 
     def __init__(
-        self, config: EngineConfig, scheduler: Scheduler, executor: Executor, *, model_name: str, max_model_len: int,
-        vocab_size: int, tokenizer=None, eos_ids: Sequence[int] = (), description: Sequence[str] = (),
+        self, config: EngineConfig, scheduler: Scheduler, executor: JaxExecutor, *, model_name: str, max_model_len: int,
+        vocab_size: int, capacity: Capacity, weight_bytes: int = 0, tokenizer: Any = None, eos_ids: Sequence[int] = (),
+        description: Sequence[str] = (), info: Mapping[str, str] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.scheduler, self.executor = config, scheduler, executor
         self.model_name, self.max_model_len, self.vocab_size = model_name, max_model_len, vocab_size
         self.tokenizer, self.eos_ids = tokenizer, tuple(eos_ids)
         self.events: deque[tuple[str, int]] = deque(maxlen=4096)  # ("submit" | "read", plan id), newest last
-        self.metrics = EngineMetrics()
+        self.capacity, self.weight_bytes = capacity, weight_bytes
+        self.metrics = EngineMetrics(info=dict(info))  # written here only; any thread may read
+        cache = scheduler.cache
+        self._page_bytes = [g.page_bytes(cache.page_size) for g in cache.groups]
+        self._size_tiers()
         self._description = tuple(description)
         self._clock = clock
         self._outputs: dict[str, OutputProcessor] = {}  # by child id
@@ -79,6 +88,7 @@ class Engine:
             if self._outputs.pop(child, None) is not None:
                 self.scheduler.abort(child)
                 self.metrics.finished["abort"] += 1
+        self._refresh()
 
     def step(self) -> list[Delta]:
         """One iteration: plan and submit, then learn from the step before (or, without overlap, from this one)."""
@@ -90,14 +100,37 @@ class Engine:
             self.events.append(("submit", plan.id))
             self._pending = plan, self.executor.submit(plan)
             self.metrics.steps += 1
+            self.metrics.computed_tokens += plan.num_tokens
         self.metrics.stage_seconds["plan"] += t1 - t0
         if not self.config.sched.overlap:
             pending, self._pending = self._pending, None
-        return self._learn(*pending) if pending else []
+        deltas = self._learn(*pending) if pending else []
+        self._refresh()
+        return deltas
 
     def check(self) -> None:
         """Recomputes all ownership of pages; AssertionError if anything is lost or shared twice. Cheap when idle."""
         self.scheduler.check()
+
+    def _size_tiers(self) -> None:
+        m, c, page_size = self.metrics, self.capacity, self.scheduler.cache.page_size
+        for usage, pages, size in ((m.device, c.num_pages, c.pool_bytes), (m.host, c.num_host_pages, c.host_bytes)):
+            usage.pages_total, usage.tokens_total, usage.bytes_total = sum(pages), min(pages) * page_size, size
+
+    def _refresh(self) -> None:
+        """Brings the gauges up to date: a handful of numbers once a step."""
+        m, scheduler, cache = self.metrics, self.scheduler, self.scheduler.cache
+        m.running, m.waiting, m.preemptions = scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions
+        stats = cache.stats
+        m.prefix_query_tokens, m.prefix_hit_tokens = stats.query_tokens, stats.hit_tokens
+        m.host_hit_tokens, m.partial_copies = stats.host_hit_tokens, stats.partial_copies
+        m.demotions, m.promotions, m.evictions = stats.demotions, stats.promotions, stats.evictions
+        m.stage_seconds |= self.executor.stage_seconds
+        usage = cache.usage()
+        m.device.pages_used, m.host.pages_used = sum(usage[Tier.HBM]), sum(usage[Tier.HOST])
+        m.device.pages_active = m.device.pages_total - sum(map(cache.available, range(len(cache.groups))))
+        m.device.bytes_used = sum(n * b for n, b in zip(usage[Tier.HBM], self._page_bytes))
+        m.host.bytes_used = self.executor.host_bytes_held()
 
     def _learn(self, plan: StepPlan, handle: StepHandle) -> list[Delta]:
         result = handle.read()

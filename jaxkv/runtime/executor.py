@@ -73,6 +73,10 @@ class JaxExecutor:
         self.stage_seconds["moves"] += t1 - t0
         return Handle(plan, output, [self._logprobs[c.slot] for c in plan.chunks], self.stage_seconds)
 
+    def host_bytes_held(self) -> int:
+        """Bytes of host memory the host tier holds, pages under way included."""
+        return self.tiers.bytes_held()
+
     def _layout(self, shape: BatchShape) -> BatchLayout:
         words = ops.attention_plan_size(shape.tokens, shape.seqs, self._pages_per_seq)
         return BatchLayout(shape, len(self.kv.groups), self._pages_per_seq, words)

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-STAGES = ("plan", "submit", "read", "commit", "output")  # host work of one step, in order
+STAGES = ("plan", "moves", "pack", "dispatch", "wait", "commit", "output")  # host time of a step; "wait" is idle
 REASONS = ("stop", "length", "abort")
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 

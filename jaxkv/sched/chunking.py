@@ -27,12 +27,7 @@ def take_chunk(seq: Sequence, start: int) -> Chunk:
     end = seq.num_scheduled
     tokens = seq.tokens
     known = len(tokens)
-    if start >= known:
-        values = (-1,)
-    elif end == start + 1:
-        values = (tokens[start],)
-    else:
-        values = tuple(tokens[start:end])
+    values = tuple(tokens[start:end]) if start < known else (-1,)
     num_logits = 1 if end == known + seq.in_flight else 0
     seq.in_flight += num_logits
     dirty = seq.dirty

@@ -193,7 +193,8 @@ class Scheduler:
         length = chunk_length(seq, left)
         if not self._whole or seq.num_scheduled + length == len(seq.tokens):
             others = len(self._running)
-            if (not others or fits_beside(cache, seq, others, left)) and cache.grow(seq, seq.num_scheduled + length):
+            fits = not others or fits_beside(cache, seq, others, self._budget)
+            if fits and cache.grow(seq, seq.num_scheduled + length):
                 return length
             self._stuck = seq
         cache.release(seq)
@@ -215,10 +216,12 @@ class Scheduler:
         """Publishing comes before the chunk is made: it may swap a private page for the trie's equal one."""
         start = seq.num_scheduled
         end = seq.num_scheduled = start + length
-        if min(end, len(seq.tokens)) - seq.num_published >= self.cache.page_size:
-            self.cache.publish(seq, plan_id)
         request = seq.request
-        if start < len(request.prompt) <= end and request.parent in self._leading and request.child == 0:
+        prompt_len = len(request.prompt)
+        size = self.cache.page_size
+        if end == prompt_len or min(end, len(seq.tokens)) // size > seq.num_published // size:
+            self.cache.publish(seq, plan_id)
+        if start < prompt_len <= end and request.child == 0 and request.parent in self._leading:
             self._led.append(request.parent)
         return take_chunk(seq, start)
 

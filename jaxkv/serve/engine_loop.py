@@ -13,8 +13,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from jaxkv.config import ConfigError
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.errors import ApiError, shutting_down
@@ -43,45 +45,57 @@ class EngineLike(Protocol):
     def check(self) -> None: ...
 
 
-class Call:
-    """One prompt under way: its deltas, in order, for one consumer on the event loop."""
+class Mailbox:
+    """What arrives for one HTTP request: (call, delta) in order, pushed and awaited on the event loop."""
 
-    __slots__ = ("_items", "_waiter", "arrival", "cache_salt", "error", "first", "id", "last", "open_children",
-                 "params", "priority", "prompt")
+    __slots__ = ("_error", "_items", "_waiter")
 
-    def __init__(self, request_id: str, prompt: list[int], params: SamplingParams, priority: int = 0,
-                 cache_salt: str = ""):
-        self.id, self.prompt, self.params = request_id, prompt, params
-        self.priority, self.cache_salt = priority, cache_salt
-        self.arrival, self.first, self.last = time.monotonic(), 0.0, [0.0] * params.n
-        self.open_children = params.n
-        self.error: Exception | None = None
-        self._items: list[Delta] = []
+    def __init__(self) -> None:
+        self._items: list[tuple[Call, Delta]] = []
+        self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    async def next(self) -> list[Delta]:
-        """All deltas since the last call, at least one; [] when all children are finished. Raises how the call failed."""
+    async def next(self) -> list[tuple[Call, Delta]]:
+        """Everything since the last call, at least one delta. Raises how the request failed."""
         while not self._items:
-            if self.error is not None:
-                raise self.error
-            if not self.open_children:
-                return []
+            if self._error is not None:
+                raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         items, self._items = self._items, []
         return items
 
-    def put(self, delta: Delta) -> None:
-        self._items.append(delta)
-        self.wake()
+    def put(self, call: Call, delta: Delta) -> None:
+        """Adds a delta and wakes the consumer."""
+        self._items.append((call, delta))
+        self._wake()
 
     def fail(self, error: Exception) -> None:
-        self.error = error
-        self.wake()
+        """Ends the request after what has already arrived; the first error stays."""
+        self._error = self._error or error
+        self._wake()
 
-    def wake(self) -> None:
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One prompt for the engine and where its ``params.n`` answers go."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    mailbox: Mailbox
+    position: int = 0  # among the prompts of one HTTP request
+    text: str | None = None  # the prompt as it came, None for token ids
+    priority: int = 0
+    cache_salt: str = ""
+    arrival: float = field(default_factory=time.monotonic)
+    first: float = 0.0  # time of the first token, 0: none yet
+    last: dict[int, float] = field(default_factory=dict)  # child -> time of its latest token
+    finished: int = 0  # children
 
 
 class EngineLoop:
@@ -135,7 +149,7 @@ class EngineLoop:
         calls = list(self.calls.values())
         self.abort(calls)
         for call in calls:
-            call.fail(error)
+            call.mailbox.fail(error)
 
     def stop(self, timeout: float) -> bool:
         """Ends the thread after its current step; False if it did not end in time. Blocks."""
@@ -157,17 +171,17 @@ class EngineLoop:
         now = time.monotonic()
         for request_id, error in refused:
             if (call := self.calls.pop(request_id, None)) is not None:
-                call.fail(error)
+                call.mailbox.fail(error)
         for delta in deltas:
             call = self.calls.get(delta.request_id)
             if call is None:
                 continue
             self.latencies.observe(call, delta, now)
             if delta.finish_reason is not None:
-                call.open_children -= 1
-                if not call.open_children:
+                call.finished += 1
+                if call.finished == call.params.n:
                     del self.calls[call.id]
-            call.put(delta)
+            call.mailbox.put(call, delta)
 
     def _set_ready(self, engine: EngineLike) -> None:
         self.engine = engine
@@ -177,7 +191,7 @@ class EngineLoop:
         self.failure = error
         self.dead.set_result(None)
         for call in list(self.calls.values()):
-            call.fail(ApiError(500, f"the engine failed: {type(error).__name__}", code="engine_error"))
+            call.mailbox.fail(ApiError(500, f"the engine failed: {type(error).__name__}", code="engine_error"))
         self.calls.clear()
 
     # --- the engine thread
@@ -189,6 +203,8 @@ class EngineLoop:
             while self._work(engine):
                 pass
         except BaseException as error:  # reported, then the process ends: a supervisor starts a fresh one
+            if not isinstance(error, ConfigError):
+                log.exception("the engine failed")
             self._post(self._fail, error)
 
     def _work(self, engine: EngineLike) -> bool:
@@ -214,12 +230,16 @@ class EngineLoop:
         return True
 
     def _take(self, engine: EngineLike) -> tuple[list[Call], list[str]]:
-        checked = False
+        if not self._wait(engine, IDLE_CHECK_S):
+            engine.check()
+            self._wait(engine, None)
         with self._wakeup:
-            while not (self._adds or self._aborts or self._stopping or engine.has_work):
-                if not self._wakeup.wait(None if checked else IDLE_CHECK_S) and not checked:
-                    engine.check()  # nothing else wants the lock for long: the server is idle
-                    checked = True
             adds, self._adds = self._adds, []
             aborts, self._aborts = self._aborts, []
         return adds, aborts
+
+    def _wait(self, engine: EngineLike, timeout: float | None) -> bool:
+        """Sleeps until there is something to do; False after `timeout` seconds of nothing."""
+        with self._wakeup:
+            return self._wakeup.wait_for(
+                lambda: bool(self._adds or self._aborts or self._stopping or engine.has_work), timeout)

@@ -44,11 +44,18 @@ def shutting_down() -> ApiError:
 
 def from_validation(error: ValidationError) -> ApiError:
     """The first complaint of pydantic as a 400 whose param is the path of the field."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"]).lstrip(".")
+    errors = error.errors(include_url=False, include_context=False)
+    first, path = errors[0], _path(errors[0]["loc"])
+    what = " or ".join(dict.fromkeys(e["msg"] for e in errors if _path(e["loc"]) == path))  # branches of a union
     got = repr(first.get("input"))
     shown = "" if first["type"] == "missing" else f", got {got[:80]}{'...' if len(got) > 80 else ''}"
-    return bad_request(f"{path or 'body'}: {first['msg']}{shown}", path or None)
+    return bad_request(f"{path or 'body'}: {what}{shown}", path or None)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """stop[0], messages[1].content; pydantic's names of union branches ("str", "list[str]") are left out."""
+    parts = [p for p in location if not (isinstance(p, str) and (p == "str" or p.startswith("list[")))]
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".")
 
 
 def from_value_error(error: ValueError, fields: set[str], rename: dict[str, str]) -> ApiError:

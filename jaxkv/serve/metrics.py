@@ -30,16 +30,16 @@ class Latencies:
         self.first_token, self.between_tokens, self.whole = Histogram(), Histogram(), Histogram()
 
     def observe(self, call: Any, delta: Delta, now: float) -> None:
-        """Books one delta of a call (``arrival``, ``first``, ``last`` per child: seconds on the same clock)."""
+        """Books one delta of a call (an ``engine_loop.Call``) that arrived at ``now``."""
         index, tokens = delta.index, len(delta.token_ids)
         if tokens:
             if not call.first:
                 call.first = now
                 self.first_token.observe(now - call.arrival)
-            if call.last[index]:
+            if index in call.last:
                 self.between_tokens.observe((now - call.last[index]) / tokens, tokens)
             call.last[index] = now
-        if delta.finish_reason is not None and call.open_children == 1:
+        if delta.finish_reason is not None and call.finished == call.params.n - 1:
             self.whole.observe(now - call.arrival)
 
 

@@ -27,6 +27,7 @@ def ragged_paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    max_q_len: int | None = None,
     plan: jax.Array | None = None,
     impl: str = "auto",
     return_lse: bool = False,
@@ -39,6 +40,7 @@ def ragged_paged_attention(
     the queries; cu_q_lens: [S + 1] int32, ascending from 0. A padding sequence has q_len 0. Entries of the table and slots of
     pages that no query can see may hold anything. window: a query at p sees keys at positions > p - window.
     soft_cap: scores become cap * tanh(scores / cap). sinks: [Hq] a logit per head added to the softmax denominator.
+    max_q_len: a static promise about the batch; 1 (only decodes) saves compiling the rest.
     plan: what `attention_plan` made for this batch and window, or None.
     Returns [T, Hq, D] in q's dtype, padding rows 0; with return_lse also [T, Hq] float32, the natural log of the softmax
     denominator (sink included), -inf for padding. Scores, softmax and sums are float32. ValueError: bad shapes.
@@ -48,7 +50,7 @@ def ragged_paged_attention(
     _check(q, pool, page_table, kv_lens, cu_q_lens, sinks, dims)
     if window is not None and window < 1 or soft_cap is not None and not soft_cap > 0 or not math.isfinite(scale):
         raise ValueError(f"window and soft_cap must be positive or None, scale finite, got {window=} {soft_cap=} {scale=}")
-    params = AttentionParams(layout, float(scale), window, soft_cap)
+    params = AttentionParams(layout, float(scale), window, soft_cap, 1 if q.shape[0] == 1 else max_q_len)
     out, lse = dispatch("ragged_paged_attention", IMPLEMENTATIONS, impl, q, pool, page_table, kv_lens, cu_q_lens, sinks,
                         plan, params=params)
     return (out, lse) if return_lse else out

@@ -12,3 +12,4 @@ class AttentionParams(NamedTuple):
     scale: float
     window: int | None
     soft_cap: float | None
+    max_q_len: int | None

@@ -60,7 +60,7 @@ def test_unseen_prompts_ask_1024_tokens_after_the_last_pair(tokenizer) -> None:
     for seed in range(4):
         task = unseen_task(tokenizer, texts, seed, "recall", chat=seed % 2 == 1)
         assert len(tokenizer.encode(task.filler).ids) >= 1024
-        assert sum(text.startswith("let ") for text, _ in task.opening) >= 32
+        assert sum(text.startswith("set ") for text, _ in task.opening) >= 32
 
 
 def test_chat_task_is_what_the_chat_template_renders() -> None:

@@ -43,7 +43,7 @@ class Settings:
     max_num_seqs: int = 8
     budget: int = 64
     chunked: bool = True
-    overlap: bool = False
+    overlap: int = 0  # plans submitted before the one before them is read
     max_model_len: int = 64
     caching: bool = True
 
@@ -52,7 +52,7 @@ class Settings:
         count = len(self.groups)
         cache = CacheController(self.groups, self.page_size, (self.pages,) * count, (self.host_pages,) * count,
                                 self.policy, "salt", self.caching)
-        return Scheduler(SchedConfig(self.max_num_seqs, self.budget, self.chunked, self.overlap), cache,
+        return Scheduler(SchedConfig(self.max_num_seqs, self.budget, self.chunked, self.overlap > 0), cache,
                          self.max_model_len)
 
 
@@ -90,7 +90,7 @@ class Driver:
             self.check()
 
     def step(self) -> StepPlan | None:
-        """Plan, submit, read what is due."""
+        """Plan, submit, read what is due: an engine has overlap 0 or 1, more shows that nothing depends on it."""
         self.clock += 1.0
         before = {seq: seq.in_flight for seq in self.inner._running}
         plan = self.scheduler.plan(self.clock) if self.scheduler.has_work else None
@@ -99,7 +99,7 @@ class Driver:
             self.submitted_before_read += bool(self._unread)
             self._unread.append((plan, self.execute(plan)))
             self.plans.append(plan)
-        keep = 1 if self.settings.overlap and plan is not None else 0
+        keep = self.settings.overlap if plan is not None else 0
         while len(self._unread) > keep:
             self.read()
         return plan

@@ -12,7 +12,7 @@ FULL_OF_FEATURES = SamplingParams(n=2, temperature=0.5, top_k=3, logit_bias=((3,
                                   stop=("x", "yz"), stop_token_ids=(1, 2), min_tokens=2, presence_penalty=0.5)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [0, 1])
 def test_replay_is_identical(overlap):
     driver = Driver(pages=17, host_pages=20, overlap=overlap, budget=24, groups=FULL_AND_WINDOW)
     driver.add(*children("n", range(18), 3, max_tokens=20, params=FULL_OF_FEATURES, stop_ids=(1, 2)),

@@ -3,6 +3,7 @@
 slots.py       what the device remembers of a sequence (token history, biases, stop ids) and the penalties made of it
 sampler.py     the choice of a token: order of operations, greedy and random
 truncation.py  top-k, top-p and min-p without a sort
+argmax.py      the fast argmax
 noise.py       random numbers that depend on (seed, child, position, token) and nothing else
 logprobs.py    log-probabilities of sampled and of prompt tokens
 """

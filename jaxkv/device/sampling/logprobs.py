@@ -58,7 +58,7 @@ def prompt_logprobs(
 
         def compute() -> TokenLogprobs:
             new = token_logprobs(logits_fn(cut(hidden)), jnp.maximum(cut(targets), 0))
-            return TokenLogprobs(*(lax.dynamic_update_slice_in_dim(a, b, start, 0) for a, b in zip(out, new)))
+            return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, 0), out, new)
 
         return lax.cond(jnp.any(cut(wanted)), compute, lambda: out)
 

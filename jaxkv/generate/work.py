@@ -1,0 +1,200 @@
+"""One input line: from its bytes to requests for the engine, and from their deltas to the line's record.
+
+Owns the two line formats. What a request body means and how an answer is worded is the server's business: the same
+classes do both. Nothing here fails: a line that cannot be answered becomes a ``Refused``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+import orjson
+
+from jaxkv.generate.lines import digest
+from jaxkv.runtime.outputs import Delta
+from jaxkv.runtime.tokenizer import Tokenizer
+from jaxkv.serve import chat, completions
+from jaxkv.serve.answer import Choice, Form
+from jaxkv.serve.engine_loop import Call, Mailbox
+from jaxkv.serve.errors import ApiError, bad_request
+from jaxkv.serve.logprobs import TokenText, completion_logprobs
+from jaxkv.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
+
+_URLS = ("/v1/chat/completions", "/v1/completions")
+_SEED_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A line that gets an error record."""
+
+    number: int
+    digest: str
+    record: dict[str, Any]
+
+
+class Work:
+    """A line that is being answered: ``calls`` go to the engine, their deltas come back through ``take``."""
+
+    def __init__(self, number: int, line: bytes, envelope: Envelope, request: GenerationRequest, form: Form,
+                 calls: list[Call]) -> None:
+        self.number, self.digest, self.calls = number, digest(line), calls
+        self.num_sequences = sum(call.params.n for call in calls)
+        self._envelope, self._request, self._form = envelope, request, form
+        self._n = calls[0].params.n
+        self._choices = [Choice(call.position * self._n + child, call) for call in calls for child in range(self._n)]
+        self._unfinished = len(self._choices)
+
+    def take(self, call: Call, delta: Delta) -> bool:
+        """Takes the next delta of one of the calls; True when it was the last."""
+        self._choices[call.position * self._n + delta.index].add(delta)
+        self._unfinished -= delta.finish_reason is not None
+        return self._unfinished == 0
+
+    def refuse(self, error: ValueError) -> Refused:
+        """The engine would not have one of the calls."""
+        return Refused(self.number, self.digest, self._envelope.refusal(self._request.api_error(error)))
+
+    def record(self) -> dict[str, Any]:
+        """The output record, "line" and "digest" left to the journal."""
+        prompt = sum(len(call.prompt) for call in self.calls)
+        answer = sum(len(choice.token_ids) for choice in self._choices)
+        cached = sum(choice.num_cached for choice in self._choices[:: self._n])
+        if self._envelope.plain:
+            return self._envelope.fields | _plain_record(self._choices, self._form.tokens, cached)
+        usage = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
+                 "prompt_tokens_details": {"cached_tokens": cached}}
+        body = self._form.head | {"choices": [self._form.whole(choice) for choice in self._choices], "usage": usage} \
+            | self._form.extras(self._choices)
+        return self._envelope.answer(200, body)
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What stands around an answer: the batch format's ids, or a plain line's "id" and prompt."""
+
+    plain: bool
+    fields: dict[str, Any]
+
+    def answer(self, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch record around an HTTP-like response."""
+        return self.fields | {"response": {"status_code": status, "request_id": self.fields["id"], "body": body},
+                              "error": None}
+
+    def refusal(self, error: ApiError) -> dict[str, Any]:
+        """The record of a line that cannot be answered."""
+        if self.plain:
+            return self.fields | {"error": error.body()["error"]}
+        if "custom_id" not in self.fields:  # no request at all
+            return self.fields | {"custom_id": None, "response": None, "error": error.body()["error"]}
+        return self.answer(error.status, error.body())
+
+
+class Preparer:
+    """Turns lines into ``Work``; called from the pipeline's thread.
+
+    ``overrides``: sampling fields that win over what a line says. A line without a seed gets one made from ``seed`` and
+    its number, so that its answer does not depend on what ran before, be it in another process.
+    """
+
+    def __init__(self, model_name: str, tokenizer: Tokenizer | None, overrides: Mapping[str, Any], seed: int) -> None:
+        self._model_name, self._tokenizer, self._tokens = model_name, tokenizer, TokenText(tokenizer)
+        self._overrides, self._seed = dict(overrides), seed
+        self._ignored: set[str] = set()  # unknown fields that were logged
+
+    def __call__(self, number: int, line: bytes) -> Work | Refused:
+        envelope = Envelope(False, {"id": f"batch_req_{digest(line)}-{number}"})
+        try:
+            try:
+                data = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                raise bad_request(f"the line is not valid JSON: {error}", code="invalid_json_line") from None
+            if not isinstance(data, dict):
+                raise bad_request(f"the line must be a JSON object, got {type(data).__name__}")
+            envelope = _envelope(data, envelope)
+            return self._work(number, line, data, envelope)
+        except ApiError as error:
+            return Refused(number, digest(line), envelope.refusal(error))
+
+    def _work(self, number: int, line: bytes, data: dict[str, Any], envelope: Envelope) -> Work:
+        url, body = _request_of(data, envelope.plain)
+        name = f"line-{number}"
+        form: Form
+        request: GenerationRequest
+        if url == _URLS[0]:
+            chat_request = parse(ChatRequest, orjson.dumps(body), self._ignored)
+            params, text = chat.params_of(chat_request), chat.prompt_of(chat_request, self._tokenizer)
+            prompts = [self._encode(text, bool(chat_request.add_special_tokens))]
+            request = chat_request
+            form = chat.ChatForm(f"chatcmpl-{name}", self._model_name, chat_request, self._tokens)
+        else:
+            completion = parse(CompletionRequest, orjson.dumps(body), self._ignored)
+            params, rows = completions.params_of(completion), completions.prompts_of(completion)
+            if envelope.plain and completion.prompt != rows[0]:
+                raise bad_request("prompt must be one text or one list of token ids", "prompt")
+            special = completion.add_special_tokens is not False
+            prompts = [self._encode(row, special) if isinstance(row, str) else (row, None) for row in rows]
+            request = completion
+            form = completions.CompletionForm(f"cmpl-{name}", self._model_name, completion, self._tokens)
+        if request.stream:
+            raise bad_request("stream is not available in a batch", "stream")
+        try:
+            params = replace(params, **self._overrides)
+        except ValueError as error:
+            raise request.api_error(error) from None
+        calls = [Call(f"{name}-{index}", ids,
+                      params if params.seed is not None else replace(params, seed=self._draw_seed(number, index)),
+                      Mailbox(), index, text, request.priority or 0, request.cache_salt or "")
+                 for index, (ids, text) in enumerate(prompts)]
+        return Work(number, line, envelope, request, form, calls)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[list[int], str]:
+        if self._tokenizer is None:
+            raise bad_request("prompt must be token ids: the tokenizer was left out", "prompt")
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens), text
+
+    def _draw_seed(self, number: int, index: int) -> int:
+        data = blake2b(f"{self._seed}/{number}/{index}".encode(), digest_size=_SEED_BYTES).digest()
+        return int.from_bytes(data, "little", signed=True)
+
+
+def _envelope(data: Mapping[str, Any], unnamed: Envelope) -> Envelope:
+    """Raises ApiError for a batch line without a name."""
+    if not {"custom_id", "url", "method", "body"} & set(data):
+        return Envelope(True, {key: data[key] for key in ("id", "prompt") if key in data})
+    if not isinstance(data.get("custom_id"), str):
+        raise bad_request(f"custom_id must be a string, got {data.get('custom_id')!r:.80}", "custom_id")
+    return Envelope(False, unnamed.fields | {"custom_id": data["custom_id"]})
+
+
+def _request_of(data: Mapping[str, Any], plain: bool) -> tuple[str, dict[str, Any]]:
+    """Endpoint and body. Raises ApiError."""
+    if plain:
+        return _URLS[1], {key: value for key, value in data.items() if key != "id"}
+    if data.get("method", "POST") != "POST":
+        raise bad_request(f"method must be \"POST\", got {data['method']!r:.80}", "method")
+    url, body = data.get("url"), data.get("body")
+    if url not in _URLS:
+        raise bad_request(f"url must be one of {', '.join(_URLS)}, got {url!r:.80}", "url")
+    if not isinstance(body, dict):
+        raise bad_request(f"body must be a JSON object, got {type(body).__name__}", "body")
+    return url, body
+
+
+def _plain_record(choices: list[Choice], tokens: TokenText, cached: int) -> dict[str, Any]:
+    """Fields of the first answer; of all of them under "outputs" if there are several."""
+    outputs = [_plain_output(choice, tokens) for choice in choices]
+    record = outputs[0] | {"num_prompt_tokens": len(choices[0].call.prompt), "num_cached_tokens": cached}
+    return record | ({"outputs": outputs} if len(outputs) > 1 else {})
+
+
+def _plain_output(choice: Choice, tokens: TokenText) -> dict[str, Any]:
+    output: dict[str, Any] = {"text": "".join(choice.text), "token_ids": choice.token_ids,
+                              "finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+    top = choice.call.params.logprobs
+    if top is not None:
+        output["logprobs"], _ = completion_logprobs(zip(choice.token_ids, choice.logprobs, strict=True), top, tokens, 0)
+    return output

@@ -1,0 +1,115 @@
+"""From settings to a running engine: load, size the pools, compile, say what was built. Everything that happens once."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+import pallas_kernels as ops
+from jaxkv.cache.controller import CacheController
+from jaxkv.config import ConfigError, EngineConfig
+from jaxkv.device.spec import KVSpec, kv_groups
+from jaxkv.runtime.engine import Engine
+from jaxkv.runtime.executor import JaxExecutor
+from jaxkv.runtime.memory import Capacity, free_device_memory, free_host_memory, plan_capacity
+from jaxkv.runtime.tokenizer import eos_token_ids, load_tokenizer
+from jaxkv.runtime.weights import LoadedModel, load_model
+from jaxkv.sched.scheduler import Scheduler
+
+
+def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
+    """An engine ready to serve. ConfigError, one line, for whatever cannot work."""
+    start = time.perf_counter()
+    use_compile_cache()
+    mesh = make_mesh(config.mesh.tensor_parallel_size)
+    model = load_model(config.model.model, mesh, dtype=config.model.dtype, load_format=config.model.load_format,
+                       seed=config.seed)
+    tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
+    max_model_len = resolve_max_model_len(config, model)
+    groups = kv_groups(model.spec, mesh.size, model.spec.dtype)
+    cache, sched = config.cache, config.sched
+    capacity = plan_capacity(
+        groups, cache.page_size, sched, max_model_len, kv_cache_memory=cache.kv_cache_memory,
+        host_kv_memory=cache.host_kv_memory, free_device=free_device_memory(list(mesh.devices.flat)),
+        free_host=free_host_memory())
+    layout = ops.resolve_layout(cache.kv_layout, mesh.devices.flat[0].platform)
+    kv = KVSpec(groups, capacity.num_pages, cache.page_size, layout)
+    controller = CacheController(
+        groups, cache.page_size, capacity.num_pages, capacity.num_host_pages, cache.eviction_policy,
+        root_salt=f"{model.fingerprint}/{cache.page_size}/{model.spec.dtype}",
+        enable_prefix_caching=cache.enable_prefix_caching)
+    scheduler = Scheduler(sched, controller, max_model_len)
+    loaded = time.perf_counter()
+    with tqdm(desc="compiling steps", unit="", disable=not show_progress, leave=False) as bar:
+        executor = JaxExecutor(
+            model.spec, model.params, kv, mesh, max_num_seqs=sched.max_num_seqs,
+            max_num_batched_tokens=sched.max_num_batched_tokens, max_model_len=max_model_len,
+            host_bytes=capacity.host_bytes, progress=lambda done, total: _advance(bar, done, total))
+    compiled = time.perf_counter()
+    description = describe(config, model, mesh, kv, capacity, executor, loaded - start, compiled - loaded)
+    return Engine(config, scheduler, executor, model_name=model.name, max_model_len=max_model_len,
+                  vocab_size=model.spec.vocab_size, tokenizer=tokenizer, weight_bytes=model.nbytes, capacity=capacity,
+                  eos_ids=eos_token_ids(model.directory, tokenizer), description=description,
+                  info={"model": model.name, "dtype": model.spec.dtype, "platform": mesh.devices.flat[0].platform,
+                        "kv_layout": layout, "eviction_policy": cache.eviction_policy, "attention": "xla"})
+
+
+def make_mesh(tensor_parallel_size: int) -> Mesh:
+    """A mesh with the one axis "tp" over the first devices. ConfigError when there are fewer."""
+    devices = jax.devices()
+    if tensor_parallel_size > len(devices):
+        raise ConfigError(f"tensor_parallel_size is {tensor_parallel_size}, but there are {len(devices)} devices")
+    return Mesh(np.array(devices[:tensor_parallel_size]), ("tp",))
+
+
+def resolve_max_model_len(config: EngineConfig, model: LoadedModel) -> int:
+    """The window in tokens. ConfigError when more is asked for than the model's positions allow."""
+    wanted, window = config.model.max_model_len, model.spec.max_position
+    if wanted is not None and wanted > window:
+        raise ConfigError(f"max_model_len is {wanted}, but the model's window is {window} tokens")
+    return wanted or window
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled steps between processes, under JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(root / "jaxkv" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def describe(
+    config: EngineConfig, model: LoadedModel, mesh: Mesh, kv: KVSpec, capacity: Capacity, executor: JaxExecutor,
+    load_seconds: float, compile_seconds: float,
+) -> tuple[str, ...]:
+    """What was built, a line per fact."""
+    device = mesh.devices.flat[0]
+    ps = kv.page_size
+    tier = lambda pages, size: (f"{min(pages) * ps:,} tokens, {sum(pages):,} pages of {ps}, "  # noqa: E731
+                                f"{size:,} bytes ({size / 2**20:.1f} MiB)")
+    window = lambda g: "full attention" if g.window is None else f"window {g.window}"  # noqa: E731
+    return (
+        f"model: {model.name} ({model.spec.family}, {model.nbytes:,} bytes of weights, {model.spec.dtype}), "
+        f"loaded in {load_seconds:.1f} s",
+        f"devices: {mesh.size} x {device.device_kind} ({device.platform})",
+        "KV groups: " + "; ".join(f"{len(g.layers)} layers {window(g)}, {n:,} pages"
+                                  for g, n in zip(kv.groups, kv.num_pages)),
+        f"KV pool (device): {tier(kv.num_pages, capacity.pool_bytes)}",
+        f"KV tier (host): {tier(capacity.num_host_pages, capacity.host_bytes)}" if capacity.host_bytes
+        else "KV tier (host): none",
+        f"eviction: {config.cache.eviction_policy}; prefix cache {'on' if config.cache.enable_prefix_caching else 'off'}",
+        f"attention: xla; pool layout: {kv.layout}",
+        f"{len(executor.shapes)} step executables, ready in {compile_seconds:.1f} s",
+    )
+
+
+def _advance(bar: tqdm, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)

@@ -1,0 +1,197 @@
+"""One HTTP answer from its first delta to its last byte, streamed or whole.
+
+Owns the life of a request: submit, wait, write, and on any end (done, refused, client gone, server going) the abort
+that frees its pages. Owns no field names: those are the ``Form`` of the endpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from jaxkv.runtime.outputs import Delta
+from jaxkv.serve.engine_loop import Call, EngineLoop
+from jaxkv.serve.errors import ApiError
+from jaxkv.serve.logprobs import TokenText
+from jaxkv.serve.protocol import GenerationRequest
+from jaxkv.types import Logprobs
+
+_SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
+                (b"x-accel-buffering", b"no")]
+
+
+class _Gone(Exception):
+    """The client closed the connection."""
+
+
+@dataclass(slots=True)
+class Choice:
+    """What one child of one prompt has produced so far."""
+
+    index: int
+    call: Call
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: Sequence[Logprobs] = ()
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_cached: int = 0
+    started: bool = False  # the first chunk is written
+    offset: int = 0  # characters of the logprobs written so far
+
+    def add(self, delta: Delta) -> None:
+        """Takes in one delta."""
+        self.text.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs or ()
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        self.num_cached = delta.num_cached_tokens or self.num_cached
+
+
+class Form(ABC):
+    """How an endpoint words its answer."""
+
+    kind: str  # "object" of the whole answer
+    chunk_kind: str
+
+    def __init__(self, request_id: str, model: str, request: GenerationRequest, tokens: TokenText):
+        self.tokens = tokens
+        self.head: dict[str, Any] = {"id": request_id, "object": self.kind, "created": int(time.time()), "model": model}
+
+    @abstractmethod
+    def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
+        """Entries of `choices` to stream for a delta that ``choice`` has not taken in yet; often one, maybe none."""
+
+    @abstractmethod
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        """The entry of `choices` of a finished choice."""
+
+    def extras(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Further top-level fields, for a first chunk or the whole answer."""
+        return {}
+
+
+class Answer(Response):
+    """ASGI response to one generation request, whose ``calls`` share a mailbox."""
+
+    background = None
+
+    def __init__(self, loop: EngineLoop, calls: Sequence[Call], request: GenerationRequest, form: Form):
+        self.loop, self.calls, self.request, self.form = loop, calls, request, form
+        self.mailbox = calls[0].mailbox
+        n = calls[0].params.n
+        self.choices = [Choice(call.position * n + child, call) for call in calls for child in range(n)]
+        self.unfinished = len(self.choices)
+        self._n = n
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watcher = asyncio.create_task(self._watch(receive))
+        started = False
+        try:
+            self.loop.submit(self.calls)
+            first = await self.mailbox.next()  # a refusal comes before the status line
+            if self.request.stream:
+                started = True
+                await self._stream(first, send)
+            else:
+                await self._whole(first, send)
+        except _Gone:
+            pass
+        except Exception as error:
+            refusal = error if isinstance(error, ApiError) else self._refusal(error)
+            if started:
+                await _body(send, b"data: " + refusal.render() + b"\n\ndata: [DONE]\n\n", more=False)
+            else:
+                await respond(send, refusal.status, refusal.render(), refusal.headers)
+        finally:
+            watcher.cancel()
+            self.loop.abort(self.calls)
+
+    def _refusal(self, error: Exception) -> ApiError:
+        if isinstance(error, ValueError):  # from engine.add_request, through the mailbox
+            return self.request.api_error(error)
+        raise error
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.loop.abort(self.calls)
+        self.mailbox.fail(_Gone())
+
+    async def _whole(self, items: list[tuple[Call, Delta]], send: Send) -> None:
+        while True:
+            for call, delta in items:
+                self._take(call, delta)
+            if not self.unfinished:
+                break
+            items = await self.mailbox.next()
+        body = self.form.head | {"choices": [self.form.whole(choice) for choice in self.choices],
+                                 "usage": self._usage()} | self.form.extras(self.choices)
+        await respond(send, 200, orjson.dumps(body), {"x-request-id": self.form.head["id"]})
+
+    async def _stream(self, items: list[tuple[Call, Delta]], send: Send) -> None:
+        request_id = (b"x-request-id", str(self.form.head["id"]).encode())
+        await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, request_id]})
+        head = self.form.head | {"object": self.form.chunk_kind}
+        while True:
+            await _body(send, b"".join(self._events(items, head)), more=bool(self.unfinished))
+            if not self.unfinished:
+                return
+            items = await self.mailbox.next()
+
+    def _events(self, items: list[tuple[Call, Delta]], head: dict[str, Any]) -> list[bytes]:
+        """Server-sent events of everything that arrived, so that one write carries it."""
+        events: list[bytes] = []
+        with_usage, every = self.request.include_usage, self.request.usage_in_every_chunk
+        for call, delta in items:
+            choice = self.choices[call.position * self._n + delta.index]
+            extras = {} if choice.started else self.form.extras([choice])
+            chunks = self.form.chunks(choice, delta)
+            self._take(call, delta)
+            for chunk in chunks:
+                event = head | {"choices": [chunk]} | extras
+                extras = {}
+                if with_usage:
+                    event["usage"] = self._usage() if every else None
+                events.append(b"data: %b\n\n" % orjson.dumps(event))
+        if not self.unfinished:
+            if with_usage:
+                events.append(b"data: %b\n\n" % orjson.dumps(head | {"choices": [], "usage": self._usage()}))
+            events.append(b"data: [DONE]\n\n")
+        return events
+
+    def _take(self, call: Call, delta: Delta) -> None:
+        self.choices[call.position * self._n + delta.index].add(delta)
+        if delta.finish_reason is not None:
+            self.unfinished -= 1
+
+    def _usage(self) -> dict[str, Any]:
+        """A prompt counts once for its n answers; so does what the cache held of it."""
+        prompt = sum(len(call.prompt) for call in self.calls)
+        answer = sum(len(choice.token_ids) for choice in self.choices)
+        cached = sum(choice.num_cached for choice in self.choices[:: self._n])
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
+                "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+async def respond(send: Send, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+    """A whole JSON response."""
+    pairs = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    pairs += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await _body(send, body, more=False)
+
+
+async def _body(send: Send, body: bytes, *, more: bool) -> None:
+    if body or not more:
+        await send({"type": "http.response.body", "body": body, "more_body": more})

@@ -1,0 +1,65 @@
+"""Online softmax over blocks of keys, and the merge of its partial results: shared by the XLA loops.
+
+A *partial* is what a set of keys contributes to a query: float32 [..., D + 2] = the weighted sum of values, the highest
+score m and the sum of exp(score - m). `EMPTY` marks m of the empty partial; partials merge in any order.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+EMPTY = -1e30
+
+
+def empty_partials(shape: tuple[int, ...], head_dim: int) -> jax.Array:
+    """Partials [*shape, D + 2] that no key has contributed to."""
+    column = jnp.where(jnp.arange(head_dim + 2, dtype=jnp.int32) == head_dim, jnp.float32(EMPTY), jnp.float32(0))
+    return jnp.broadcast_to(column, (*shape, head_dim + 2))
+
+
+def add_block(
+    partial: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, ok: jax.Array, soft_cap: float | None
+) -> jax.Array:
+    """Partials [..., M, D + 2] after a block of keys k and values v [..., B, D]; q [..., M, D] already scaled.
+
+    ok: bool, broadcastable to [..., B, M], which key each query sees. Values must be finite, keys need not be.
+    Scores stand as [..., B, M]: the reductions then run over an outer axis, which XLA:CPU vectorises.
+    """
+    head_dim = q.shape[-1]
+    acc, top, total = partial[..., :head_dim], partial[..., head_dim], partial[..., head_dim + 1]
+    scores = jnp.einsum("...kd,...md->...km", k, q, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(ok, scores, -jnp.inf)
+    new_top = jnp.maximum(top, scores.max(axis=-2))
+    weights = jnp.exp(scores - new_top[..., None, :])
+    shrink = jnp.exp(top - new_top)
+    acc = acc * shrink[..., None] + jnp.einsum("...km,...kd->...md", weights, v, preferred_element_type=jnp.float32)
+    total = total * shrink + weights.sum(axis=-2)
+    return jnp.concatenate([acc, new_top[..., None], total[..., None]], axis=-1)
+
+
+def merge(partials: jax.Array, axis: int) -> jax.Array:
+    """The partial of the union of disjoint key sets that lie along `axis`."""
+    top = partials[..., -2]
+    new_top = top.max(axis=axis, keepdims=True)
+    weight = jnp.exp(top - new_top)[..., None]
+    sums = (partials * weight).sum(axis=axis)
+    return jnp.concatenate([sums[..., :-2], new_top.squeeze(axis)[..., None], sums[..., -1:]], axis=-1)
+
+
+def finish(partial: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Outputs [T, Hq, D] and log-sum-exp [T, Hq] of partials [T, Hq, D + 2]; empty ones give 0 and -inf.
+
+    sinks: [Hq], joins the softmax denominator of the rows that are not empty.
+    """
+    acc, top, total = partial[..., :-2], partial[..., -2], partial[..., -1]
+    real = total > 0
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32)[None], top.shape)
+        new_top = jnp.maximum(top, sink)
+        shrink = jnp.exp(top - new_top)
+        acc, total, top = acc * shrink[..., None], total * shrink + jnp.exp(sink - new_top), new_top
+    safe = jnp.where(real, total, 1.0)
+    return jnp.where(real[..., None], acc / safe[..., None], 0.0), jnp.where(real, top + jnp.log(safe), -jnp.inf)

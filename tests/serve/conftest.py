@@ -1,0 +1,35 @@
+"""Servers for a whole test session: one around the fake engine, one around the real one."""
+
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from serve_fakes import FakeEngine, serving
+
+from jaxkv.runtime.tokenizer import load_tokenizer
+
+CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "default"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer(CHECKPOINT)
+
+
+@pytest.fixture(scope="session")
+def fake(tokenizer):
+    with serving(lambda: FakeEngine(tokenizer)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def http(fake):
+    with httpx.Client(base_url=fake.url, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def client(fake):
+    with openai.OpenAI(base_url=f"{fake.url}/v1", api_key="none", max_retries=0, timeout=20) as client:
+        yield client

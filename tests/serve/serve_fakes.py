@@ -1,0 +1,153 @@
+"""An engine without a device, and a real HTTP server around any engine. The tokens are a fixed text, over and over."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from jaxkv.runtime.metrics import EngineMetrics
+from jaxkv.runtime.outputs import Delta, OutputProcessor
+from jaxkv.serve.app import Service, build_app
+from jaxkv.serve.engine_loop import EngineLike, EngineLoop
+from jaxkv.types import Logprobs, Request, TokenEvent
+
+REPLY = "The cat — naïve, 日本 🙂 — sat on the mat. def f(x):\n    return x\n"
+EOS = 2
+
+
+class FakeEngine:
+    """One token per open child and step. ``pause`` holds every step; ``crash`` makes the next one raise."""
+
+    def __init__(self, tokenizer, *, max_model_len: int = 256, step_seconds: float = 0.0):
+        self.tokenizer, self.max_model_len, self.step_seconds = tokenizer, max_model_len, step_seconds
+        self.model_name = "fake"
+        self.metrics = EngineMetrics(info={"attention": "none"})
+        self.reply = tokenizer.encode(REPLY) if tokenizer else [7, 8, 9]
+        self.children: dict[str, tuple[Request, OutputProcessor, int]] = {}
+        self.requests: list[Request] = []  # every one ever added
+        self.threads: set[int] = set()
+        self.crash: Exception | None = None
+        self.run = threading.Event()
+        self.run.set()
+        self.checks = 0
+
+    def describe(self):
+        return ("fake engine",)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.children) and self.run.is_set()
+
+    def add_request(self, request_id, prompt_token_ids, params, *, priority=0, cache_salt=""):
+        self.threads.add(threading.get_ident())
+        if max(prompt_token_ids) >= 4096:
+            raise ValueError(f"prompt holds token id {max(prompt_token_ids)}, outside of the vocabulary of 4096")
+        room = self.max_model_len - len(prompt_token_ids)
+        for i in range(params.n):
+            request = Request(f"{request_id}#{i}", tuple(prompt_token_ids), params, min(params.max_tokens or room, room),
+                              child=i, parent=request_id, priority=priority, namespace=cache_salt,
+                              stop_ids=params.stop_token_ids)
+            self.children[request.id] = request, OutputProcessor(request, self.tokenizer), 0
+            self.requests.append(request)
+        self.metrics.prompt_tokens += len(prompt_token_ids)
+        self.metrics.running = len(self.children)
+
+    def abort(self, request_id):
+        self.children = {k: v for k, v in self.children.items() if v[0].parent != request_id}
+        self.metrics.running = len(self.children)
+
+    def step(self) -> list[Delta]:
+        self.threads.add(threading.get_ident())
+        if self.crash:
+            raise self.crash
+        time.sleep(self.step_seconds)
+        deltas = [self._advance(key) for key in list(self.children)]
+        self.metrics.generation_tokens += len(deltas)
+        self.metrics.running = len(self.children)
+        return deltas
+
+    def check(self):
+        self.checks += 1
+
+    def _advance(self, key: str) -> Delta:
+        request, output, count = self.children[key]
+        params = request.params
+        start = int(hashlib.md5(repr((params.seed, request.child)).encode()).hexdigest(), 16) if params.seed else 0
+        token = self.reply[(start + count) % len(self.reply)]
+        stopped = token in request.stop_ids
+        reason = "stop" if stopped else "length" if count + 1 == request.max_tokens else None
+        prompt = ()
+        if params.prompt_logprobs is not None and not count:
+            prompt = tuple(self._logprobs(t, params.prompt_logprobs) for t in request.prompt[1:])
+        logprobs = () if params.logprobs is None else (self._logprobs(token, params.logprobs),)
+        delta, stop = output.process(TokenEvent(key, (token,), logprobs, prompt, reason, token if stopped else None,
+                                                num_cached=len(request.prompt) // 2))
+        if stop is None and reason is None:
+            self.children[key] = request, output, count + 1
+        else:
+            del self.children[key]
+            self.metrics.finished[delta.finish_reason] += 1
+        return delta
+
+    @staticmethod
+    def _logprobs(token: int, top: int) -> Logprobs:
+        best = tuple((t, -0.5 - i) for i, t in enumerate([token, 5, 6, 7, 8][:top]))
+        return Logprobs(token, float("-inf") if token == 6 else -0.5, 1, best)
+
+
+class Running:
+    """A server on a loopback port."""
+
+    def __init__(self, url: str, loop: EngineLoop, thread: threading.Thread):
+        self.url, self.loop, self.thread = url, loop, thread
+        self.host, self.port = url.removeprefix("http://").split(":")
+
+    @property
+    def engine(self):
+        return self.loop.engine
+
+
+@contextlib.contextmanager
+def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: int = 2**20,
+            api_keys: tuple[str, ...] = (), name: str | None = None) -> Iterator[Running]:
+    """Serves an engine from a thread of this process until the block ends."""
+    loop = EngineLoop(build, max_open)
+    app = build_app(Service(loop, name, max_body), api_keys)
+    http = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1))
+    sock = socket.create_server(("127.0.0.1", 0))
+    up = threading.Event()
+
+    async def main() -> None:
+        ready, _ = loop.start()
+        await ready
+        up.set()
+        await http.serve([sock])
+
+    def run() -> None:
+        import asyncio
+        asyncio.run(main())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert up.wait(60)
+    try:
+        yield Running(f"http://127.0.0.1:{sock.getsockname()[1]}", loop, thread)
+    finally:
+        http.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+        assert loop.stop(5)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Until the condition holds; AssertionError if it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.005)

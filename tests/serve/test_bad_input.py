@@ -1,0 +1,165 @@
+"""Whatever is wrong with a request gets a 4xx with an error object that names the field, and the server goes on."""
+
+import socket
+
+import httpx
+import pytest
+from serve_fakes import FakeEngine, serving
+
+GOOD = {"model": "fake", "prompt": "hello", "max_tokens": 2}
+CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+
+
+def refused(response, status=400, param=None, code=None):
+    """Checks the shape of an error and returns its message."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"]
+    assert error["param"] == param, error
+    if code:
+        assert error["code"] == code
+    return error["message"]
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("max_tokens", -1), ("max_tokens", 0), ("max_tokens", "5"), ("max_tokens", 1.5), ("max_tokens", True),
+    ("max_tokens", 10**30), ("temperature", -0.1), ("temperature", "hot"), ("temperature", 101), ("top_p", 0),
+    ("top_p", 1.1), ("top_k", -2), ("min_p", 2), ("n", 0), ("n", 1000), ("seed", 2**63), ("seed", "x"),
+    ("presence_penalty", 3), ("frequency_penalty", -3), ("repetition_penalty", 0), ("repetition_penalty", -1),
+    ("logit_bias", {"x": 1}), ("logit_bias", {"5": 101}), ("logit_bias", [1]), ("logit_bias", {"--5": 1}),
+    ("stop", ""), ("stop", [""]), ("stop", 7), ("stop_token_ids", ["a"]), ("stop_token_ids", [-1]),
+    ("min_tokens", -1), ("min_tokens", 3), ("logprobs", -1), ("logprobs", 21), ("logprobs", True),
+    ("prompt_logprobs", 50), ("echo", "yes"), ("stream", 1), ("ignore_eos", "no"), ("priority", 2**40),
+    ("cache_salt", 5), ("cache_salt", "x" * 300), ("best_of", 3), ("suffix", "end"), ("use_beam_search", True),
+    ("response_format", {"type": "json_object"}), ("guided_json", {}), ("structured_outputs", {"regex": "a"}),
+    ("truncate_prompt_tokens", 5), ("stream_options", {"include_usage": True}), ("user_", None),
+    ("prompt", None), ("prompt", []), ("prompt", ""), ("prompt", {}), ("prompt", 5), ("prompt", [1, "a"]),
+    ("prompt", ["a", 1]), ("prompt", [[]]), ("prompt", [[1], "a"]), ("prompt", [-1]), ("prompt", [1.5]),
+    ("prompt", [True]), ("prompt", [[1], [2, -3]]), ("prompt", [2**70]), ("prompt", [5000]), ("prompt", ["a", ""]),
+])
+def test_field(http, field, value):
+    response = http.post("/v1/completions", json={**GOOD, field: value})
+    if field == "user_":
+        assert response.status_code == 200
+    else:
+        assert field in refused(response, param="stop_token_ids[0]" if value == ["a"] else field)
+
+
+@pytest.mark.parametrize(("field", "value", "param"), [
+    ("messages", [], "messages"), ("messages", "hi", "messages"), ("messages", None, "messages"),
+    ("messages", [{"content": "x"}], "messages[0].role"),
+    ("messages", [{"role": "wizard", "content": "x"}], "messages[0].role"),
+    ("messages", [{"role": "user"}], "messages[0].content"),
+    ("messages", [{"role": "user", "content": 5}], "messages[0].content"),
+    ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+     "messages[0].content[0].type"),
+    ("messages", [{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+    ("messages", [{"role": "assistant", "tool_calls": [{"id": "x"}]}], "messages[0].tool_calls"),
+    ("tools", [{"type": "function", "function": {"name": "f"}}], "tools"), ("tool_choice", "required", "tool_choice"),
+    ("response_format", {"type": "json_schema", "json_schema": {}}, "response_format"),
+    ("logprobs", 3, "logprobs"), ("top_logprobs", 2, "top_logprobs"), ("max_completion_tokens", -4,
+                                                                      "max_completion_tokens"),
+    ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}, "chat_template_kwargs"),
+    ("chat_template_kwargs", {"tokenize": True}, "chat_template_kwargs"), ("audio", {"voice": "x"}, "audio"),
+    ("modalities", ["audio"], "modalities"), ("n", -1, "n"),
+])
+def test_chat_field(http, field, value, param):
+    refused(http.post("/v1/chat/completions", json={**CHAT, field: value}), param=param)
+
+
+def test_top_logprobs_limit(http):
+    refused(http.post("/v1/chat/completions", json={**CHAT, "logprobs": True, "top_logprobs": 21}),
+            param="top_logprobs")
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"{", b"[]", b"null", b'"x"', b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "top_p": Infinity}',
+    b'{"prompt": "a", "seed": 1e999}', b'{"prompt": "\\ud800"}', b"\xff\xfe", b"[" * 5000, b'{"prompt": "a",}',
+])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_malformed_json(http, path, body):
+    refused(http.post(path, content=body, headers={"content-type": "application/json"}))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompt_longer_than_the_window(http, stream):
+    for prompt in (list(range(100, 400)), "word " * 400):
+        message = refused(http.post("/v1/completions", json={"prompt": prompt, "stream": stream}), param="prompt",
+                          code="context_length_exceeded")
+        assert "256" in message
+    assert "300" in refused(http.post("/v1/completions", json={"prompt": [9] * 300}), param="prompt")
+    long = [{"role": "user", "content": "word " * 400}]
+    refused(http.post("/v1/chat/completions", json={"messages": long, "stream": stream}), param="messages",
+            code="context_length_exceeded")
+
+
+def test_refusal_by_the_engine_comes_before_the_stream(http):
+    refused(http.post("/v1/completions", json={"prompt": [5000], "stream": True}), param="prompt")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_unknown_model(http, path):
+    body = {**(GOOD if "chat" not in path else CHAT), "model": "gpt-9"}
+    assert "gpt-9" in refused(http.post(path, json=body), 404, "model", "model_not_found")
+    refused(http.get("/v1/models/gpt-9"), 404, "model", "model_not_found")
+
+
+def test_routes_and_methods(http):
+    refused(http.get("/nope"), 404)
+    refused(http.post("/v1/nope", json={}), 404)
+    refused(http.get("/v1/completions"), 405)
+    refused(http.delete("/v1/models"), 405)
+
+
+def test_broken_http_does_not_end_the_server(fake, http):
+    for junk in (b"\x00\x01\x02\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+                 b"content-length: 50\r\n\r\n{", b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n"):
+        with socket.create_connection((fake.host, int(fake.port)), timeout=5) as sock:
+            sock.sendall(junk)
+            sock.shutdown(socket.SHUT_WR)
+            sock.recv(1000)
+    assert http.get("/health").status_code == 200
+
+
+def test_body_limit(http):
+    big = {"prompt": "x" * (2**20 + 1)}
+    refused(http.post("/v1/completions", json=big), 413)
+
+    def parts():
+        for _ in range(300):
+            yield b"x" * 8192
+
+    try:
+        refused(http.post("/v1/completions", content=parts()), 413)
+    except httpx.TransportError:  # refused while the client was still writing
+        pass
+    assert http.post("/v1/completions", json=GOOD).status_code == 200
+
+
+def test_api_key(tokenizer):
+    with serving(lambda: FakeEngine(tokenizer), api_keys=("sesame", "second"), name="named") as server:
+        with httpx.Client(base_url=server.url) as http:
+            for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "sesame"},
+                           {"authorization": "Basic sesame"}):
+                for path in ("/v1/models", "/v1/nope"):
+                    refused(http.get(path, headers=header), 401, code="invalid_api_key")
+            for key in ("sesame", "second"):
+                models = http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).json()
+                assert models["data"][0]["id"] == "named"
+            assert http.get("/health").status_code == 200
+            assert "named" in http.get("/metrics").text
+
+
+def test_without_tokenizer():
+    with serving(lambda: FakeEngine(None)) as server, httpx.Client(base_url=server.url) as http:
+        refused(http.post("/v1/completions", json={"prompt": "text"}), param="prompt")
+        refused(http.post("/v1/completions", json={"prompt": [5], "stop": "x"}), param="stop")
+        refused(http.post("/v1/chat/completions", json={**CHAT, "model": None}), param="messages")
+        choice = http.post("/v1/completions", json={"prompt": [5], "max_tokens": 4, "return_token_ids": True,
+                                                    "logprobs": 1}).json()["choices"][0]
+        assert choice["token_ids"] == [7, 8, 9, 7] and choice["text"] == ""
+        assert choice["logprobs"]["tokens"][0] == "token_id:7"
+
+
+def test_server_lives_after_all_this(http):
+    assert http.post("/v1/completions", json=GOOD).status_code == 200
