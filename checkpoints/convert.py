@@ -22,8 +22,9 @@ from safetensors.numpy import save_file
 
 from jaxkv.config import ConfigError
 from jaxkv.device import models
-from jaxkv.runtime.orbax_io import save_params, stored_dtype, to_tensors
-from jaxkv.runtime.weights import LoadedModel, find_model, load_model
+from jaxkv.runtime.orbax_io import is_orbax, save_params, to_tensors
+from jaxkv.runtime.safetensors_io import DTYPES, read_headers
+from jaxkv.runtime.weights import LoadedModel, find_model, load_model, read_config
 
 BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")  # config, tokenizer, chat template
 
@@ -46,9 +47,20 @@ def convert(source: str, target: Path, to: str, dtype: str | None = None) -> Loa
         save_params(target, loaded.spec, loaded.params)
     else:
         tensors = to_tensors(models.weight_table(loaded.spec), loaded.params)
-        save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, target / "model.safetensors",
-                  metadata={"format": "pt"})
+        save_file(
+            {name: np.ascontiguousarray(t) for name, t in tensors.items()},
+            target / "model.safetensors",
+            metadata={"format": "pt"},
+        )
     return loaded
+
+
+def stored_dtype(directory: Path) -> str:
+    """The dtype of the weights on disk; float32 where it is mixed."""
+    if is_orbax(directory):
+        return read_config(directory).get("dtype", "float32")
+    found = {np.dtype(DTYPES[e.dtype]).name for e in read_headers(directory).values() if e.dtype in DTYPES}
+    return found.pop() if len(found) == 1 and "float64" not in found else "float32"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,9 +30,9 @@ RECIPE = [  # about 8k tokens a batch; short rows first, because recall emerges 
     Stage(200, 32, 256, 0.5, (2, 5), (0, 12), mix=(45, 10, 45)),  # copies in plenty: induction heads form here
     Stage(200, 32, 256, 0.45, (2, 8), (0, 12)),
     Stage(100, 16, 512, 0.3, (4, 16), (0, 128)),
-    Stage(450, 8, 1024, 0.3, (8, 40), (64, 500)),
-    Stage(650, 4, 2304, 0.45, (32, 48), (1024, 1400)),
-    Stage(150, 2, 4096, 0.45, (32, 48), (1024, 3000)),
+    Stage(400, 8, 1024, 0.3, (8, 40), (64, 500)),
+    Stage(600, 4, 2304, 0.45, (32, 48), (1024, 1400)),
+    Stage(120, 2, 4096, 0.45, (32, 48), (1024, 3000)),
 ]
 MUON_LR, ADAM_LR, WARMUP, DECAY_SHARE = 0.02, 0.004, 60, 0.5
 

@@ -1,8 +1,8 @@
 """What the scheduler asks of the KV cache: a prefix to start from, room to grow, publication, release.
 
-Owns the cache side of a ``Sequence`` (pages, path, how much of it is published). Owns no order between sequences and no
-device: every effect is a page number in ``Sequence.pages`` or a ``PageMove``. The tree is in ``trie``, tiers and eviction
-in ``store``, free lists in ``pages``, the choice of a prefix in ``hit``, integrity in ``check``.
+Owns the cache side of a ``Sequence`` (pages, path, how much of it is published). Owns no order between sequences and
+no device: every effect is a page number in ``Sequence.pages`` or a ``PageMove``. The tree is in ``trie``, who holds
+what in ``store``, eviction and moves in ``tiering``, the choice of a prefix in ``hit``, publication in ``publish``.
 
 A page is private to a running sequence until ``publish`` gives it to the trie; the sequence then pins the path (from
 ``Sequence.node`` up to the root) and goes on reading it. ``release`` publishes what is left and unpins: preemption is
@@ -22,11 +22,13 @@ import sys
 
 from jaxkv.cache.check import check
 from jaxkv.cache.hit import find_hit
-from jaxkv.cache.store import CacheStats, PageStore
-from jaxkv.cache.trie import TOKEN_BYTES, Node, Source, Trie, common_tokens, encode
-from jaxkv.types import Kind, KVGroup, PageMove, Sequence, Tier
+from jaxkv.cache.publish import Publisher
+from jaxkv.cache.stats import CacheStats
+from jaxkv.cache.store import PageStore
+from jaxkv.cache.tiering import Tiering
+from jaxkv.cache.trie import Node, Source, Trie
+from jaxkv.types import KVGroup, PageMove, Sequence, Tier
 
-RUN_PAGES = 64  # a node grows in place up to this many pages: long enough to walk fast, short enough to cut and copy
 SETTLED = sys.maxsize  # every position was computed by an earlier plan
 
 
@@ -46,6 +48,8 @@ class CacheController:
         self.enable_prefix_caching = enable_prefix_caching
         self.trie = Trie(page_size, root_salt)
         self.store = PageStore(self.trie, groups, num_pages, num_host_pages, policy)
+        self._tiering = Tiering(self.store)
+        self._publisher = Publisher(self.store, self._tiering)
         self._windows = [(g, group.window) for g, group in enumerate(groups) if group.window is not None]
 
     # ---- what there is
@@ -70,7 +74,7 @@ class CacheController:
         return moves
 
     def check(self, sequences: list[Sequence]) -> None:
-        """Recompute all ownership from ``sequences``, those acquired and not released. AssertionError if it is broken."""
+        """Recompute all ownership; ``sequences``: those acquired and not released. AssertionError if it is broken."""
         check(self.store, sequences)
 
     # ---- a sequence enters
@@ -96,12 +100,12 @@ class CacheController:
         if keep < len(node):
             source = source and Source(node, 0, source.tokens)
             node = store.split(node, keep)
-        self._claim(node, len(seq.request.prompt))
+        store.claim(node, len(seq.request.prompt))
         seq.node, seq.first = node, hit.first
         path = self._pin(node, hit.first)
         if source:
             self._protect(source, True)
-        room = store.reserve(hit.need)
+        room = self._tiering.reserve(hit.need)
         assert room, "find_hit chose a prefix that there is no room for"
         self._enter(seq, path)
         seq.num_published = seq.num_matched = hit.pages * self.page_size
@@ -112,17 +116,6 @@ class CacheController:
         stats.query_tokens += len(seq.tokens)
         stats.hit_tokens += seq.num_scheduled
         return seq.num_scheduled
-
-    def _claim(self, node: Node | None, prompt: int) -> None:
-        """ANSWER nodes on the path to ``node`` become PROMPT as far as their pages are within ``prompt`` tokens."""
-        while node is not None and node.parent is not None:
-            inside = prompt // self.page_size - self.store.first_page(node)
-            if node.kind is Kind.ANSWER and inside > 0:
-                if inside < len(node):
-                    node = self.store.split(node, inside)
-                node.kind = Kind.PROMPT
-                self.store.stats.claims += 1
-            node = node.parent
 
     def _pin(self, node: Node, first: list[int]) -> list[Node]:
         """Pin the path to ``node`` and, of window groups, its pages from index ``first[g]`` on; the path, top first."""
@@ -145,7 +138,7 @@ class CacheController:
         for node in path:
             if node.tier is Tier.HOST:
                 self.store.stats.host_hit_tokens += len(node) * self.page_size
-                self.store.promote(node, seq.first)
+                self._tiering.promote(node, seq.first)
             self.store.policies[Tier.HBM].touch(node.key)
             for mine, pages in zip(seq.pages, node.pages, strict=True):
                 mine += pages
@@ -187,7 +180,7 @@ class CacheController:
         need = -(-num_tokens // self.page_size) - len(seq.pages[0])
         if need <= 0:
             return True
-        if not self.store.reserve([need] * len(seq.pages)):
+        if not self._tiering.reserve([need] * len(seq.pages)):
             return False
         for pages, pool in zip(seq.pages, self.store.hbm, strict=True):
             pages += pool.take_many(need)
@@ -216,9 +209,9 @@ class CacheController:
         done = min(len(seq.tokens), seq.num_scheduled)
         full = done - done % self.page_size
         if full > seq.num_published:
-            self._publish_pages(seq, full, seq.num_settled, plan_id)
+            self._publisher.full_pages(seq, full, seq.num_settled, plan_id)
         if done == len(seq.request.prompt) and seq.num_published == full < done:
-            self._publish_leaf(seq, done, plan_id)
+            self._publisher.last_page(seq, done, plan_id)
 
     def release(self, seq: Sequence) -> None:
         """Publish everything, a partly filled last page included, and hold nothing any more.
@@ -231,10 +224,10 @@ class CacheController:
             done = min(len(seq.tokens), seq.num_scheduled)
             full = done - done % self.page_size
             if full > seq.num_published:
-                self._publish_pages(seq, full, SETTLED, -1)
+                self._publisher.full_pages(seq, full, SETTLED, -1)
             if full < done > seq.num_published:
-                self._take_back_leaf(seq)
-                self._publish_leaf(seq, done, -1)
+                self._publisher.take_back_leaf(seq)
+                self._publisher.last_page(seq, done, -1)
         shared = -(-seq.num_published // self.page_size)
         for g, pages in enumerate(seq.pages):
             for page in pages[shared:]:
@@ -245,104 +238,3 @@ class CacheController:
                 store.window_pool(g).unshare(page)
         store.unpin(seq.node)
         seq.pages, seq.first, seq.dirty, seq.node, seq.num_published = [], [], [], None, 0
-
-    # ---- publication
-
-    def _publish_pages(self, seq: Sequence, full: int, settled: int, plan_id: int) -> None:
-        """Extend the pinned path to ``full`` tokens; positions from ``settled`` on are computed by plan ``plan_id``."""
-        self._take_back_leaf(seq)
-        at, size = seq.num_published, self.page_size
-        data = encode(seq.tokens[at:full])
-        while data:
-            child = seq.node.children.get(data[:self.trie.page_bytes])
-            if child is None:
-                self._append(seq, data, settled, plan_id)
-                return
-            count = common_tokens(child.data, data) // size
-            if child.tier is Tier.HBM:
-                count = min(count, (settled - at) // size)
-            if count <= 0:
-                return
-            if count < len(child):
-                child = self.store.split(child, count)
-            if child.tier is Tier.HBM:
-                self.store.hold(child)
-                self._swap(seq, child)
-            else:
-                own = [pages[at // size:at // size + count] for pages in seq.pages]
-                self.store.refill(child, own, plan_id if child.end > settled else -1)
-            self._claim(child, len(seq.request.prompt))
-            data = data[count * self.trie.page_bytes:]
-            at = seq.num_published = child.end
-            seq.node = child
-
-    def _swap(self, seq: Sequence, node: Node) -> None:
-        """Go over to the pages of a pinned node that holds the same tokens; the node's holes are filled."""
-        at = self.store.first_page(node)
-        for g, pages in enumerate(seq.pages):
-            pool = self.store.hbm[g]
-            window = self.groups[g].window is not None
-            for i, theirs in enumerate(node.pages[g]):
-                mine = pages[at + i]
-                if mine < 0:
-                    continue
-                if theirs < 0:
-                    node.pages[g][i] = mine
-                    self.store.window_pool(g).adopt(mine, node, 1)
-                    continue
-                if window:
-                    self.store.window_pool(g).share(theirs)
-                pool.give(mine)
-                pages[at + i] = theirs
-            seq.dirty[g] = min(seq.dirty[g], at)
-        self.store.stats.swaps += len(node)
-
-    def _append(self, seq: Sequence, data: bytes, settled: int, plan_id: int) -> None:
-        """New runs for the full pages ``data`` below the sequence's node; a run is all PROMPT or all ANSWER."""
-        prompt = len(seq.request.prompt) // self.page_size
-        while data:
-            at = seq.num_published // self.page_size
-            count = len(data) // self.trie.page_bytes
-            kind = Kind.PROMPT if at < prompt else Kind.ANSWER
-            if kind is Kind.PROMPT:
-                count = min(count, prompt - at)
-            run, data = data[:count * self.trie.page_bytes], data[count * self.trie.page_bytes:]
-            pages = [pages[at:at + count] for pages in seq.pages]
-            born = plan_id if (at + count) * self.page_size > settled else -1
-            node = seq.node
-            if node.start >= seq.num_matched and node.kind is kind and node.refs == 1 and not node.children \
-                    and 0 < len(node) <= RUN_PAGES - count and born in (-1, node.born):
-                self.store.extend(node, run, pages)
-            else:
-                self._supersede(node, run[:self.trie.page_bytes])
-                seq.node = self.store.attach(node, run, kind, pages, born)
-            seq.num_published += count * self.page_size
-
-    def _publish_leaf(self, seq: Sequence, done: int, plan_id: int) -> None:
-        """The partly filled page behind the path, unless the trie has its tokens already."""
-        at = seq.num_published
-        data = encode(seq.tokens[at:done])
-        known = self.trie.sources(seq.node, data)
-        pages = [pages[at // self.page_size] for pages in seq.pages]
-        if (known and known[0].tokens == done - at) or min(pages) < 0:
-            return
-        self._supersede(seq.node, data)
-        kind = Kind.PROMPT if done <= len(seq.request.prompt) else Kind.ANSWER
-        seq.node = self.store.attach(seq.node, data, kind, [[page] for page in pages], plan_id)
-        seq.num_published = done
-
-    def _take_back_leaf(self, seq: Sequence) -> None:
-        """The leaf that a sequence published and went on writing becomes private again."""
-        leaf = seq.node
-        if self.trie.partial(leaf):
-            seq.node, seq.num_published = leaf.parent, leaf.start
-            self.store.take_back(leaf)
-
-    def _supersede(self, parent: Node, data: bytes) -> None:
-        """Drop the unused leaf that the new page ``data`` extends."""
-        for known in self.trie.sources(parent, data):
-            leaf = known.node
-            if not leaf.refs and len(leaf.data) == known.tokens * TOKEN_BYTES < len(data):
-                self.store.discard(leaf)
-                self.store.stats.supersedes += 1
-                return

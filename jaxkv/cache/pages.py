@@ -4,8 +4,8 @@ Owns numbers only, no contents and no policy. Everything is deterministic: pages
 start and last freed first later, idle pages are listed in the order of their release.
 
 A page is free, private to one sequence, or owned by the trie. For full-attention groups the references of a trie page
-are those of its node (``Node.refs``), so no page is counted. A window group lets go of pages one by one while the path stays
-pinned, so ``WindowPool`` counts the running sequences per page.
+are those of its node (``Node.refs``), so no page is counted. A window group lets go of pages one by one while the path
+stays pinned, so ``WindowPool`` counts the running sequences per page.
 """
 
 from __future__ import annotations

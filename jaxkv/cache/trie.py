@@ -1,16 +1,16 @@
 """Radix trie over token pages: which prefixes are cached, and which node owns each page.
 
 Owns the tree, the digests and the search. Owns no page pool and no policy: it never decides what stays, and pages are
-opaque numbers to it. A node is a run of full pages, or a *leaf* of one partly filled page without children. Runs split at
-page borders only. The page behind a leaf may still be written by the sequence that published it, past the leaf's length.
+opaque numbers to it. A node is a run of full pages, or a *leaf* of one partly filled page without children. Runs split
+at page borders only. The sequence that published a leaf may go on writing its page, past the leaf's length.
 
-Tokens are stored as bytes, four per token: a run is compared by one memcmp, the first difference of two runs is one XOR,
-and children sorted by the bytes of their first page have the longest common prefix with a query next to where the query
-would be inserted.
+Tokens are stored as bytes, four per token: a run is compared by one memcmp, the first difference of two runs is one
+XOR, and children sorted by the bytes of their first page have the longest common prefix with a query next to where the
+query would be inserted.
 
-The digest of a page hashes the digest of the page before it and its tokens, so it names a whole prefix however the path is
-cut into nodes. A node goes by the digest of its first page (``key``): extending or cutting its tail does not rename it.
-Hits compare tokens, never digests.
+The digest of a page hashes the digest of the page before it and its tokens, so it names a whole prefix however the path
+is cut into nodes. A node goes by the digest of its first page (``key``): extending or cutting its tail does not rename
+it. Hits compare tokens, never digests.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def common_tokens(a: bytes, b: bytes) -> int:
 class Node:
     """A run of pages that share a fate: kind, tier and users."""
 
-    __slots__ = ("parent", "data", "digests", "start", "kind", "tier", "pages", "refs", "born", "hot", "children", "order")
+    __slots__ = ("parent", "data", "digests", "start", "kind", "tier", "pages", "refs", "born", "hot", "children",
+                 "order")
 
     def __init__(self, parent: Node | None, data: bytes, digests: list[bytes], start: int, kind: Kind, tier: Tier,
                  pages: list[list[int]], born: int = -1) -> None:

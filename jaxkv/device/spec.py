@@ -98,7 +98,8 @@ def stored_kv_heads(spec: ModelSpec, tp: int) -> int:
         return heads
     if tp > heads and tp % heads == 0:
         return tp
-    raise ConfigError(f"tensor_parallel_size {tp} neither divides the model's KV heads ({heads}) nor is a multiple of them")
+    raise ConfigError(f"tensor_parallel_size {tp} neither divides the model's KV heads ({heads}) nor is a multiple "
+                      "of them")
 
 
 def kv_groups(spec: ModelSpec, tp: int, dtype: str) -> tuple[KVGroup, ...]:

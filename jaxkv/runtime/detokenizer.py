@@ -12,7 +12,6 @@ from typing import Protocol
 
 from jaxkv.runtime.tokenizer import Tokenizer
 
-_BEHIND = 6  # tokens before the new ones that are decoded with them, for the spaces between words
 _LONGEST = 8  # tokens that may wait for the rest of a character; more are broken bytes
 
 
@@ -50,16 +49,21 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """For the others (SentencePiece): new text is what a window of the last tokens decodes to beyond its known part.
+    """For the others (SentencePiece): new tokens are decoded behind the piece before them, for the space between words.
 
-    The end of the prompt is the first window, so that an answer's leading space is kept, as in vLLM. Broken bytes are
+    The end of the prompt is the first piece, so that an answer's leading space is kept, as in vLLM. Broken bytes are
     given up after 8 tokens; only there the text may differ from decoding everything at once.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._known = list(prompt[-_BEHIND:])  # emitted already
-        self._known_text = self._decode(self._known)
+        self._known: list[int] = []  # the piece before, whole characters
+        self._known_text = ""
+        for start in range(len(prompt) - 1, max(-1, len(prompt) - 1 - _LONGEST), -1):
+            text = self._decode(list(prompt[start:]))
+            if text and "\ufffd" not in text:
+                self._known, self._known_text = list(prompt[start:]), text
+                break
         self._new: list[int] = []  # waiting for the rest of a character
 
     def push(self, token_ids: Iterable[int]) -> str:
@@ -74,10 +78,10 @@ class WindowDetokenizer:
         return "" if unfinished and len(self._new) < _LONGEST else self._take()
 
     def _take(self) -> str:
-        window = self._known + self._new
-        text = self._decode(window)[len(self._known_text):]
-        self._known, self._new = window[-_BEHIND:], []
-        self._known_text = self._decode(self._known)
+        text = self._decode(self._known + self._new)[len(self._known_text):]
+        if text:  # not for special tokens that are skipped
+            self._known, self._known_text = self._new, self._decode(self._new)
+        self._new = []
         return text
 
     def _decode(self, token_ids: list[int]) -> str:

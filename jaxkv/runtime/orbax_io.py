@@ -37,7 +37,7 @@ def to_tensors(decls: tuple[WeightDecl, ...], leaves: Any) -> dict[str, np.ndarr
     pieces: dict[str, list[tuple[int, np.ndarray]]] = {}
     flips: dict[str, bool] = {}
     for decl, leaf in zip(decls, leaves, strict=True):
-        for source, rows in zip(decl.sources, unpack(decl, np.asarray(leaf))):
+        for source, rows in zip(decl.sources, unpack(decl, np.asarray(leaf)).values()):
             pieces.setdefault(source.name, []).append((source.rows[0] if source.rows else 0, rows))
             flips[source.name] = source.transpose
     return {
@@ -54,7 +54,7 @@ def save_params(directory: Path, spec: ModelSpec, params: models.Params) -> None
     tree = {}
     for decl, leaf, wanted in zip(decls, params, target, strict=True):
         array = np.asarray(leaf)
-        tree[wanted.name] = array if decl == wanted else pack(wanted, to_tensors((decl,), (array,)))
+        tree[decl.name] = array if decl == wanted else pack(wanted, to_tensors((decl,), (array,)))
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save((directory / FOLDER).resolve(), tree)
 
@@ -77,9 +77,9 @@ def read_leaves(directory: Path, spec: ModelSpec) -> Iterator[np.ndarray]:
         for decl, origin in zip(decls, saved):
             item = {origin.name: jax.ShapeDtypeStruct(origin.shape, found[origin.name].dtype)}
             args = {origin.name: ocp.RestoreArgs(restore_type=np.ndarray)}
-            leaf = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item, args, partial_restore=True))[origin.name]
-            yield leaf if decl.shape == origin.shape and decl.blocks == 1 and not decl.swap \
-                else pack(decl, to_tensors((origin,), (leaf,)))
+            wish = ocp.args.PyTreeRestore(item, args, partial_restore=True)
+            leaf = checkpointer.restore(path, args=wish)[origin.name]
+            yield leaf if decl == replace(origin, dtype=decl.dtype) else pack(decl, to_tensors((origin,), (leaf,)))
 
 
 def check_leaves(path: Path, wanted: tuple[WeightDecl, ...], found: dict[str, tuple[int, ...]]) -> None:

@@ -185,17 +185,18 @@ class RequestState:
         """Everything so far."""
         prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         if self._params.prompt_logprobs is not None:
-            prompt_logprobs = [None, *[logprob_dict(item, self._tokenizer) for item in self._prompt_logprobs]]
+            count = self._params.prompt_logprobs
+            prompt_logprobs = [None, *[logprob_dict(item, count, self._tokenizer) for item in self._prompt_logprobs]]
         outputs = [child.output(index, self._params, self._tokenizer) for index, child in enumerate(self._children)]
         return RequestOutput(self.request_id, self._prompt, self._prompt_token_ids, prompt_logprobs, outputs,
                              self.finished, self._num_cached or 0, self._metrics)
 
 
-def logprob_dict(item: Logprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
-    """The chosen token first, then the most likely ones; a token that is both appears once."""
+def logprob_dict(item: Logprobs, count: int, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """The chosen token first, then the ``count`` most likely ones; a token that is both appears once."""
     text = tokenizer.token_text if tokenizer is not None else lambda token: None
     found = {item.token_id: Logprob(item.logprob, item.rank, text(item.token_id))}
-    for rank, (token, value) in enumerate(item.top, 1):
+    for rank, (token, value) in enumerate(item.top[:count], 1):
         if token not in found:
             found[token] = Logprob(value, rank, text(token))
     return found
@@ -215,6 +216,6 @@ class _Child:
         out = CompletionOutput(index, "".join(self.texts), self.token_ids, finish_reason=self.finish_reason,
                                stop_reason=self.stop_reason)
         if params.logprobs is not None:
-            out.logprobs = [logprob_dict(item, tokenizer) for item in self.logprobs]
+            out.logprobs = [logprob_dict(item, params.logprobs, tokenizer) for item in self.logprobs]
             out.cumulative_logprob = sum(item.logprob for item in self.logprobs)
         return out

@@ -45,6 +45,12 @@ class Tiers:
             self._held -= self._leaving.popleft()[2]
         return self._held
 
+    def clear(self) -> None:
+        """Forget every host page."""
+        self.host.clear()
+        self._leaving.clear()
+        self._held = 0
+
     def apply(self, pools: Pools, moves: Iterable[PageMove]) -> Pools:
         """Runs ``moves`` in order, neighbours of one kind as one batch. A move to nowhere drops a host page."""
         groups = list(pools)

@@ -97,7 +97,8 @@ def find_model(model: str | None) -> Path:
         return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # offline, unknown, private: each with a type of its own
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(f"model {model!r} is no local directory and cannot be fetched from the hub: {reason}") from None
+        raise ConfigError(f"model {model!r} is no local directory and cannot be fetched from the hub: "
+                          f"{reason}") from None
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -29,8 +29,7 @@ from jaxkv.sched.chunking import append_tokens, chunk_length, take_chunk
 from jaxkv.sched.policy import FCFS, SchedulerPolicy
 from jaxkv.types import Admit, Chunk, Request, Sequence, Status, StepPlan, StepResult, TokenEvent
 
-_RUNNING = Status.RUNNING
-_FINISHED = Status.FINISHED
+_RUNNING, _FINISHED = Status.RUNNING, Status.FINISHED
 _key = attrgetter("key")
 
 
@@ -143,15 +142,14 @@ class Scheduler:
         index = 0
         while index < len(running):
             seq = running[index]
-            request = seq.request
-            start = seq.num_scheduled
-            missing = len(seq.tokens) + seq.in_flight
-            if missing - len(request.prompt) >= request.max_tokens:  # the last token is on the device
+            request, start = seq.request, seq.num_scheduled
+            known = len(seq.tokens) + seq.in_flight
+            if known - len(request.prompt) >= request.max_tokens:  # the last token is on the device
                 left += 1
                 index += 1
                 continue
             length = 1
-            if missing - start > 1:
+            if known - start > 1:
                 length = chunk_length(seq, 1 + left)
                 left -= length - 1
             while not grow(seq, start + length):
@@ -214,11 +212,9 @@ class Scheduler:
 
     def _schedule(self, seq: Sequence, length: int, plan_id: int) -> Chunk:
         """Publishing comes before the chunk is made: it may swap a private page for the trie's equal one."""
-        start = seq.num_scheduled
+        start, size, request = seq.num_scheduled, self.cache.page_size, seq.request
         end = seq.num_scheduled = start + length
-        request = seq.request
         prompt_len = len(request.prompt)
-        size = self.cache.page_size
         if end == prompt_len or min(end, len(seq.tokens)) // size > seq.num_published // size:
             self.cache.publish(seq, plan_id)
         if start < prompt_len <= end and request.child == 0 and request.parent in self._leading:

@@ -105,4 +105,4 @@ class Server:
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """uvloop's where it is installed."""
-    return uvicorn.Config(app=None).get_loop_factory()  # type: ignore[arg-type]
+    return uvicorn.Config(app=None, log_config=None).get_loop_factory()  # type: ignore[arg-type]

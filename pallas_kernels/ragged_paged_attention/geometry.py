@@ -1,4 +1,4 @@
-"""The integer half of an XLA attention call: which rows, pages and positions belong together.
+"""The integer half of an XLA attention call: which rows, pages and positions are worked on together.
 
 Everything here depends on the batch only, never on a layer: in a step that unrolls its layers XLA computes it once.
 """
@@ -13,64 +13,121 @@ import jax.numpy as jnp
 I32 = jnp.int32
 
 
-class Decodes(NamedTuple):
-    """The sequences of a batch with exactly one query, ordered so that those with a common prefix are neighbours.
+class Batch(NamedTuple):
+    """The ragged batch in the order that it is worked on: sequences that start with the same pages are neighbours.
 
-    `order`: [S] which sequence stands at each place, `place`: its inverse. The rest is by place: `length`: [S] keys the
-    query sees, 0 for a sequence without exactly one query; `low`: [S] first page to be read by the sequence alone;
-    `shared`: [S] pages read together with the group, `leader`: [S] place of the group's first member.
+    By sequence [S]: `first_row`, `q_lens`, `shared` (leading pages read together with the group), `leader` (first member
+    of the group, itself if alone) and `table` [S, P]. By row [T]: `positions`, -1 for padding. `source` [T]: the caller's
+    row of each row; `place` [T]: the row of each of the caller's rows (both None: same order).
     """
 
-    order: jax.Array
-    place: jax.Array
-    length: jax.Array
-    low: jax.Array
+    first_row: jax.Array
+    q_lens: jax.Array
     shared: jax.Array
     leader: jax.Array
+    table: jax.Array
+    positions: jax.Array
+    source: jax.Array | None
+    place: jax.Array | None
 
 
-def rows_of(cu_q_lens: jax.Array, tokens: int) -> jax.Array:
-    """Sequence of every row: [T] int32, S for padding rows."""
-    rows = jnp.arange(tokens, dtype=I32)
-    return jnp.sum((rows[:, None] >= cu_q_lens[None, 1:]).astype(I32), axis=1)
+class Runs(NamedTuple):
+    """By sequence [S]: `rows` consecutive rows from `first_row` that attend to its keys low <= key < stop, as far as
+    position and window allow."""
+
+    first_row: jax.Array
+    rows: jax.Array
+    low: jax.Array
+    stop: jax.Array
 
 
-def plain_decodes(kv_lens: jax.Array, q_lens: jax.Array, page_size: int, window: int | None) -> Decodes:
-    """Decodes that each read all their own pages."""
-    order = jnp.arange(kv_lens.shape[0], dtype=I32)
-    length = jnp.where(q_lens == 1, kv_lens, 0)
-    low = jnp.zeros_like(length) if window is None else jnp.maximum(length - window, 0) // page_size
-    return Decodes(order, order, length, low, jnp.zeros_like(length), order)
+class Items(NamedTuple):
+    """A work list; entries from `count` on are meaningless. An item is a tile of rows against a block of pages.
+
+    By item [I]: `row`, `rows` of the tile, `key` position of the block's first key, `start` <= key < `stop` the keys that
+    are there to be read, `pages` [I, n].
+    """
+
+    count: jax.Array
+    row: jax.Array
+    rows: jax.Array
+    key: jax.Array
+    start: jax.Array
+    stop: jax.Array
+    pages: jax.Array
 
 
-def grouped_decodes(
-    page_table: jax.Array, kv_lens: jax.Array, q_lens: jax.Array, page_size: int, min_pages: int, min_members: int
-) -> Decodes:
-    """Decodes grouped by the pages their tables start with, where at least that many share at least that many pages.
+def plain_batch(page_table: jax.Array, kv_lens: jax.Array, cu_q_lens: jax.Array, tokens: int) -> Batch:
+    """The batch as it came, nothing shared."""
+    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
+    index = jnp.arange(q_lens.shape[0], dtype=I32)
+    _, positions = _rows(kv_lens, cu_q_lens, tokens)
+    return Batch(cu_q_lens[:-1], q_lens, jnp.zeros_like(index), index, page_table, positions, None, None)
 
-    Two sequences are tried as a group if they agree on page number `min_pages` - 1; the pages on which all members agree,
-    completely filled in each of them, are the shared ones.
+
+def grouped_batch(
+    page_table: jax.Array, kv_lens: jax.Array, cu_q_lens: jax.Array, tokens: int, page_size: int, min_pages: int,
+    min_members: int,
+) -> Batch:
+    """The batch with its decodes (q_len 1) grouped where at least that many share at least that many pages.
+
+    Sequences are tried as a group if they agree on page number `min_pages` - 1; shared are the leading pages on which all
+    members agree and which are full in each.
     """
     seqs, pages = page_table.shape
     index = jnp.arange(seqs, dtype=I32)
-    length = jnp.where(q_lens == 1, kv_lens, 0)
-    full = length // page_size
-    key = jnp.where(full >= min_pages, page_table[:, min_pages - 1], -1 - index)  # alone: a key of its own
-    same = key[:, None] == key[None, :]
-    first = jnp.argmax(same, axis=1).astype(I32)
-    equal = page_table == page_table[first]
-    agree = jnp.where(equal, pages, jnp.arange(pages, dtype=I32)[None, :]).min(axis=1)  # leading equal entries
-    agree = jnp.minimum(agree, full)
-    first = jnp.where(agree >= min_pages, first, index)
-    member = first[:, None] == first[None, :]
-    count = jnp.sum(member.astype(I32), axis=1)
+    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
+    full = jnp.where(q_lens == 1, kv_lens, 0) // page_size
+    candidate = full >= min_pages
+    key = page_table[:, min_pages - 1]
+    same = (key[:, None] == key[None, :]) & candidate[:, None] & candidate[None, :]
+    leader = jnp.where(candidate, jnp.argmax(same, axis=1).astype(I32), index)
+    differs = jnp.where(page_table == page_table[leader], pages, jnp.arange(pages, dtype=I32)[None, :])
+    agree = jnp.minimum(differs.min(axis=1), full)
+    leader = jnp.where(agree >= min_pages, leader, index)
+    member = leader[:, None] == leader[None, :]
     shared = jnp.where(member, agree[None, :], pages).min(axis=1)
-    shared = jnp.where((count >= min_members) & (shared >= min_pages), shared, 0)
-    before = (first[None, :] < first[:, None]) | ((first[None, :] == first[:, None]) & (index[None, :] < index[:, None]))
-    place = jnp.sum(before.astype(I32), axis=1)
-    order = jnp.argmax(place[None, :] == index[:, None], axis=1).astype(I32)
-    shared = shared[order]
-    return Decodes(order, place, length[order], shared, shared, place[first[order]])
+    big = jnp.sum(member.astype(I32), axis=1) >= min_members
+    shared, leader = jnp.where(big, shared, 0), jnp.where(big, leader, index)
+
+    before = (leader[None, :] < leader[:, None]) | ((leader[None, :] == leader[:, None]) & (index[None, :] < index[:, None]))
+    rank = jnp.sum(before.astype(I32), axis=1)  # sequence -> new place
+    order = jnp.argmax(rank[None, :] == index[:, None], axis=1).astype(I32)  # new place -> sequence
+    cu_new = cumulative(q_lens[order])
+    new_seq, positions = _rows(kv_lens[order], cu_new, tokens)
+    old_seq, _ = _rows(kv_lens, cu_q_lens, tokens)
+    rows = jnp.arange(tokens, dtype=I32)
+    real = rows < cu_q_lens[-1]
+    source = jnp.where(real, cu_q_lens[order[new_seq]] + rows - cu_new[new_seq], rows)
+    place = jnp.where(real, cu_new[rank[old_seq]] + rows - cu_q_lens[old_seq], rows)
+    return Batch(cu_new[:-1], q_lens[order], shared[order], rank[leader[order]], page_table[order], positions, source, place)
+
+
+def work_list(
+    runs: Runs, batch: Batch, *, tile: int, block_pages: int, max_tiles: int, page_size: int, num_pages: int,
+    window: int | None,
+) -> Items:
+    """Cut runs into tiles of at most `tile` rows, and what each tile reads into blocks of `block_pages` pages."""
+    pages = batch.table.shape[1]
+    tiles = cumulative((runs.rows + tile - 1) // tile)
+    number = jnp.arange(max_tiles, dtype=I32)
+    run = _owner(tiles, number)
+    row = jnp.clip(runs.first_row[run] + (number - tiles[run]) * tile, 0, batch.positions.shape[0] - 1)
+    rows = jnp.clip(runs.first_row[run] + runs.rows[run] - row, 1, tile)
+    start = runs.low[run]
+    if window is not None:
+        start = jnp.maximum(start, batch.positions[row] - window + 1)
+    stop = jnp.minimum(runs.stop[run], batch.positions[row + rows - 1] + 1)
+    first, last = start // page_size, (stop - 1) // page_size
+    blocks = jnp.where((stop > start) & (number < tiles[-1]), (last - first) // block_pages + 1, 0)
+
+    items = cumulative(blocks)
+    number = jnp.arange(max_tiles * -(-pages // block_pages), dtype=I32)
+    at = _owner(items, number)
+    page = first[at] + (number - items[at]) * block_pages
+    index = jnp.minimum(page[:, None] + jnp.arange(block_pages, dtype=I32)[None, :], last[at][:, None])
+    taken = batch.table[run[at][:, None], jnp.clip(index, 0, pages - 1)]
+    return Items(items[-1], row[at], rows[at], page * page_size, start[at], stop[at], jnp.clip(taken, 0, num_pages - 1))
 
 
 def cumulative(counts: jax.Array) -> jax.Array:
@@ -78,8 +135,13 @@ def cumulative(counts: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.zeros(1, I32), jnp.cumsum(counts, dtype=I32)])
 
 
-def owner(cumulated: jax.Array, item: jax.Array) -> jax.Array:
-    """Which of n owners has each item [...], given `cumulative` counts [n + 1]; n - 1 for items past the end."""
-    n = cumulated.shape[0] - 1
-    ends = cumulated[1:].reshape((1,) * item.ndim + (n,))
-    return jnp.minimum(jnp.sum((ends <= item[..., None]).astype(I32), axis=-1), n - 1)
+def _owner(cumulated: jax.Array, number: jax.Array) -> jax.Array:
+    """Which of n owners has each number, given their `cumulative` counts [n + 1]; n - 1 past the end."""
+    return jnp.clip(jnp.searchsorted(cumulated, number, side="right").astype(I32) - 1, 0, cumulated.shape[0] - 2)
+
+
+def _rows(kv_lens: jax.Array, cu_q_lens: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Sequence (the last one for padding) and position (-1 for padding) of every row, both [T]."""
+    rows = jnp.arange(tokens, dtype=I32)
+    seq = _owner(cu_q_lens, rows)
+    return seq, jnp.where(rows < cu_q_lens[-1], kv_lens[seq] - cu_q_lens[seq + 1] + rows, -1)

@@ -1,7 +1,7 @@
-"""Online softmax over blocks of keys, and the merge of its partial results: shared by the XLA loops.
+"""Online softmax over blocks of keys.
 
 A *partial* is what a set of keys contributes to a query: float32 [..., D + 2] = the weighted sum of values, the highest
-score m and the sum of exp(score - m). `EMPTY` marks m of the empty partial; partials merge in any order.
+score m and the sum of exp(score - m). `EMPTY` is m of the empty one.
 """
 
 from __future__ import annotations
@@ -38,15 +38,6 @@ def add_block(
     acc = acc * shrink[..., None] + jnp.einsum("...km,...kd->...md", weights, v, preferred_element_type=jnp.float32)
     total = total * shrink + weights.sum(axis=-2)
     return jnp.concatenate([acc, new_top[..., None], total[..., None]], axis=-1)
-
-
-def merge(partials: jax.Array, axis: int) -> jax.Array:
-    """The partial of the union of disjoint key sets that lie along `axis`."""
-    top = partials[..., -2]
-    new_top = top.max(axis=axis, keepdims=True)
-    weight = jnp.exp(top - new_top)[..., None]
-    sums = (partials * weight).sum(axis=axis)
-    return jnp.concatenate([sums[..., :-2], new_top.squeeze(axis)[..., None], sums[..., -1:]], axis=-1)
 
 
 def finish(partial: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -1,15 +1,14 @@
 """Drives a CacheController and a SimDevice together, the way the rules in the controller's head ask for.
 
-A tiny scheduler without any policy: tests decide what happens, the harness keeps the rules, checks integrity after every
-call, and compares what was matched with a dict of prefixes.
+A tiny scheduler without any policy: tests decide what happens, the harness keeps the rules, checks integrity after
+every call, and compares what was matched with a dict of prefixes.
 """
 
 from __future__ import annotations
 
-from sim_device import SimDevice
-
 from jaxkv.cache.controller import CacheController
 from jaxkv.types import Admit, Chunk, KVGroup, Request, SamplingParams, Sequence, StepPlan, Tier
+from tests.sim_device import SimDevice
 
 
 def full(layers: int = 1) -> KVGroup:
@@ -20,10 +19,13 @@ def window(tokens: int) -> KVGroup:
     return KVGroup((0,), 1, 4, "float32", tokens)
 
 
+FULL = (full(),)
+
+
 class Harness:
     """``lag``: plans between a step and its commit (0: synchronous, 1: overlap)."""
 
-    def __init__(self, groups=(full(),), page_size=4, pages=64, host=0, policy="lfu", lag=0, caching=True) -> None:
+    def __init__(self, groups=FULL, page_size=4, pages=64, host=0, policy="lfu", lag=0, caching=True) -> None:
         count = len(groups)
         num = pages if isinstance(pages, tuple) else (pages,) * count
         num_host = host if isinstance(host, tuple) else (host,) * count

@@ -4,7 +4,14 @@ import pytest
 from cache_harness import Harness, full, window
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 GROUPS = {"full": (full(),), "two full": (full(), full(2)), "full+window": (full(), window(5)), "window": (window(6),),
           "windows": (window(1), window(9)), "full+windows": (full(), window(3), window(8))}
@@ -81,7 +88,7 @@ class CacheMachine(RuleBasedStateMachine):
     def preempt(self, data):
         seq = data.draw(st.sampled_from(self.idle()))
         self.h.release(seq)
-        self.waiting.append(seq)
+        (self.waiting if seq.num_tokens <= self.limit() else self.finished).append(seq)
 
     @precondition(lambda self: self.idle())
     @rule(data=st.data())

@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sim_device import SimDevice
-
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import SchedConfig
 from jaxkv.sched.replay import Recorder
 from jaxkv.sched.scheduler import Scheduler
 from jaxkv.types import KVGroup, Logprobs, Request, SamplingParams, Sequence, Status, StepPlan, StepResult, TokenEvent
+from tests.sim_device import SimDevice
 
 FULL = (KVGroup((0, 1), 2, 8, "float32"),)
 FULL_AND_WINDOW = (KVGroup((0,), 2, 8, "float32"), KVGroup((1,), 2, 8, "float32", window=10))

@@ -84,8 +84,9 @@ class EvictionPolicy(ABC):
     def victim(self) -> bytes | None:
         """The offered node that leaves first; None if none is offered. Changes nothing."""
 
+    @abstractmethod
     def rest(self, key: bytes) -> None:
-        """The last running user of the node left. Counts as recency where a policy looks at that, never as a hit."""
+        """The last running user of a node that is not offered left. It may count as recency, never as a hit."""
 
     # ---- what happens to nodes
 
@@ -122,7 +123,7 @@ class EvictionPolicy(ABC):
             self._candidates(entry).push(low, entry)
 
     def remove(self, key: bytes) -> float:
-        """The node leaves the tier. Returns its heat: log2 of what its uses are still worth, for the tier it goes to."""
+        """The node leaves the tier. Returns its heat, log2 of what its uses are still worth, for the tier it enters."""
         entry = self._entries.pop(key)
         self._candidates(entry).discard(entry)
         return self._leave(key, entry)

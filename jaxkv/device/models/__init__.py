@@ -40,7 +40,7 @@ def family_of(config: dict[str, Any]) -> str:
     names = config.get("architectures") or []
     name = names[0] if isinstance(names, list) and names else None
     family = config.get("model_type") if name is None else ARCHITECTURES.get(name)
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(f"unsupported architecture {name or config.get('model_type')!r}; supported: "
                           f"{', '.join(ARCHITECTURES)}")
     return family
@@ -86,5 +86,5 @@ def logits(spec: ModelSpec, params: Params, hidden: jax.Array) -> jax.Array:
     return layers.linear(hidden, table, out_first=True, dtype=jnp.dtype(jnp.float32))[:, : spec.vocab_size]
 
 
-def _by_name(spec: ModelSpec, params: Params) -> dict[str, layers.Weight]:
+def _by_name(spec: ModelSpec, params: Params) -> layers.Leaves:
     return {decl.name: leaf for decl, leaf in zip(weight_table(spec), params, strict=True)}

@@ -63,7 +63,7 @@ def weight_table(spec: ModelSpec) -> tuple[WeightDecl, ...]:
 
 
 def forward(
-    spec: ModelSpec, w: dict[str, layers.Weight], token_ids: jax.Array, positions: jax.Array, attend: Attend
+    spec: ModelSpec, w: layers.Leaves, token_ids: jax.Array, positions: jax.Array, attend: Attend
 ) -> jax.Array:
     """token_ids, positions i32 [T] -> hidden [T, d] after the final norm. ``w``: leaves by name."""
     x = layers.embed(w["embed"], token_ids, spec.dtype) + layers.embed(w["positions"], positions, spec.dtype)
@@ -74,12 +74,12 @@ def forward(
     return norm(spec, w, "norm", x)
 
 
-def norm(spec: ModelSpec, w: dict[str, layers.Weight], name: str, x: jax.Array) -> jax.Array:
+def norm(spec: ModelSpec, w: layers.Leaves, name: str, x: jax.Array) -> jax.Array:
     """LayerNorm of x [T, d] by the leaves ``name`` and ``name.bias``, where the model has them."""
     return layers.layer_norm(x, w.get(name), w.get(name + ".bias"), spec.norm_eps)
 
 
-def attention(spec: ModelSpec, w: dict[str, layers.Weight], i: int, x: jax.Array, attend: Attend) -> jax.Array:
+def attention(spec: ModelSpec, w: layers.Leaves, i: int, x: jax.Array, attend: Attend) -> jax.Array:
     """Attention without rotation on x [T, d]."""
     at = f"layers.{i}."
     q, k, v = hf.split_heads(spec, layers.linear(x, w[at + "qkv"], w.get(at + "qkv.bias"), out_first=spec.out_first))
@@ -87,7 +87,7 @@ def attention(spec: ModelSpec, w: dict[str, layers.Weight], i: int, x: jax.Array
     return layers.linear(y, w[at + "out"], w.get(at + "out.bias"), out_first=spec.out_first)
 
 
-def mlp(spec: ModelSpec, w: dict[str, layers.Weight], at: str, x: jax.Array) -> jax.Array:
+def mlp(spec: ModelSpec, w: layers.Leaves, at: str, x: jax.Array) -> jax.Array:
     """Two-matrix MLP on x [T, d]."""
     x = layers.linear(x, w[at + "up"], w.get(at + "up.bias"), out_first=spec.out_first)
     x = layers.ACTIVATIONS[spec.activation](x)

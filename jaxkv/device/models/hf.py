@@ -66,15 +66,15 @@ def rope(config: dict[str, Any]) -> Rope:
     raise ConfigError(f"config.json: rope_type {kind!r} is not supported (default, linear and llama3 are)")
 
 
-def windows(config: dict[str, Any], layers: int) -> tuple[int | None, ...]:
+def windows(config: dict[str, Any], count: int) -> tuple[int | None, ...]:
     """Attention window of each layer from ``layer_types``, else the same ``sliding_window`` for all."""
     window = config.get("sliding_window")
     window = None if window is None else integer(config, "sliding_window")
     kinds = config.get("layer_types")
     if kinds is None:
-        return (window,) * layers
-    if not isinstance(kinds, list) or len(kinds) != layers:
-        raise ConfigError(f"config.json: layer_types must list {layers} layers, got {kinds!r}")
+        return (window,) * count
+    if not isinstance(kinds, list) or len(kinds) != count:
+        raise ConfigError(f"config.json: layer_types must list {count} layers, got {kinds!r}")
     unknown = sorted({str(k) for k in kinds} - {"full_attention", "sliding_attention"})
     if unknown:
         raise ConfigError(f"config.json: layer_types {', '.join(unknown)} not supported")
@@ -116,7 +116,8 @@ def gated_spec(family: str, config: dict[str, Any], **features: Any) -> ModelSpe
 def check_heads(heads: int, kv: int, dim: int) -> None:
     """ConfigError when query heads do not group over KV heads."""
     if heads % kv:
-        raise ConfigError(f"config.json: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv})")
+        raise ConfigError(f"config.json: num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
+                          f"({kv})")
     if dim < 1:
         raise ConfigError(f"config.json: head_dim must be positive, got {dim}")
 

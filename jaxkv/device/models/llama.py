@@ -53,9 +53,10 @@ def weight_table(spec: ModelSpec) -> tuple[WeightDecl, ...]:
 
 
 def forward(
-    spec: ModelSpec, w: dict[str, layers.Weight], token_ids: jax.Array, positions: jax.Array, attend: Attend
+    spec: ModelSpec, w: layers.Leaves, token_ids: jax.Array, positions: jax.Array, attend: Attend
 ) -> jax.Array:
     """token_ids, positions i32 [T] -> hidden [T, d] after the final norm. ``w``: leaves by name."""
+    assert spec.rope is not None
     x = layers.embed(w["embed"], token_ids, spec.dtype)
     angles = layers.rope_angles(spec.rope, spec.head_dim, positions)
     for i in range(spec.num_layers):
@@ -66,8 +67,7 @@ def forward(
 
 
 def attention(
-    spec: ModelSpec, w: dict[str, layers.Weight], i: int, x: jax.Array,
-    angles: tuple[jax.Array, jax.Array], attend: Attend,
+    spec: ModelSpec, w: layers.Leaves, i: int, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend
 ) -> jax.Array:
     """Attention block of layer i on normalised x [T, d]; keys are rotated before ``attend`` sees them."""
     at = f"layers.{i}."
@@ -79,7 +79,7 @@ def attention(
     return layers.linear(y.reshape(x.shape[0], -1), w[at + "out"], w.get(at + "out.bias"), out_first=spec.out_first)
 
 
-def mlp(spec: ModelSpec, w: dict[str, layers.Weight], at: str, x: jax.Array) -> jax.Array:
+def mlp(spec: ModelSpec, w: layers.Leaves, at: str, x: jax.Array) -> jax.Array:
     """Gated MLP on normalised x [T, d]."""
     both = layers.linear(x, w[at + "gate_up"], w.get(at + "gate_up.bias"), out_first=spec.out_first)
     gate, up = layers.split_blocks(both, spec.tp, (spec.mlp_size // spec.tp,) * 2)

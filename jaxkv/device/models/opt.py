@@ -74,7 +74,7 @@ def weight_table(spec: ModelSpec) -> tuple[WeightDecl, ...]:
 
 
 def forward(
-    spec: ModelSpec, w: dict[str, layers.Weight], token_ids: jax.Array, positions: jax.Array, attend: Attend
+    spec: ModelSpec, w: layers.Leaves, token_ids: jax.Array, positions: jax.Array, attend: Attend
 ) -> jax.Array:
     """token_ids, positions i32 [T] -> hidden [T, d] after the final norm. ``w``: leaves by name."""
     x = layers.embed(w["embed"], token_ids, spec.dtype)

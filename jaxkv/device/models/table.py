@@ -141,8 +141,8 @@ class TableBuilder:
 
     def vocab(self, name: str, source: str) -> None:
         """A [vocabulary, hidden] table, output-first on every backend because the tied head shares it."""
-        s = self._spec
-        self.add(name, (s.padded_vocab, s.hidden_size), ("vocab", "embed"), Source(source, (s.vocab_size, s.hidden_size)))
+        rows, width = self._spec.vocab_size, self._spec.hidden_size
+        self.add(name, (self._spec.padded_vocab, width), ("vocab", "embed"), Source(source, (rows, width)))
 
     def vector(self, name: str, source: str, size: int, init: str) -> None:
         """A replicated vector: norm weights and biases of whole outputs."""
@@ -154,7 +154,8 @@ class TableBuilder:
         self.vector(name + ".bias", source + ".bias", self._spec.hidden_size, "zeros")
 
     def matrix(
-        self, name: str, inputs: int, parts: tuple[Part, ...], axes: tuple[str, str], *, bias: bool, conv1d: bool = False
+        self, name: str, inputs: int, parts: tuple[Part, ...], axes: tuple[str, str], *, bias: bool,
+        conv1d: bool = False,
     ) -> None:
         """A weight [in, out] or [out, in] and its bias, fused from ``parts``; ``axes`` names (in, out).
 

@@ -29,7 +29,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-untied": ("Llama", GQA),
     "llama-tied-bias": ("Llama", {**GQA, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama3-rope": ("Llama", {**GQA, "rope_parameters": LLAMA3, "head_dim": 16}),
-    "llama-linear-rope": ("Llama", {**GQA, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama-linear-rope": ("Llama", {**GQA, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4}}),
     "llama-mha": ("Llama", {**GQA, "num_key_value_heads": 4}),
     "mistral-window": ("Mistral", {**GQA, "sliding_window": 9, "head_dim": 8}),
     "mistral-full": ("Mistral", {**GQA, "sliding_window": None, "head_dim": 8}),
@@ -50,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make_model(family: str, options: dict[str, Any], seed: int = 0) -> Any:
     """A random transformers model whose every weight, biases and norms included, matters to the logits."""
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     config = getattr(transformers, f"{family}Config")(**options, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     config._attn_implementation = "eager"

@@ -1,0 +1,163 @@
+"""Room in HBM: who leaves, where it goes, what comes back, and which moves that takes.
+
+Owns no state; works on the pools, policies and moves of ``PageStore``.
+
+Room in a full-attention group comes from the policy's victim: demoted if the host tier has room or can make some,
+otherwise dropped with what hangs below it. Room in a window group comes from its oldest idle page, even of a pinned
+path, which leaves a hole there; in a model of window groups only, an idle page of an unpinned node hands over to the
+policy, so that such models use the host tier too.
+
+Order is everything: the moves of a plan run one after the other before its step, so a page freed here may be taken
+again at once, in either tier. What a chunk of the plan under construction computes is never moved: its nodes are pinned
+by the sequence that runs, and no sequence with a chunk in a plan is released before ``take_moves`` ends the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxkv.cache.pages import WindowPool
+from jaxkv.cache.store import PageStore
+from jaxkv.cache.trie import Node
+from jaxkv.types import PageMove, Tier
+
+
+class Tiering:
+    """Moves nodes between the tiers of ``store``."""
+
+    def __init__(self, store: PageStore) -> None:
+        self._store = store
+
+    def reserve(self, need: Sequence[int]) -> bool:
+        """Make room for ``need[group]`` pages in every group; False, and nothing changed, if that is impossible."""
+        store, hbm = self._store, self._store.hbm
+        if all(pool.free >= n for pool, n in zip(hbm, need, strict=True)):
+            return True
+        if any(n > store.available(g) for g, n in enumerate(need)):
+            return False
+        for g in store.full:
+            while hbm[g].free < need[g]:
+                self._evict(need[g] - hbm[g].free)
+        for g in store.windows:
+            while hbm[g].free < need[g]:
+                self._reclaim(g)
+        return True
+
+    def _evict(self, count: int) -> None:
+        """Take up to ``count`` tail pages of the policy's victim out of HBM."""
+        store = self._store
+        key = store.policies[Tier.HBM].victim()
+        assert key is not None, "idle pages without a candidate"
+        node = store.nodes[key]
+        if store.host_capacity:
+            count = min(count, store.host_capacity)
+        if len(node) > count:
+            store.split(node, len(node) - count)
+        if self._host_room(node):
+            self._demote(node)
+        else:
+            store.stats.evictions += len(node)
+            store.discard(node)
+
+    def _host_room(self, node: Node) -> bool:
+        """Make room in the host tier for all pages of ``node``, dropping host nodes by policy."""
+        store = self._store
+        need = [sum(page >= 0 for page in pages) for pages in node.pages]
+        if not store.host_capacity or any(n > pool.capacity for n, pool in zip(need, store.host, strict=True)):
+            return False
+        while (short := max(n - pool.free for n, pool in zip(need, store.host, strict=True))) > 0:
+            key = store.policies[Tier.HOST].victim()
+            if key is None:
+                return False
+            victim = store.nodes[key]
+            if len(victim) > short:
+                store.split(victim, len(victim) - short)
+            store.stats.evictions += len(victim)
+            store.discard(victim)
+        return True
+
+    def _demote(self, node: Node) -> None:
+        """Move an unused node without HBM children to the host tier, which has room."""
+        store = self._store
+        parent, key = node.parent, node.key
+        assert parent is not None and not node.refs and not node.hot
+        store.idle -= len(node)
+        heat = store.policies[Tier.HBM].remove(key)
+        store.free_hbm(node)
+        for g, pages in enumerate(node.pages):
+            for i, page in enumerate(pages):
+                if page >= 0:
+                    pages[i] = store.host[g].take()
+                    store.moves.append(PageMove(g, (Tier.HBM, page), (Tier.HOST, pages[i])))
+        node.tier = Tier.HOST
+        parent.hot -= 1
+        store.policies[Tier.HOST].add(key, len(node), node.start, heat)
+        store.settle(node)
+        store.settle(parent)
+        store.stats.demotions += len(node)
+
+    def _reclaim(self, group: int) -> None:
+        """Free the page of a window group that nobody has seen for longest."""
+        store = self._store
+        pool = store.window_pool(group)
+        page = pool.oldest_idle()
+        node = pool.owner[page]
+        if not store.full and not node.refs:
+            self._evict(1)
+            return
+        pages = node.pages[group]
+        pages[pages.index(page)] = -1
+        pool.disown(page)
+        pool.give(page)
+        store.stats.holes += 1
+
+    # ---- back to HBM
+
+    def promote(self, node: Node, first: Sequence[int]) -> None:
+        """Bring a HOST node back for the one sequence that has pinned it; room was reserved.
+
+        Of window group g only pages from index ``first[g]`` of the path come, earlier ones are dropped.
+        """
+        store = self._store
+        start = store.first_page(node)
+        for g, pages in enumerate(node.pages):
+            pool = store.hbm[g]
+            for i, page in enumerate(pages):
+                if page < 0:
+                    continue
+                if start + i < first[g]:
+                    store.free_host(g, page)
+                    pages[i] = -1
+                    continue
+                pages[i] = pool.take()
+                store.host[g].give(page)
+                store.moves.append(PageMove(g, (Tier.HOST, page), (Tier.HBM, pages[i]), last=True))
+                if isinstance(pool, WindowPool):
+                    pool.adopt(pages[i], node, 1)
+        self._to_hbm(node)
+        store.stats.promotions += len(node)
+
+    def refill(self, node: Node, pages: list[list[int]], born: int) -> None:
+        """Give an unused HOST node the HBM pages of a sequence that computed the same tokens; it gets one user."""
+        store = self._store
+        for g, old in enumerate(node.pages):
+            for page in old:
+                if page >= 0:
+                    store.free_host(g, page)
+        node.pages = pages
+        node.born = born
+        node.refs = 1
+        self._to_hbm(node)
+        store.adopt(node, pages)
+        store.stats.swaps += len(node)
+
+    def _to_hbm(self, node: Node) -> None:
+        """Bookkeeping of a HOST node whose pages are HBM pages from now on."""
+        store = self._store
+        parent = node.parent
+        assert parent is not None
+        heat = store.policies[Tier.HOST].remove(node.key)
+        node.tier = Tier.HBM
+        parent.hot += 1
+        store.policies[Tier.HBM].add(node.key, len(node), node.start, heat)
+        store.settle(parent)

@@ -1,0 +1,96 @@
+"""Engines on small random models for tests: executors are compiled once per mesh and model, engines are made per cell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxkv.cache.controller import CacheController
+from jaxkv.config import CacheConfig, EngineConfig, SchedConfig
+from jaxkv.device import models
+from jaxkv.device.sharding import param_shardings
+from jaxkv.device.spec import KVSpec, ModelSpec, kv_groups
+from jaxkv.runtime.engine import Engine
+from jaxkv.runtime.executor import JaxExecutor
+from jaxkv.runtime.memory import Capacity
+from jaxkv.runtime.outputs import Delta
+from jaxkv.sched.scheduler import Scheduler
+from jaxkv.types import SamplingParams
+
+PAGE, WINDOW, MAX_LEN, SEQS, BUDGET, POOL, HOST = 4, 8, 64, 4, 64, 160, 64
+CONFIG = dict(
+    architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, intermediate_size=48, vocab_size=67, max_position_embeddings=256,
+    rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu", tie_word_embeddings=False, initializer_range=0.4)
+
+
+@cache
+def model(windows: bool, devices: int = 1, dtype: str = "float32") -> tuple[ModelSpec, models.Params, Mesh]:
+    """A two-layer model, the second layer with a sliding window if ``windows``; the same weights on every mesh."""
+    spec = models.spec_from_config(CONFIG, dtype, tp=devices, out_first=True)
+    spec = replace(spec, windows=(None, WINDOW if windows else None))
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("tp",))
+    params = tuple(map(jax.device_put, models.init_params(spec, jax.random.key(3)), param_shardings(spec, mesh)))
+    return spec, params, mesh
+
+
+@cache
+def executor(windows: bool, devices: int = 1, dtype: str = "float32", layout: str = "head_major") -> JaxExecutor:
+    spec, params, mesh = model(windows, devices, dtype)
+    groups = kv_groups(spec, devices, dtype)
+    kv = KVSpec(groups, (POOL,) * len(groups), PAGE, layout)
+    with jax.default_matmul_precision("highest"):
+        return JaxExecutor(spec, params, kv, mesh, max_num_seqs=SEQS, max_num_batched_tokens=BUDGET,
+                           max_model_len=MAX_LEN, host_bytes=2 * HOST * sum(g.page_bytes(PAGE) for g in groups))
+
+
+def engine(
+    run: JaxExecutor, *, pages: int = POOL, host_pages: int = 0, policy: str = "lfu", budget: int = BUDGET,
+    chunked: bool = True, overlap: bool = True, prefix_caching: bool = True, max_num_seqs: int = SEQS,
+) -> Engine:
+    """A fresh engine on a compiled executor; the controller may be told of fewer pages than the pool has."""
+    groups = run.kv.groups
+    run.tiers.clear()
+    config = EngineConfig(sched=SchedConfig(max_num_seqs, budget, chunked, overlap), cache=CacheConfig(PAGE))
+    num_pages, num_host = (pages,) * len(groups), (host_pages,) * len(groups)
+    controller = CacheController(groups, PAGE, num_pages, num_host, policy, "test", prefix_caching)
+    capacity = Capacity(num_pages, 1, num_host, 1)
+    return Engine(config, Scheduler(config.sched, controller, MAX_LEN), run, model_name="test", max_model_len=MAX_LEN,
+                  vocab_size=CONFIG["vocab_size"], capacity=capacity)
+
+
+@dataclass
+class Result:
+    prompt: list[int]
+    tokens: list[int]
+    deltas: list[Delta]
+
+
+def run_all(engine: Engine, requests: dict[str, tuple[list[int], SamplingParams]], check: bool = True) -> dict[str, Result]:
+    """Runs requests to their end, checking all ownership after every step; results by "id" or, with n > 1, "id/child"."""
+    results: dict[str, Result] = {}
+    for name, (prompt, params) in requests.items():
+        engine.add_request(name, prompt, params)
+        for i in range(params.n):
+            results[f"{name}/{i}" if params.n > 1 else name] = Result(prompt, [], [])
+    steps = 0
+    while engine.has_work:
+        for delta in engine.step():
+            params = requests[delta.request_id][1]
+            result = results[f"{delta.request_id}/{delta.index}" if params.n > 1 else delta.request_id]
+            result.tokens += delta.token_ids
+            result.deltas.append(delta)
+        if check:
+            engine.check()
+            assert engine.executor.host_bytes_held() <= engine.executor.tiers.host_bytes
+        steps += 1
+        assert steps < 5000, "the engine does not finish"
+    return results
+
+
+def greedy(max_tokens: int, **more) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **more)

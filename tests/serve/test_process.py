@@ -1,0 +1,201 @@
+"""The command as a process: exit codes, one-line errors, signals. The engine is the fake one where there is one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from serve_fakes import wait_for
+
+ROOT = Path(__file__).parents[2]
+# The real command line, socket, server and signals around the fake engine.
+MAIN = """
+import sys
+import time
+sys.path.insert(0, {here!r})
+import jaxkv.runtime.startup as startup
+from serve_fakes import FakeEngine
+from conftest import CHECKPOINT
+from jaxkv.config import ConfigError
+from jaxkv.runtime.tokenizer import load_tokenizer
+def build(config, show_progress=False):
+    if config.seed == 15:
+        time.sleep(60)
+    if config.seed == 13:
+        raise ConfigError("model directory has no weights")
+    engine = FakeEngine(load_tokenizer(CHECKPOINT), max_model_len=100_000, step_seconds=0.01)
+    if config.seed == 14:
+        engine.crash = RuntimeError("device lost")
+    return engine
+startup.build_engine = build
+from jaxkv.serve.__main__ import main
+raise SystemExit(main(sys.argv[1:]))
+""".format(here=str(Path(__file__).parent))
+
+
+class Process:
+    """A server as a child process."""
+
+    def __init__(self, *args: str):
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self.child = subprocess.Popen([sys.executable, "-c", MAIN, "--port", "0", *args], env=env, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.lines: list[str] = []
+
+    def ready(self) -> str:
+        """Waits for the ready line; the URL in it."""
+        assert self.child.stdout
+        for line in self.child.stdout:
+            self.lines.append(line)
+            if line.startswith("ready: "):
+                return line.split()[1]
+        raise AssertionError(f"ended before it was ready: {self.child.communicate()}")
+
+    def end(self, seconds: float = 30) -> tuple[int, str]:
+        """Exit code and stderr."""
+        try:
+            _, errors = self.child.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            raise AssertionError("the server hangs") from None
+        return self.child.returncode, errors
+
+
+def post(url: str, **body: object) -> urllib.request.Request:
+    return urllib.request.Request(f"{url}/completions", json.dumps({"prompt": "a", **body}).encode(),
+                                  {"content-type": "application/json"})
+
+
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "jaxkv.serve", *args], cwd=ROOT, text=True, capture_output=True,
+                          timeout=60)
+
+
+def test_help_needs_no_jax():
+    code = ("import sys, contextlib\nfrom jaxkv.serve.__main__ import main\n"
+            "with contextlib.suppress(SystemExit): main(['--help'])\n"
+            "assert not {'jax', 'numpy', 'fastapi', 'transformers'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    for flag in ("--model", "--host", "--port", "--api-key", "--served-model-name", "--max-model-len", "--max-num-seqs",
+                 "--max-num-batched-tokens", "--page-size", "--block-size", "--kv-cache-memory", "--host-kv-memory",
+                 "--eviction-policy", "--tensor-parallel-size", "--dtype"):
+        assert flag in done.stdout
+
+
+@pytest.mark.parametrize(("args", "word"), [
+    (["--page-size", "0"], "page_size"), (["--page-size", "x"], "page-size"), (["--port", "70000"], "port"),
+    (["--kv-cache-memory", "lots"], "kv_cache_memory"), (["--nope"], "nope"), (["--dtype", "int3"], "dtype"),
+    (["--max-open-requests", "0"], "max_open_requests"), (["--shutdown-timeout", "nan"], "shutdown_timeout"),
+    (["--host", "no.such.host.invalid"], "no.such.host.invalid"), (["--api-key", ""], "api_key"),
+])
+def test_bad_arguments(args, word):
+    done = command(*args)
+    assert done.returncode == 2 and word in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_busy_port_is_told_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        start = time.monotonic()
+        done = command("--port", str(taken.getsockname()[1]))
+        assert time.monotonic() - start < 10  # nothing was loaded
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "cannot listen" in done.stderr
+
+
+def test_settings_the_engine_refuses():
+    code, errors = Process("--seed", "13").end()
+    assert code == 2 and errors.strip().splitlines() == ["python -m jaxkv.serve: error: model directory has no weights"]
+
+
+def test_engine_failure_ends_the_process():
+    process = Process("--seed", "14")
+    url = process.ready()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(post(url), timeout=20)
+    assert refused.value.code == 500
+    with pytest.raises(urllib.error.HTTPError) as health:
+        urllib.request.urlopen(url.replace("/v1", "/health"), timeout=5)
+    assert health.value.code == 503
+    code, errors = process.end()
+    assert code == 1 and "device lost" in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_when_idle(number):
+    process = Process()
+    url = process.ready()
+    assert urllib.request.urlopen(f"{url}/models").status == 200  # leaves an idle connection behind
+    process.child.send_signal(number)
+    assert process.end(15)[0] == 0
+
+
+def test_open_requests_get_the_grace_time():
+    process = Process("--shutdown-timeout", "10")
+    with urllib.request.urlopen(post(process.ready(), stream=True, max_tokens=100, ignore_eos=True)) as stream:
+        first = stream.readline()
+        process.child.terminate()
+        assert first.startswith(b"data: ") and stream.read().endswith(b"data: [DONE]\n\n")
+    assert process.end(15)[0] == 0
+
+
+def test_then_they_are_ended_with_an_error():
+    process = Process("--shutdown-timeout", "0.2")
+    with urllib.request.urlopen(post(process.ready(), stream=True, max_tokens=50_000)) as stream:
+        stream.readline()
+        process.child.terminate()
+        assert b"shutting down" in stream.read()
+    assert process.end(15)[0] == 0
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_client_that_does_not_read_cannot_hold_the_server(signals):
+    process = Process("--shutdown-timeout", "0.2" if signals == 1 else "1000")
+    host, port = process.ready().removeprefix("http://").removesuffix("/v1").split(":")
+    body = json.dumps({"prompt": ["a"] * 50, "n": 4, "max_tokens": 50_000, "stream": True, "logprobs": 5,
+                       "return_token_ids": True}).encode()
+    with socket.create_connection((host, int(port))) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+        sock.recv(100)
+        time.sleep(1)  # the buffers between fill up
+        for _ in range(signals):
+            process.child.terminate()
+            time.sleep(0.3)
+        assert process.end(20)[0] == 0
+
+
+def test_signal_while_loading():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    process = Process("--seed", "15", "--port", str(port))
+
+    def loading() -> bool:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+        except urllib.error.HTTPError as error:
+            return error.code == 503
+        except OSError:
+            return False
+        raise AssertionError("ready while loading")
+
+    wait_for(loading, 30)
+    process.child.terminate()
+    assert process.end(10)[0] == 0
+
+
+def test_no_thread_or_child_is_left():
+    process = Process()
+    process.ready()
+    pid = process.child.pid
+    process.child.terminate()
+    assert process.end(15)[0] == 0
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())

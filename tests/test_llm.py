@@ -1,0 +1,232 @@
+"""``LLM``: shapes of prompts, outputs, errors that leave nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv import LLM, SamplingParams
+from tests.text_models import write_model
+
+ROOT = Path(__file__).parent.parent
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+SMALL = dict(load_format="dummy", max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32, page_size=4,
+             kv_cache_memory="1M", host_kv_memory=0)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def llm(model_dir):
+    with LLM(str(model_dir), **SMALL) as llm:
+        yield llm
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(request):
+    """Every test, failing calls included, leaves the engine empty and consistent."""
+    yield
+    if "llm" in request.fixturenames:
+        engine = request.getfixturevalue("llm").engine
+        assert not engine.has_work
+        engine.check()
+
+
+def test_import_is_light():
+    code = ("import time; t = time.perf_counter(); import jaxkv; jaxkv.SamplingParams(); s = time.perf_counter() - t; "
+            "import sys; print(s < 0.5, sorted({'jax', 'numpy', 'transformers'} & set(sys.modules)))")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "True []"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = jaxkv.nothing
+    assert all(getattr(jaxkv, name) for name in jaxkv.__all__)
+
+
+def test_prompts_in_every_shape(llm):
+    tokenizer = llm.get_tokenizer()
+    text, ids = "The quick", tokenizer.encode("The quick")
+    shapes = [text, [text], ids, [ids], np.array(ids).tolist(), [np.int64(i) for i in ids], {"prompt": text},
+              {"prompt_token_ids": ids}, [{"prompt": text, "prompt_token_ids": ids}], [tuple(ids)]]
+    results = [llm.generate(shape, GREEDY, use_tqdm=False) for shape in shapes]
+    for result in results:
+        assert len(result) == 1
+        assert result[0].prompt_token_ids == ids
+        assert result[0].outputs[0].token_ids == results[0][0].outputs[0].token_ids
+    assert results[0][0].prompt == text
+    assert results[2][0].prompt is None
+    assert llm.generate([], GREEDY) == []
+
+
+def test_many_prompts_keep_their_order(llm):
+    prompts = [f"{number} x" for number in range(11)]
+    params = [SamplingParams(temperature=0, max_tokens=1 + number % 5, ignore_eos=True) for number in range(11)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output.prompt for output in outputs] == prompts
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [1 + number % 5 for number in range(11)]
+    assert [int(output.request_id) for output in outputs] == sorted(int(output.request_id) for output in outputs)
+    alone = llm.generate(prompts[7], params[7], use_tqdm=False)[0]
+    assert alone.outputs[0].token_ids == outputs[7].outputs[0].token_ids
+
+
+def test_what_an_output_holds(llm):
+    params = SamplingParams(n=2, temperature=0.8, seed=3, max_tokens=6, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    output = llm.generate("The quick brown fox", params, use_tqdm=False)[0]
+    assert output.finished
+    assert [answer.index for answer in output.outputs] == [0, 1]
+    assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+    assert output.prompt_logprobs[0] is None
+    assert all(t in row for t, row in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:]))
+    for answer in output.outputs:
+        assert answer.finish_reason == "length"
+        assert answer.text == llm.engine.tokenizer.decode(answer.token_ids)
+        assert [2 <= len(row) <= 3 for row in answer.logprobs] == [True] * 6
+        chosen = [row[token] for token, row in zip(answer.token_ids, answer.logprobs)]
+        assert answer.cumulative_logprob == pytest.approx(sum(entry.logprob for entry in chosen))
+        assert all(entry.decoded_token == llm.engine.tokenizer.token_text(t)
+                   for entry, t in zip(chosen, answer.token_ids))
+    again = llm.generate("The quick brown fox", params, use_tqdm=False)[0]
+    assert [a.token_ids for a in again.outputs] == [a.token_ids for a in output.outputs]
+    assert output.metrics.arrival_time <= output.metrics.first_token_time <= output.metrics.finished_time
+
+
+def test_cached_tokens_and_salts(llm):
+    prompt = "some text that nobody else sends here, ever"
+    first, second, other = (llm.generate({"prompt": prompt, "cache_salt": salt}, GREEDY, use_tqdm=False)[0]
+                            for salt in ("a", "a", "b"))
+    assert (first.num_cached_tokens, other.num_cached_tokens) == (0, 0)
+    assert second.num_cached_tokens == len(first.prompt_token_ids) - 1
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids == other.outputs[0].token_ids
+
+
+def test_stop_strings(llm):
+    whole = llm.generate("The quick", SamplingParams(temperature=0, max_tokens=24, ignore_eos=True), use_tqdm=False)
+    text = whole[0].outputs[0].text
+    stop = text[len(text) // 2:len(text) // 2 + 3]
+    cut = llm.generate("The quick", SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, stop=stop),
+                       use_tqdm=False)[0].outputs[0]
+    assert (cut.text, cut.finish_reason, cut.stop_reason) == (text[:text.index(stop)], "stop", stop)
+    assert cut.token_ids == whole[0].outputs[0].token_ids[:len(cut.token_ids)]
+
+
+def test_chat(llm):
+    conversation = [{"role": "user", "content": "hi"}]
+    one = llm.chat(conversation, GREEDY, use_tqdm=False)
+    two = llm.chat([conversation, [*conversation, {"role": "assistant", "content": "so"},
+                                   {"role": "user", "content": "ok"}]], GREEDY, use_tqdm=False)
+    assert [len(one), len(two)] == [1, 2]
+    assert one[0].prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert one[0].prompt_token_ids[0] == llm.get_tokenizer().convert_tokens_to_ids("<|im_start|>")
+    assert two[0].outputs[0].token_ids == one[0].outputs[0].token_ids
+    bare = llm.chat(conversation, GREEDY, use_tqdm=False, add_generation_prompt=False)
+    assert bare[0].prompt.endswith("<|im_end|>\n")
+    with pytest.raises(ValueError, match=r"conversation 1: messages\[0\].role must be a string"):
+        llm.chat([conversation, [{"content": "x"}]], GREEDY)
+    with pytest.raises(ValueError, match="messages must be a non-empty list"):
+        llm.chat([], GREEDY)
+
+
+@pytest.mark.parametrize(("prompts", "params", "message"), [
+    (3, None, "prompts must be a string, token ids, a dict"),
+    (["ok", 3], None, r"prompts\[1\] must be a string or a list of token ids, got int"),
+    ("", None, "prompts must not be empty"),
+    (["ok", ""], None, r"prompts\[1\] must not be empty"),
+    (["ok", []], None, r"prompts\[1\] must not be empty"),
+    ([[1, "x"]], None, r"prompts\[0\] must hold token ids \(integers\), got 'x'"),
+    ([[1, True]], None, r"prompts\[0\] must hold token ids"),
+    ([1, -2], None, "token id -2"),
+    (["ok", [5, 400]], None, r"prompts\[1\].*token id 400.*vocabulary of 400"),
+    (["ok", [5] * 128], None, r"prompts\[1\].*128 tokens; max_model_len is 128"),
+    ({"text": "x"}, None, "prompts has an unknown key 'text'"),
+    ({}, None, "prompts must hold prompt or prompt_token_ids"),
+    ({"prompt": "x", "cache_salt": 3}, None, "prompts.cache_salt must be a string"),
+    ("\ud800", None, "prompt is not valid Unicode"),
+    (["a", "b"], [GREEDY], r"as many as prompts \(2\), got 1"),
+    ("a", "greedy", "sampling_params must be SamplingParams"),
+    (["a"], [{"max_tokens": 3}], r"sampling_params\[0\] must be SamplingParams, got dict"),
+    (["a", "b"], [GREEDY, SamplingParams(stop_token_ids=[400])], r"prompts\[1\].*stop_token_ids.*400"),
+])
+def test_bad_input_runs_nothing(llm, prompts, params, message):
+    steps = llm.engine.metrics.steps
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, params, use_tqdm=False)
+    assert llm.engine.metrics.steps == steps
+
+
+def test_unknown_options_and_bad_settings(model_dir):
+    with pytest.raises(jaxkv.ConfigError, match="unknown option 'block_sizes'"):
+        LLM(str(model_dir), block_sizes=3)
+    with pytest.raises(jaxkv.ConfigError, match="page_size must be an integer of at least 1, got 0"):
+        LLM(str(model_dir), page_size=0)
+    with pytest.raises(jaxkv.ConfigError, match="kv_cache_memory must be bytes or a number"):
+        LLM(str(model_dir), kv_cache_memory="lots")
+    with pytest.raises(jaxkv.ConfigError, match="overlap must be True or False"):
+        LLM(str(model_dir), overlap="no")
+
+
+def test_a_failure_in_the_middle_leaves_nothing(llm, monkeypatch):
+    step, calls = llm.engine.step, []
+
+    def failing():
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("boom")
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", failing)
+    with pytest.raises(RuntimeError, match="boom"):
+        llm.generate(["a", "b"] * 5, GREEDY, use_tqdm=False)
+    monkeypatch.undo()
+    assert not llm.engine.has_work
+    assert llm.generate("The quick", GREEDY, use_tqdm=False)[0].finished
+
+
+def test_ctrl_c_leaves_nothing(llm):
+    before = signal.getsignal(signal.SIGINT)
+    killer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    killer.start()
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(200):
+            llm.generate(["a b c"] * 40, SamplingParams(max_tokens=100, ignore_eos=True), use_tqdm=False)
+            assert time.sleep(0) is None
+    killer.join()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not llm.engine.has_work
+
+
+def test_it_works_from_another_thread(llm):
+    results = []
+    thread = threading.Thread(target=lambda: results.extend(llm.generate("The quick", GREEDY, use_tqdm=False)))
+    thread.start()
+    thread.join()
+    assert results[0].finished
+
+
+def test_progress_bar(llm, capsys):
+    llm.generate(["a", "b"], GREEDY)
+    assert "2/2" in (err := capsys.readouterr().err)
+    assert "toks/s" in err
+
+
+def test_without_tokenizer(model_dir):
+    with LLM(str(model_dir), **SMALL, skip_tokenizer_init=True) as llm:
+        output = llm.generate([5, 6, 7], GREEDY, use_tqdm=False)[0]
+        assert len(output.outputs[0].token_ids) == 8
+        assert output.outputs[0].text == ""
+        for call in (lambda: llm.generate("text", GREEDY), llm.get_tokenizer, lambda: llm.chat([{"role": "user"}])):
+            with pytest.raises(ValueError, match="needs a tokenizer"):
+                call()
+        with pytest.raises(ValueError, match="stop needs a tokenizer"):
+            llm.generate([5], SamplingParams(stop="x"), use_tqdm=False)
+        assert not llm.engine.has_work
+    with pytest.raises(RuntimeError, match="shut down"):
+        llm.generate([5])
