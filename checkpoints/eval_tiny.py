@@ -92,7 +92,7 @@ def answers(score, tokenizer: Tokenizer, kind: str, prompts: int) -> dict[str, f
     """Share of prompts answered right as a whole; half of the prompts are chats."""
     texts = [text for _, text in stdlib_texts(held_out=True) if len(text) > 6000]
     right: dict[bool, list[bool]] = {False: [], True: []}
-    length = 2304
+    length = 1856
     for first in range(0, prompts, ROWS):
         rows, spans = [], []
         for seed in range(first, first + ROWS):

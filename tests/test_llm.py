@@ -13,23 +13,20 @@ import pytest
 
 import jaxkv
 from jaxkv import LLM, SamplingParams
-from tests.text_models import write_model
+from tests.text_models import SMALL, small_llm, small_model
 
 ROOT = Path(__file__).parent.parent
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-SMALL = dict(load_format="dummy", max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32, page_size=4,
-             kv_cache_memory="1M", host_kv_memory=0)
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
+def model_dir() -> Path:
+    return small_model()
 
 
 @pytest.fixture(scope="module")
-def llm(model_dir):
-    with LLM(str(model_dir), **SMALL) as llm:
-        yield llm
+def llm() -> LLM:
+    return small_llm()
 
 
 @pytest.fixture(autouse=True)

@@ -1,18 +1,25 @@
-"""Small real tokenizers for tests, trained in a moment. Owns no model weights."""
+"""Small real tokenizers, trained in a moment, and one small ``LLM`` that the tests of a session share."""
 
 from __future__ import annotations
 
 import json
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from jaxkv import LLM
+
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{%- if message['role'] not in ('system', 'user', 'assistant') -%}{{ raise_exception('unknown role') }}{%- endif -%}"
+    "{%- if message['role'] not in ('system', 'user', 'assistant') -%}"
+    "{{ raise_exception('unknown role') }}{%- endif -%}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}")
+SMALL = {"load_format": "dummy", "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 4,
+         "kv_cache_memory": "1M", "host_kv_memory": 0}
 TEXT = ["def main(argv):\n    return len(argv) > 1\n", "The quick brown fox jumps over the lazy dog, naïvely. ",
         "日本語のテキスト、中文文本。", "👩‍👩‍👧 family 🎉 and ünïcödé", "0123456789 x = {'a': [1, 2]}\n"] * 4
 
@@ -63,3 +70,15 @@ def write_model(directory: Path) -> Path:
     }
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+@cache
+def small_model() -> Path:
+    """The directory of ``write_model``, for the whole session."""
+    return write_model(Path(tempfile.mkdtemp(prefix="jaxkv-small-")))
+
+
+@cache
+def small_llm() -> LLM:
+    """Random weights, settings ``SMALL``; compiled once."""
+    return LLM(str(small_model()), **SMALL)

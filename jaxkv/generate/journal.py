@@ -27,12 +27,17 @@ class Journal:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system, however the process ends
         except BlockingIOError:
+            os.close(self._fd)
             raise ConfigError(f"output {str(path)!r} is being written by another process") from None
         except OSError as error:
             raise ConfigError(f"output {str(path)!r} cannot be written: {error.strerror}") from None
         self.done: dict[int, str] = {}  # number of the input line -> its digest
         self.num_errors = 0
-        self._read()
+        try:
+            self._read()
+        except ConfigError:
+            os.close(self._fd)
+            raise
 
     def check(self, digest_of: Callable[[int], str | None]) -> None:
         """Compares every record with its input line, None where there is none. ConfigError if the input was changed."""

@@ -6,6 +6,7 @@ open lines are dropped unwritten and the next run does them again.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -32,9 +33,8 @@ def run(config: EngineConfig, input_path: Path, output_path: Path, *, shard: tup
     """
     if output_path.exists() and input_path.exists() and output_path.samefile(input_path):
         raise ConfigError("output must not be the input file")
-    lines = Lines(input_path)
-    journal = Journal(output_path)
-    with _Signals() as signals:
+    with _Signals() as signals, contextlib.closing(Lines(input_path)) as lines, \
+            contextlib.closing(Journal(output_path)) as journal:
         numbers = lines.shard(*shard)
         mine = set(numbers)
         journal.check(lambda number: digest(lines[number]) if number in mine else None)
@@ -48,8 +48,6 @@ def run(config: EngineConfig, input_path: Path, output_path: Path, *, shard: tup
             work = pipeline(lines, todo, preparer, ahead=config.sched.max_num_seqs)
             with _Progress(len(numbers), journal, show_progress) as progress:
                 _Batch(engine, journal, work, 2 * config.sched.max_num_seqs, progress).run(signals)
-        journal.close()
-        lines.close()
     left = len(numbers) - len(journal.done)
     print(f"{output_path}: {len(journal.done)} of {len(numbers)} lines, {journal.num_errors} of them errors"
           + ("; run the same command again to go on" if left else ""), file=sys.stderr)
@@ -65,19 +63,26 @@ class _Batch:
         self._num_sequences = 0  # of the open lines
 
     def run(self, signals: _Signals) -> None:
-        """Until every line has its record or a signal came."""
-        while not signals.number:
-            self._top_up()
-            if not self._engine.has_work:
-                return
-            for delta in self._engine.step():
-                self._progress.count(len(delta.token_ids))
-                work, call = self._open[delta.request_id]
-                if work.take(call, delta):
-                    self._close(work)
-                    self._write(work, work.record(), error=False)
-        for request_id in self._open:
-            self._engine.abort(request_id)
+        """Until every line has its record or a signal came; what is open then leaves the engine."""
+        try:
+            while not signals.number:
+                self._top_up()
+                if not self._engine.has_work:
+                    return
+                self._step()
+        finally:
+            for request_id in self._open:
+                self._engine.abort(request_id)
+        while self._engine.has_work:  # what the device is still at
+            self._engine.step()
+
+    def _step(self) -> None:
+        for delta in self._engine.step():
+            self._progress.count(len(delta.token_ids))
+            work, call = self._open[delta.request_id]
+            if work.take(call, delta):
+                self._close(work)
+                self._write(work, work.record(), error=False)
 
     def _top_up(self) -> None:
         while self._num_sequences < self._max_sequences and (item := next(self._work, None)) is not None:

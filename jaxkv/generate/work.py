@@ -120,6 +120,7 @@ class Preparer:
             return Refused(number, digest(line), envelope.refusal(error))
 
     def _work(self, number: int, line: bytes, data: dict[str, Any], envelope: Envelope) -> Work:
+        """Raises ApiError."""
         url, body = _request_of(data, envelope.plain)
         name = f"line-{number}"
         form: Form
@@ -151,7 +152,7 @@ class Preparer:
                  for index, (ids, text) in enumerate(prompts)]
         return Work(number, line, envelope, request, form, calls)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> tuple[list[int], str]:
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[list[int], str | None]:
         if self._tokenizer is None:
             raise bad_request("prompt must be token ids: the tokenizer was left out", "prompt")
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens), text

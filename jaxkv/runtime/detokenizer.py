@@ -7,7 +7,7 @@ or searched twice. Owns no tokens and no reasons to finish (``outputs`` does).
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from jaxkv.runtime.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ _LONGEST = 8  # tokens that may wait for the rest of a character; more are broke
 class Detokenizer(Protocol):
     """Text of a growing list of tokens; what it returns is whole characters and never taken back."""
 
-    def push(self, token_ids: Iterable[int]) -> str: ...
+    def push(self, token_ids: Sequence[int]) -> str: ...
 
     def flush(self) -> str:
         """What is left when no token follows: an unfinished character, as U+FFFD."""
@@ -36,13 +36,21 @@ class ByteDetokenizer:
     """For byte-level vocabularies: the texts joined are ``tokenizer.decode`` of all tokens, whatever they are."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._bytes = tokenizer.token_bytes
+        self._bytes, self._characters = tokenizer.token_bytes, tokenizer.token_characters
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._waiting = False  # for the rest of a character
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        skip, of = self._skip, self._bytes
-        return self._utf8.decode(b"".join([of(token) for token in token_ids if token not in skip]))
+    def push(self, token_ids: Sequence[int]) -> str:
+        skip = self._skip
+        if len(token_ids) == 1 and not self._waiting:  # the usual case
+            token = token_ids[0]
+            text = "" if token in skip else self._characters(token)
+            if text is not None:
+                return text
+        text = self._utf8.decode(b"".join([self._bytes(token) for token in token_ids if token not in skip]))
+        self._waiting = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -66,7 +74,7 @@ class WindowDetokenizer:
                 break
         self._new: list[int] = []  # waiting for the rest of a character
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         return "".join([self._push_one(token) for token in token_ids])
 
     def flush(self) -> str:
@@ -98,11 +106,15 @@ class StopStrings:
     def __init__(self, stops: Sequence[str], include: bool) -> None:
         self._matchers = [_Matcher(stop) for stop in sorted(set(stops), key=len, reverse=True)]
         self._include = include
+        self._firsts = frozenset(stop[0] for stop in stops)
+        self._idle = True  # no stop string has begun
         self._held = ""
 
     def push(self, text: str, active: bool = True) -> tuple[str, str | None]:
         """Text that may be shown now, and the stop string if the text has come to its end. Not ``active``: stop
         strings that end in ``text`` do not count."""
+        if self._idle and self._firsts.isdisjoint(text):  # the usual case
+            return text, None
         for index, char in enumerate(text):
             hit: str | None = None
             for matcher in self._matchers:  # all of them must see the character
@@ -112,10 +124,12 @@ class StopStrings:
                 whole = self._held + text[:index + 1]
                 self._held = ""
                 return whole if self._include else whole[:-len(hit)], hit
+        begun = max([matcher.matched for matcher in self._matchers])
+        self._idle = not begun
         if self._include:
             return text, None
         whole = self._held + text
-        shown = len(whole) - max(matcher.matched for matcher in self._matchers)
+        shown = len(whole) - begun
         self._held = whole[shown:]
         return whole[:shown], None
 

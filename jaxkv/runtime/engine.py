@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -43,6 +44,7 @@ class Engine:
         self._description = tuple(description)
         self._clock = clock
         self._outputs: dict[str, OutputProcessor] = {}  # by child id
+        self._unseen: set[str] = set()  # children that gave no event yet
         self._children: dict[str, list[str]] = {}  # user's request id -> ids of its open children
         self._pending: tuple[StepPlan, StepHandle] | None = None
         self._counter = 0
@@ -71,14 +73,17 @@ class Engine:
         seed = params.seed if params.seed is not None else self._draw_seed()
         now = self._clock()
         children = [f"{request_id}#{i}" for i in range(params.n)]
+        quiet = replace(params, prompt_logprobs=None)  # one child reports for all: the others reuse its prompt
         requests = [
-            Request(child, prompt, params, max_tokens, seed=seed, child=i, parent=request_id, arrival=now,
+            Request(child, prompt, params if i == 0 else quiet, max_tokens, seed=seed, child=i, parent=request_id, arrival=now,
                     priority=priority, namespace=cache_salt, stop_ids=stop_ids)
             for i, child in enumerate(children)
         ]
-        for request in requests:
+        outputs = [OutputProcessor(request, self.tokenizer) for request in requests]
+        for request, output in zip(requests, outputs):
             self.scheduler.add(request)
-            self._outputs[request.id] = OutputProcessor(request, self.tokenizer)
+            self._outputs[request.id] = output
+            self._unseen.add(request.id)
         self._children[request_id] = children
         self.metrics.prompt_tokens += len(prompt)
 
@@ -86,6 +91,7 @@ class Engine:
         """Ends a request and frees its pages now; unknown ids are ignored (it may just have finished)."""
         for child in self._children.pop(request_id, ()):
             if self._outputs.pop(child, None) is not None:
+                self._unseen.discard(child)
                 self.scheduler.abort(child)
                 self.metrics.finished["abort"] += 1
         self._refresh()
@@ -122,7 +128,6 @@ class Engine:
         m, scheduler, cache = self.metrics, self.scheduler, self.scheduler.cache
         m.running, m.waiting, m.preemptions = scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions
         stats = cache.stats
-        m.prefix_query_tokens, m.prefix_hit_tokens = stats.query_tokens, stats.hit_tokens
         m.host_hit_tokens, m.partial_copies = stats.host_hit_tokens, stats.partial_copies
         m.demotions, m.promotions, m.evictions = stats.demotions, stats.promotions, stats.evictions
         m.stage_seconds |= self.executor.stage_seconds
@@ -148,6 +153,10 @@ class Engine:
         output = self._outputs.get(event.request_id)
         if output is None:  # aborted meanwhile
             return None
+        if event.request_id in self._unseen:
+            self._unseen.remove(event.request_id)
+            self.metrics.prefix_query_tokens += output.num_prompt_tokens
+            self.metrics.prefix_hit_tokens += event.num_cached
         delta, stop = output.process(event)
         self.metrics.generation_tokens += len(event.tokens)
         if stop is not None and event.finish_reason is None:

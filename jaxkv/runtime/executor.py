@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import pallas_kernels as ops
 from jaxkv.device import sampling
 from jaxkv.device.batch import FIELDS, BatchLayout, BatchShape, batch_shapes, choose_shape
+from jaxkv.device.sampling.sampler import BAN_STOP_IDS
 from jaxkv.device.spec import KVSpec, ModelSpec
 from jaxkv.device.state import EngineState, init_state, state_shardings
 from jaxkv.device.step import StepOutput, build_step
@@ -26,7 +27,6 @@ from jaxkv.runtime.tiers import Tiers
 from jaxkv.types import Admit, Chunk, Logprobs, StepPlan, StepResult
 
 ADMIT_TOKENS = 1024  # tokens of a sequence told to the sampler at once
-_BAN_STOP_IDS = 2  # bit of the `flags` column, see sampling.SamplingColumns
 _BY_SLOT = [f for f in FIELDS if f.dims == ("R",) and not f.name.startswith("row_")]
 
 
@@ -49,7 +49,7 @@ class JaxExecutor:
         self.tiers = Tiers(kv, mesh, host_bytes)
         self.state = init_state(kv, max_num_seqs, spec.vocab_size, mesh)
         self._layouts = {s: self._layout(s) for s in self.shapes}
-        self._steps = _compile_steps(spec, kv, mesh, params, self.state, self._layouts, attention_impl, progress)
+        self.steps = _compile_steps(spec, kv, mesh, params, self.state, self._layouts, attention_impl, progress)
         self._vocab = spec.vocab_size
         self._admit_op = _compile_admit(self.state, mesh)
 
@@ -67,7 +67,7 @@ class JaxExecutor:
             shape = choose_shape(self.shapes, plan.num_tokens, len(plan.chunks), rows)
             buffer = self._pack(plan.chunks, shape)
             t2 = time.perf_counter()
-            self.state, output = self._steps[shape](self.params, self.state, buffer)
+            self.state, output = self.steps[shape](self.params, self.state, buffer)
             self.stage_seconds["pack"] += t2 - t1
             self.stage_seconds["dispatch"] += time.perf_counter() - t2
         self.stage_seconds["moves"] += t1 - t0
@@ -137,7 +137,7 @@ class JaxExecutor:
             b[name][:rows] = column[row_slots]
         for name in ("top_p", "repetition_penalty"):
             b[name][rows:] = 1.0
-        b["flags"][:rows] |= np.where(b["row_position"][:rows] < self._ban_until[row_slots], _BAN_STOP_IDS, 0)
+        b["flags"][:rows] |= np.where(b["row_position"][:rows] < self._ban_until[row_slots], BAN_STOP_IDS, 0)
         return buffer
 
 

@@ -38,6 +38,7 @@ class OutputProcessor:
         if tokenizer is None and params.stop:
             raise ValueError("stop needs a tokenizer, and skip_tokenizer_init left it out; use stop_token_ids")
         self._request = request
+        self.num_prompt_tokens = len(request.prompt)
         self._text = make_detokenizer(tokenizer, request.prompt, params.skip_special_tokens) if tokenizer else None
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
         self._prompt_logprobs: tuple[Logprobs, ...] = ()  # until the first token

@@ -36,7 +36,7 @@ class Tiers:
         self._page_bytes = [g.page_bytes(kv.page_size) for g in kv.groups]
         self._held = 0
         self._leaving: deque[tuple[jax.Array, jax.Array, int]] = deque()  # (host page, its copy, bytes) under way
-        self._ops = _compile(kv, mesh)
+        self.ops = _compile(kv, mesh)
         self.bytes_moved = {(a, b): 0 for a in Tier for b in Tier}
 
     def bytes_held(self) -> int:
@@ -95,7 +95,7 @@ class Tiers:
             self._held -= self._page_bytes[g]
 
     def _op(self, g: int, name: str, moves: list[PageMove]) -> Callable:
-        return self._ops[g, name, _padded(len(moves))]
+        return self.ops[g, name, _padded(len(moves))]
 
     def _targets(self, g: int, moves: list[PageMove]) -> np.ndarray:
         return self._ids(g, moves, [m.dst[1] for m in moves])

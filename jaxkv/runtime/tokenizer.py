@@ -33,6 +33,7 @@ class Tokenizer:
         self.special_ids = frozenset(token for token, info in added.items() if info.special)
         self.vocab_size = len(hf)  # ids from here on are padding of the model's embedding and decode to nothing
         self._bytes: dict[int, bytes] = {}  # filled on demand
+        self._characters: dict[int, str | None] = {}  # likewise
         self._codes = _byte_codes()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -63,6 +64,18 @@ class Tokenizer:
         if data is None:
             data = self._bytes[token_id] = self._lookup(token_id)
         return data
+
+    def token_characters(self, token_id: int) -> str | None:
+        """The token's text if its bytes are whole characters, else None."""
+        try:
+            return self._characters[token_id]
+        except KeyError:
+            try:
+                text = self.token_bytes(token_id).decode()
+            except UnicodeDecodeError:
+                text = None
+            self._characters[token_id] = text
+            return text
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,

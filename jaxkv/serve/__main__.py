@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from jaxkv.cli import OneLineParser, add_engine_args, config_from_namespace, one_line_errors
 from jaxkv.config import ConfigError, parse_size
@@ -58,5 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module("jaxkv.serve.server").run(args, config, sock)
 
 
+def command() -> NoReturn:
+    """``main`` as a process: once the server has ended, nothing that the libraries do at exit can delay or fail it."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command()

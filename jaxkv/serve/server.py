@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import sys
@@ -38,10 +37,7 @@ def run(args: argparse.Namespace, config: EngineConfig, sock: socket.socket) -> 
         code = runner.run(server.run())
     if isinstance(loop.failure, ConfigError):
         raise loop.failure
-    if not loop.stop(FLUSH_S):  # inside a long compile or step: Python would crash under it, or wait
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    loop.stop(FLUSH_S)  # a thread inside a long compile or step is left behind: the process ends without it
     return code
 
 

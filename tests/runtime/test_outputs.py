@@ -6,12 +6,12 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.text_models import write_byte_level, write_sentencepiece_like
 
 from jaxkv.runtime.detokenizer import ByteDetokenizer, StopStrings, WindowDetokenizer, make_detokenizer
 from jaxkv.runtime.outputs import Delta, OutputProcessor, RequestState, logprob_dict
 from jaxkv.runtime.tokenizer import Tokenizer, load_tokenizer
 from jaxkv.types import Logprobs, Request, SamplingParams, TokenEvent
+from tests.text_models import write_byte_level, write_sentencepiece_like
 
 
 @pytest.fixture(scope="module")

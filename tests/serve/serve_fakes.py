@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import uvicorn
 
@@ -17,6 +22,7 @@ from jaxkv.serve.app import Service, build_app
 from jaxkv.serve.engine_loop import EngineLike, EngineLoop
 from jaxkv.types import Logprobs, Request, TokenEvent
 
+ROOT = Path(__file__).parents[2]
 REPLY = "The cat — naïve, 日本 🙂 — sat on the mat. def f(x):\n    return x\n"
 EOS = 2
 
@@ -50,9 +56,9 @@ class FakeEngine:
             raise ValueError(f"prompt holds token id {max(prompt_token_ids)}, outside of the vocabulary of 4096")
         room = self.max_model_len - len(prompt_token_ids)
         for i in range(params.n):
-            request = Request(f"{request_id}#{i}", tuple(prompt_token_ids), params, min(params.max_tokens or room, room),
-                              child=i, parent=request_id, priority=priority, namespace=cache_salt,
-                              stop_ids=params.stop_token_ids)
+            request = Request(f"{request_id}#{i}", tuple(prompt_token_ids), params,
+                              min(params.max_tokens or room, room), child=i, parent=request_id, priority=priority,
+                              namespace=cache_salt, stop_ids=params.stop_token_ids)
             self.children[request.id] = request, OutputProcessor(request, self.tokenizer), 0
             self.requests.append(request)
         self.metrics.prompt_tokens += len(prompt_token_ids)
@@ -115,7 +121,8 @@ class Running:
 
 @contextlib.contextmanager
 def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: int = 2**20,
-            api_keys: tuple[str, ...] = (), name: str | None = None) -> Iterator[Running]:
+            api_keys: tuple[str, ...] = (), name: str | None = None,
+            start_seconds: float = 60) -> Iterator[Running]:
     """Serves an engine from a thread of this process until the block ends."""
     loop = EngineLoop(build, max_open)
     app = build_app(Service(loop, name, max_body), api_keys)
@@ -135,7 +142,7 @@ def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: i
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    assert up.wait(60)
+    assert up.wait(start_seconds)
     try:
         yield Running(f"http://127.0.0.1:{sock.getsockname()[1]}", loop, thread)
     finally:
@@ -143,6 +150,43 @@ def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: i
         thread.join(10)
         assert not thread.is_alive()
         assert loop.stop(5)
+
+
+class ServerProcess:
+    """A server as a child process: ``python`` with these arguments."""
+
+    def __init__(self, *args: str):
+        self.child = subprocess.Popen([sys.executable, *args], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.lines: list[str] = []
+
+    def ready(self) -> str:
+        """Waits for the ready line; the URL in it, which ends with /v1."""
+        assert self.child.stdout
+        for line in self.child.stdout:
+            self.lines.append(line)
+            if line.startswith("ready: "):
+                return line.split()[1]
+        raise AssertionError(f"ended before it was ready: {self.child.communicate()}")
+
+    def end(self, seconds: float = 30) -> tuple[int, str]:
+        """Exit code and stderr of a process that is about to end."""
+        try:
+            _, errors = self.child.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            raise AssertionError("the server hangs") from None
+        return self.child.returncode, errors
+
+
+def raw_post(url: str, **body: object) -> socket.socket:
+    """A connection on which /v1/completions was asked and nothing was read yet."""
+    host, port = url.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    sock = socket.create_connection((host, int(port)), timeout=5)
+    sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                 b"content-length: %d\r\n\r\n%s" % (len(data), data))
+    return sock
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:

@@ -112,8 +112,8 @@ def test_routes_and_methods(http):
 
 
 def test_broken_http_does_not_end_the_server(fake, http):
-    for junk in (b"\x00\x01\x02\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
-                 b"content-length: 50\r\n\r\n{", b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n"):
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: "
+    for junk in (b"\x00\x01\x02\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", head + b"50\r\n\r\n{", head + b"-1\r\n\r\n"):
         with socket.create_connection((fake.host, int(fake.port)), timeout=5) as sock:
             sock.sendall(junk)
             sock.shutdown(socket.SHUT_WR)

@@ -73,7 +73,7 @@ def test_token_ids_and_prompt_logprobs(http, tokenizer):
     assert len(whole["prompt_logprobs"]) == len(whole["prompt_token_ids"]) == whole["usage"]["prompt_tokens"]
     events = stream(http, PATH, messages=HI, max_tokens=8, return_token_ids=True)
     assert events[0]["prompt_token_ids"] == whole["prompt_token_ids"] and "prompt_token_ids" not in events[1]
-    ids = sum((e["choices"][0].get("token_ids", []) for e in events), [])
+    ids = [t for e in events for t in e["choices"][0].get("token_ids", [])]
     assert ids == whole["choices"][0]["token_ids"]
 
 
@@ -89,6 +89,7 @@ def test_inert_openai_fields_are_accepted(http):
 
 def test_errors_reach_the_client_as_its_exceptions(client):
     with pytest.raises(openai.BadRequestError, match="tools"):
-        client.chat.completions.create(model="fake", messages=HI, tools=[{"type": "function", "function": {"name": "f"}}])
+        tool = {"type": "function", "function": {"name": "f"}}
+        client.chat.completions.create(model="fake", messages=HI, tools=[tool])
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="other", messages=HI)

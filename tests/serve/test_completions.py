@@ -99,7 +99,7 @@ def test_return_token_ids(http, tokenizer):
     events = stream(http, prompt=[5, 6], max_tokens=10, return_token_ids=True,
                     stream_options={"include_usage": True})
     choices = [e["choices"][0] for e in events[:-1]]
-    assert sum((c["token_ids"] for c in choices), []) == ids
+    assert [t for c in choices for t in c["token_ids"]] == ids
     assert choices[0]["prompt_token_ids"] == [5, 6] and "prompt_token_ids" not in choices[1]
 
 
@@ -119,7 +119,7 @@ def test_logprobs(http, tokenizer):
     events = stream(http, prompt="a", max_tokens=30, logprobs=2)
     parts = [e["choices"][0]["logprobs"] for e in events]
     for name in lp:
-        assert sum((part[name] for part in parts), []) == lp[name]
+        assert [item for part in parts for item in part[name]] == lp[name]
     assert post(http, prompt="a", logprobs=0)["choices"][0]["logprobs"]["top_logprobs"] is None
 
 

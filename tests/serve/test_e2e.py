@@ -1,4 +1,4 @@
-"""The server over the real engine and the built-in model: one server for all tests of this file."""
+"""The server as a process, with the real engine and the built-in model: one for all tests of this file."""
 
 from __future__ import annotations
 
@@ -9,38 +9,47 @@ import time
 import httpx
 import openai
 import pytest
-from conftest import CHECKPOINT
-from serve_fakes import serving, wait_for
+from serve_fakes import ServerProcess, raw_post, wait_for
 from test_completions import post, stream
 
-from jaxkv.config import CacheConfig, EngineConfig, ModelConfig, SchedConfig
-from jaxkv.runtime.startup import build_engine
-
+ABORTED = 'vllm:request_success_total{finished_reason="abort"'
 CODE = "def add(first, second):\n    return first +"
 
 
 @pytest.fixture(scope="module")
-def real():
-    config = EngineConfig(ModelConfig(str(CHECKPOINT), max_model_len=512), CacheConfig(kv_cache_memory=8 * 2**20,
-                          host_kv_memory=4 * 2**20), SchedConfig(max_num_seqs=8, max_num_batched_tokens=128))
-    with serving(lambda: build_engine(config)) as server:
-        yield server
+def url():
+    """The command as a user types it; ends with exit code 0."""
+    server = ServerProcess("-m", "jaxkv.serve", "--port", "0", "--max-model-len", "512", "--max-num-seqs", "8",
+                           "--max-num-batched-tokens", "128", "--kv-cache-memory", "8M", "--host-kv-memory", "4M")
+    try:
+        yield server.ready().removesuffix("/v1")
+        for word in ("KV pool", "KV tier", "tokens", "bytes", "executables", "attention"):
+            assert any(word in line for line in server.lines)
+    finally:
+        server.child.terminate()
+    assert server.end()[0] == 0
 
 
 @pytest.fixture(scope="module")
-def client(real):
-    with openai.OpenAI(base_url=f"{real.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def http(real):
-    with httpx.Client(base_url=real.url, timeout=120) as http:
+def http(url):
+    with httpx.Client(base_url=url, timeout=120) as http:
         yield http
 
 
-def free(real) -> int:
-    return real.engine.metrics.running + real.engine.metrics.waiting
+def metric(http, name: str) -> float:
+    """The first sample of /metrics that starts so."""
+    line = next(line for line in http.get("/metrics").text.splitlines() if line.startswith(name))
+    return float(line.split()[-1])
+
+
+def idle(http) -> bool:
+    return metric(http, "vllm:num_requests_running") + metric(http, "vllm:num_requests_waiting") == 0
 
 
 def test_text_and_stream_agree_and_the_second_turn_is_cached(http, tokenizer):
@@ -48,7 +57,7 @@ def test_text_and_stream_agree_and_the_second_turn_is_cached(http, tokenizer):
     choice = whole["choices"][0]
     events = stream(http, prompt=CODE * 8, temperature=0, max_tokens=24, ignore_eos=True, return_token_ids=True,
                     stream_options={"include_usage": True})
-    assert sum((e["choices"][0]["token_ids"] for e in events[:-1]), []) == choice["token_ids"]
+    assert [t for e in events[:-1] for t in e["choices"][0]["token_ids"]] == choice["token_ids"]
     assert "".join(e["choices"][0]["text"] for e in events[:-1]) == choice["text"]
     assert events[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == whole["usage"]["prompt_tokens"] - 1
     turn = choice["prompt_token_ids"] + choice["token_ids"] + tokenizer.encode("\n", add_special_tokens=False)
@@ -58,8 +67,8 @@ def test_text_and_stream_agree_and_the_second_turn_is_cached(http, tokenizer):
 
 def test_cache_salt_shares_nothing(http):
     prompt = "A private prompt that nobody else shall time. " * 4
-    cached = [post(http, prompt=prompt, max_tokens=1, cache_salt=salt)["usage"]["prompt_tokens_details"]["cached_tokens"]
-              for salt in ("a", "b", "a")]
+    usages = [post(http, prompt=prompt, max_tokens=1, cache_salt=salt)["usage"] for salt in ("a", "b", "a")]
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
     assert cached[:2] == [0, 0] and cached[2] > 0
 
 
@@ -98,15 +107,15 @@ def test_stop_string(http):
     assert cut["text"] == text[:text.index(stop)] and cut["stop_reason"] == stop
 
 
-def test_disconnect_frees_pages(http, real):
-    pages = real.engine.metrics.device.pages_active
+def test_disconnect_frees_pages(http, url):
     for streaming in (False, True):
-        with pytest.raises(httpx.TimeoutException):
-            http.post("/v1/completions", json={"prompt": CODE, "max_tokens": 400, "ignore_eos": True, "n": 4,
-                                               "stream": streaming}, timeout=0.3)
-    wait_for(lambda: free(real) == 0)
-    assert not real.engine.has_work and not real.loop.calls
-    wait_for(lambda: real.engine.metrics.device.pages_active == pages)
+        sock = raw_post(url, prompt=CODE, max_tokens=450, ignore_eos=True, n=4, stream=streaming)
+        wait_for(lambda: not idle(http))
+        aborted = metric(http, ABORTED)
+        sock.close()
+        wait_for(lambda: idle(http), 2)
+        assert metric(http, ABORTED) == aborted + 4
+        assert metric(http, "vllm:kv_cache_usage_perc") == 0
 
 
 def test_bad_input_leaves_the_engine_alone(http):
@@ -114,39 +123,39 @@ def test_bad_input_leaves_the_engine_alone(http):
                  {"prompt": "x", "stop_token_ids": [999999]}, {"prompt": "x", "stop_token_ids": list(range(3, 99))}):
         response = http.post("/v1/completions", json=body)
         assert response.status_code == 400 and response.json()["error"]["param"] in body, response.text
-    assert "compiles_after_start_total" in http.get("/metrics").text
+    assert idle(http)
 
 
-def test_32_clients_get_what_one_gets(real):
+def test_32_clients_get_what_one_gets(http, url):
     prompts = [f"class Item{i % 8}:\n    def __init__(self" for i in range(32)]
 
     async def one(client, prompt):
-        answer = await client.completions.create(model=real.engine.model_name, prompt=prompt, max_tokens=16,
+        answer = await client.completions.create(model="jaxkv-tiny", prompt=prompt, max_tokens=16,
                                                  temperature=0, stream=True)
         return "".join([chunk.choices[0].text async for chunk in answer])
 
     async def main():
-        async with openai.AsyncOpenAI(base_url=f"{real.url}/v1", api_key="x", max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
             alone = {p: await one(client, p) for p in set(prompts)}
             together = await asyncio.gather(*(one(client, p) for p in prompts))
             return sum(text != alone[p] for p, text in zip(prompts, together))
 
     assert asyncio.run(main()) <= 1  # a near tie may fall the other way in another batch shape
-    assert free(real) == 0
+    assert idle(http)
 
 
-def test_metrics_match_usage(http, real):
-    before = real.engine.metrics.generation_tokens, real.engine.metrics.prompt_tokens
+def test_metrics_match_usage(http):
+    names = "vllm:generation_tokens_total", "vllm:prompt_tokens_total"
+    before = [metric(http, name) for name in names]
     usage = post(http, prompt=CODE, n=2, max_tokens=7, ignore_eos=True)["usage"]
-    m = real.engine.metrics
-    assert m.generation_tokens - before[0] == usage["completion_tokens"]
-    assert m.prompt_tokens - before[1] == usage["prompt_tokens"]
-    assert m.compiles_after_start == 0
+    grown = [metric(http, name) - old for name, old in zip(names, before)]
+    assert grown == [usage["completion_tokens"], usage["prompt_tokens"]]
+    assert metric(http, "jaxkv:compiles_after_start_total") == 0
 
 
-def test_health_answers_while_a_huge_prompt_is_tokenised(real, http):
+def test_health_answers_while_a_huge_prompt_is_tokenised(url):
     async def main():
-        async with httpx.AsyncClient(base_url=real.url, timeout=60) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
             huge = asyncio.create_task(http.post("/v1/completions", json={"prompt": "word é " * 100_000}))
             worst = 0.0
             while not huge.done():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,65 +13,42 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from serve_fakes import wait_for
+from serve_fakes import ROOT, ServerProcess, wait_for
 
-ROOT = Path(__file__).parents[2]
 # The real command line, socket, server and signals around the fake engine.
-MAIN = """
+MAIN = f"""
 import sys
 import time
-sys.path.insert(0, {here!r})
-import jaxkv.runtime.startup as startup
+import types
+startup = types.ModuleType("jaxkv.runtime.startup")
+transformers = types.ModuleType("transformers")  # the tests are about the process: seconds of imports are left out
+transformers.AutoTokenizer = transformers.PreTrainedTokenizerBase = object
+sys.modules |= {{"jaxkv.runtime.startup": startup, "transformers": transformers}}
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from serve_fakes import FakeEngine
-from conftest import CHECKPOINT
 from jaxkv.config import ConfigError
-from jaxkv.runtime.tokenizer import load_tokenizer
 def build(config, show_progress=False):
     if config.seed == 15:
         time.sleep(60)
     if config.seed == 13:
         raise ConfigError("model directory has no weights")
-    engine = FakeEngine(load_tokenizer(CHECKPOINT), max_model_len=100_000, step_seconds=0.01)
+    engine = FakeEngine(None, max_model_len=100_000, step_seconds=0.01)
     if config.seed == 14:
         engine.crash = RuntimeError("device lost")
     return engine
 startup.build_engine = build
-from jaxkv.serve.__main__ import main
-raise SystemExit(main(sys.argv[1:]))
-""".format(here=str(Path(__file__).parent))
+from jaxkv.serve.__main__ import command
+command()
+"""
 
 
-class Process:
-    """A server as a child process."""
-
-    def __init__(self, *args: str):
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        self.child = subprocess.Popen([sys.executable, "-c", MAIN, "--port", "0", *args], env=env, text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.lines: list[str] = []
-
-    def ready(self) -> str:
-        """Waits for the ready line; the URL in it."""
-        assert self.child.stdout
-        for line in self.child.stdout:
-            self.lines.append(line)
-            if line.startswith("ready: "):
-                return line.split()[1]
-        raise AssertionError(f"ended before it was ready: {self.child.communicate()}")
-
-    def end(self, seconds: float = 30) -> tuple[int, str]:
-        """Exit code and stderr."""
-        try:
-            _, errors = self.child.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            self.child.kill()
-            raise AssertionError("the server hangs") from None
-        return self.child.returncode, errors
+def start(*args: str) -> ServerProcess:
+    return ServerProcess("-c", MAIN, "--port", "0", *args)
 
 
 def post(url: str, **body: object) -> urllib.request.Request:
-    return urllib.request.Request(f"{url}/completions", json.dumps({"prompt": "a", **body}).encode(),
-                                  {"content-type": "application/json"})
+    data = json.dumps({"prompt": [5], "return_token_ids": True, **body}).encode()
+    return urllib.request.Request(f"{url}/completions", data, {"content-type": "application/json"})
 
 
 def command(*args: str) -> subprocess.CompletedProcess[str]:
@@ -112,12 +88,12 @@ def test_busy_port_is_told_at_once():
 
 
 def test_settings_the_engine_refuses():
-    code, errors = Process("--seed", "13").end()
+    code, errors = start("--seed", "13").end()
     assert code == 2 and errors.strip().splitlines() == ["python -m jaxkv.serve: error: model directory has no weights"]
 
 
 def test_engine_failure_ends_the_process():
-    process = Process("--seed", "14")
+    process = start("--seed", "14")
     url = process.ready()
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(post(url), timeout=20)
@@ -131,7 +107,7 @@ def test_engine_failure_ends_the_process():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_when_idle(number):
-    process = Process()
+    process = start()
     url = process.ready()
     assert urllib.request.urlopen(f"{url}/models").status == 200  # leaves an idle connection behind
     process.child.send_signal(number)
@@ -139,7 +115,7 @@ def test_signal_when_idle(number):
 
 
 def test_open_requests_get_the_grace_time():
-    process = Process("--shutdown-timeout", "10")
+    process = start("--shutdown-timeout", "10")
     with urllib.request.urlopen(post(process.ready(), stream=True, max_tokens=100, ignore_eos=True)) as stream:
         first = stream.readline()
         process.child.terminate()
@@ -148,7 +124,7 @@ def test_open_requests_get_the_grace_time():
 
 
 def test_then_they_are_ended_with_an_error():
-    process = Process("--shutdown-timeout", "0.2")
+    process = start("--shutdown-timeout", "0.2")
     with urllib.request.urlopen(post(process.ready(), stream=True, max_tokens=50_000)) as stream:
         stream.readline()
         process.child.terminate()
@@ -158,9 +134,9 @@ def test_then_they_are_ended_with_an_error():
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_client_that_does_not_read_cannot_hold_the_server(signals):
-    process = Process("--shutdown-timeout", "0.2" if signals == 1 else "1000")
+    process = start("--shutdown-timeout", "0.2" if signals == 1 else "1000")
     host, port = process.ready().removeprefix("http://").removesuffix("/v1").split(":")
-    body = json.dumps({"prompt": ["a"] * 50, "n": 4, "max_tokens": 50_000, "stream": True, "logprobs": 5,
+    body = json.dumps({"prompt": [[5]] * 50, "n": 4, "max_tokens": 50_000, "stream": True, "logprobs": 5,
                        "return_token_ids": True}).encode()
     with socket.create_connection((host, int(port))) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -176,7 +152,7 @@ def test_a_client_that_does_not_read_cannot_hold_the_server(signals):
 def test_signal_while_loading():
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
-    process = Process("--seed", "15", "--port", str(port))
+    process = start("--seed", "15", "--port", str(port))
 
     def loading() -> bool:
         try:
@@ -193,7 +169,7 @@ def test_signal_while_loading():
 
 
 def test_no_thread_or_child_is_left():
-    process = Process()
+    process = start()
     process.ready()
     pid = process.child.pid
     process.child.terminate()

@@ -99,6 +99,7 @@ class ARC(EvictionPolicy):
     def extend(self, key: bytes, pages: int) -> None:
         super().extend(key, pages)
         self._pages[self._entries[key].seen] += pages
+        self._trim()
 
     def rest(self, key: bytes) -> None:
         self._stamp(self._entries[key])

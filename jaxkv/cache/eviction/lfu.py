@@ -5,7 +5,7 @@ touches nothing: ``s = logaddexp2(s, now / half_life)``. Order by s is order by 
 use, which is what the heap needs. s of nodes that left is remembered, up to one entry per page of capacity, so KV that
 comes back is not a stranger.
 
-Half-life, token hit rate in % on two traces at 1, 5, 10, 25, 50 % of their distinct blocks (shared/design/eviction.md):
+Half-life, token hit rate in % on two traces at 1, 5, 10, 25, 50 % of their distinct blocks:
     1/4   chat 5.3 19.7 28.6 35.7 36.6   agent 16.2 75.9 90.1 94.7 95.9
     1     chat 5.6 21.5 29.6 35.2 36.5   agent 17.2 72.4 84.5 91.1 93.7
     4     chat 8.3 20.5 24.5 32.9 36.5   agent 18.9 65.4 76.0 85.1 91.4
