@@ -41,14 +41,16 @@ def resolve_layout(layout: str, platform: str) -> str:
 def storage_dtype(dtype: DTypeLike, platform: str) -> jnp.dtype:
     """The dtype a pool is stored in. bfloat16 on CPU is held as its uint16 bits: XLA:CPU promotes a bfloat16 scatter to
     float32 and copies the whole pool, while integers are written in place."""
-    if jnp.dtype(dtype).name not in KV_DTYPES:
-        raise ValueError(f"KV dtype must be one of {KV_DTYPES}, got {jnp.dtype(dtype).name}")
-    return jnp.dtype(jnp.uint16) if platform == "cpu" and dtype == jnp.bfloat16 else jnp.dtype(dtype)
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in KV_DTYPES:
+        raise ValueError(f"KV dtype must be one of {KV_DTYPES}, got {dtype.name}")
+    return jnp.dtype(jnp.uint16) if platform == "cpu" and dtype == jnp.bfloat16 else dtype
 
 
 def logical_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The inverse of `storage_dtype`."""
-    return jnp.dtype(jnp.bfloat16) if dtype == jnp.uint16 else jnp.dtype(dtype)
+    dtype = jnp.dtype(dtype)
+    return jnp.dtype(jnp.bfloat16) if dtype == jnp.uint16 else dtype
 
 
 def pool_shape(layout: str, num_pages: int, page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
@@ -108,7 +110,7 @@ def take_heads(pool: jax.Array, pages: jax.Array, layout: str) -> tuple[jax.Arra
 def as_storage(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Values cast to the logical dtype of a pool stored as `dtype`, in its storage form."""
     x = x.astype(logical_dtype(dtype))
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if dtype == jnp.uint16 else x
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if jnp.dtype(dtype) == jnp.uint16 else x
 
 
 def from_storage(x: jax.Array) -> jax.Array:

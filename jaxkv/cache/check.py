@@ -85,14 +85,15 @@ def _check_sequence(store: PageStore, seq: Sequence) -> None:
 def _check_pages(store: PageStore, group: int, sequences: list[Sequence]) -> None:
     """Every page of one group is free, private to one sequence or owned by one node."""
     pool, host = store.hbm[group], store.host[group]
-    owner = {tier: {} for tier in Tier}
+    owner: dict[Tier, dict[int, Node]] = {tier: {} for tier in Tier}
     for node in store.trie.nodes():
         for page in node.pages[group]:
             assert page >= 0 or isinstance(pool, WindowPool), "a hole in a full-attention group"
             if page >= 0:
                 assert page not in owner[node.tier], f"group {group}: {node.tier.name} page {page} has two owners"
                 owner[node.tier][page] = node
-    private, users = [], Counter()
+    private: list[int] = []
+    users: Counter[int] = Counter()
     for seq in sequences:
         shared = -(-seq.num_published // store.page_size)
         private += [page for page in seq.pages[group][shared:] if page >= 0]

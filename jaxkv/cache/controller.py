@@ -152,14 +152,14 @@ class CacheController:
         if source.node.tier is Tier.HBM:
             for g, _ in self._windows:
                 pool = self.store.window_pool(g)
-                (pool.share if on else pool.unshare)(source.node.pages[g][source.index])
+                (pool.share if on else pool.unshare)(source.node.pages[g][source.page])
 
     def _copy(self, seq: Sequence, source: Source) -> None:
         """A private copy of a partly matching page in every group."""
         node, store = source.node, self.store
         for g, pages in enumerate(seq.pages):
             pages.append(store.hbm[g].take())
-            store.moves.append(PageMove(g, (node.tier, node.pages[g][source.index]), (Tier.HBM, pages[-1])))
+            store.moves.append(PageMove(g, (node.tier, node.pages[g][source.page]), (Tier.HBM, pages[-1])))
         if self.trie.partial(node):
             store.policies[node.tier].touch(node.key)
         if node.tier is Tier.HOST:
@@ -211,7 +211,7 @@ class CacheController:
         if full > seq.num_published:
             self._publisher.full_pages(seq, full, seq.num_settled, plan_id)
         if done == len(seq.request.prompt) and seq.num_published == full < done:
-            self._publisher.last_page(seq, done, plan_id)
+            self._publisher.last_page(seq, done, seq.num_settled, plan_id)
 
     def release(self, seq: Sequence) -> None:
         """Publish everything, a partly filled last page included, and hold nothing any more.
@@ -227,7 +227,7 @@ class CacheController:
                 self._publisher.full_pages(seq, full, SETTLED, -1)
             if full < done > seq.num_published:
                 self._publisher.take_back_leaf(seq)
-                self._publisher.last_page(seq, done, -1)
+                self._publisher.last_page(seq, done, SETTLED, -1)
         shared = -(-seq.num_published // self.page_size)
         for g, pages in enumerate(seq.pages):
             for page in pages[shared:]:

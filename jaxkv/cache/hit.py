@@ -30,7 +30,7 @@ def find_hit(store: PageStore, seq: Sequence, plan_id: int) -> Hit:
     """
     root = store.trie.root(seq.request.namespace)
     path, pages, sources = store.trie.match(root, encode(seq.tokens[:seq.match_limit]))
-    source = next((s for s in sources if s.node.born != plan_id and all(p[s.index] >= 0 for p in s.node.pages)), None)
+    source = next((s for s in sources if s.ready(plan_id, store.page_size)), None)
     while True:
         tokens = pages * store.page_size + (source.tokens if source else 0)
         hit = Hit(path, pages, source, store.first_visible(tokens), [])
@@ -88,13 +88,13 @@ def _shortage(store: PageStore, hit: Hit) -> int:
     source = hit.source if hit.source and hit.source.node.tier is Tier.HBM else None
     pinned = sum(max(0, min(hit.pages - store.first_page(node), len(node))) for node in warm if not node.refs)
     if source and not source.node.refs:
-        pinned += len(source.node) - source.index  # of a node cut by the match, the part above the source is counted
+        pinned += len(source.node) - source.page  # of a node cut by the match, the part above the source is counted
     short = max((hit.need[g] + pinned - store.available(g) for g in store.full), default=0)
     for g in store.windows:
         users = store.window_pool(g).users
         seen = [page for node in warm for start in [store.first_page(node)]
                 for page in node.pages[g][max(0, hit.first[g] - start):max(0, hit.pages - start)]]
         if source:
-            seen.append(source.node.pages[g][source.index])
+            seen.append(source.node.pages[g][source.page])
         short = max(short, hit.need[g] + sum(not users[page] for page in seen) - store.available(g))
     return short

@@ -45,7 +45,8 @@ class Publisher:
                 self._swap(seq, child)
             else:
                 own = [pages[at // size:at // size + count] for pages in seq.pages]
-                self._tiering.refill(child, own, plan_id if child.end > settled else -1)
+                self._tiering.refill(child, own)
+                _mark(child, settled, plan_id)
             store.claim(child, len(seq.request.prompt))
             data = data[count * store.trie.page_bytes:]
             at = seq.num_published = child.end
@@ -85,17 +86,17 @@ class Publisher:
                 count = min(count, prompt - at)
             run, data = data[:count * store.trie.page_bytes], data[count * store.trie.page_bytes:]
             pages = [pages[at:at + count] for pages in seq.pages]
-            born = plan_id if (at + count) * store.page_size > settled else -1
             node = seq.node
             if node.start >= seq.num_matched and node.kind is kind and node.refs == 1 and not node.children \
-                    and 0 < len(node) <= RUN_PAGES - count and born in (-1, node.born):
+                    and 0 < len(node) <= RUN_PAGES - count:
                 store.extend(node, run, pages)
             else:
                 self._supersede(node, run[:store.trie.page_bytes])
-                seq.node = store.attach(node, run, kind, pages, born)
+                seq.node = store.attach(node, run, kind, pages)
+            _mark(seq.node, settled, plan_id)
             seq.num_published += count * store.page_size
 
-    def last_page(self, seq: Sequence, done: int, plan_id: int) -> None:
+    def last_page(self, seq: Sequence, done: int, settled: int, plan_id: int) -> None:
         """The partly filled page behind the path, unless the trie has its tokens already."""
         store = self._store
         at = seq.num_published
@@ -106,7 +107,8 @@ class Publisher:
             return
         self._supersede(seq.node, data)
         kind = Kind.PROMPT if done <= len(seq.request.prompt) else Kind.ANSWER
-        seq.node = store.attach(seq.node, data, kind, [[page] for page in pages], plan_id)
+        seq.node = store.attach(seq.node, data, kind, [[page] for page in pages])
+        _mark(seq.node, settled, plan_id)
         seq.num_published = done
 
     def take_back_leaf(self, seq: Sequence) -> None:
@@ -126,3 +128,9 @@ class Publisher:
                 store.discard(leaf)
                 store.stats.supersedes += 1
                 return
+
+
+def _mark(node: Node, settled: int, plan_id: int) -> None:
+    """Remember what of a node plan ``plan_id`` is about to compute."""
+    if node.end > settled:
+        node.born, node.settled = plan_id, settled

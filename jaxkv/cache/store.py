@@ -99,9 +99,9 @@ class PageStore:
 
     # ---- nodes
 
-    def attach(self, parent: Node, data: bytes, kind: Kind, pages: list[list[int]], born: int) -> Node:
+    def attach(self, parent: Node, data: bytes, kind: Kind, pages: list[list[int]]) -> Node:
         """A new HBM node with one user, the sequence that brings the pages."""
-        node = self.trie.attach(parent, data, kind, pages, born)
+        node = self.trie.attach(parent, data, kind, pages)
         node.refs = 1
         self.nodes[node.key] = node
         self.policies[Tier.HBM].add(node.key, len(node), node.start)

@@ -137,7 +137,7 @@ class Tiering:
         self._to_hbm(node)
         store.stats.promotions += len(node)
 
-    def refill(self, node: Node, pages: list[list[int]], born: int) -> None:
+    def refill(self, node: Node, pages: list[list[int]]) -> None:
         """Give an unused HOST node the HBM pages of a sequence that computed the same tokens; it gets one user."""
         store = self._store
         for g, old in enumerate(node.pages):
@@ -145,7 +145,6 @@ class Tiering:
                 if page >= 0:
                     store.free_host(g, page)
         node.pages = pages
-        node.born = born
         node.refs = 1
         self._to_hbm(node)
         store.adopt(node, pages)

@@ -42,11 +42,11 @@ def common_tokens(a: bytes, b: bytes) -> int:
 class Node:
     """A run of pages that share a fate: kind, tier and users."""
 
-    __slots__ = ("parent", "data", "digests", "start", "kind", "tier", "pages", "refs", "born", "hot", "children",
-                 "order")
+    __slots__ = ("parent", "data", "digests", "start", "kind", "tier", "pages", "refs", "born", "settled", "hot",
+                 "children", "order")
 
     def __init__(self, parent: Node | None, data: bytes, digests: list[bytes], start: int, kind: Kind, tier: Tier,
-                 pages: list[list[int]], born: int = -1) -> None:
+                 pages: list[list[int]]) -> None:
         self.parent = parent
         self.data = data  # encoded tokens
         self.digests = digests  # one per page
@@ -55,7 +55,8 @@ class Node:
         self.tier = tier
         self.pages = pages  # [group][index] -> page of the node's tier, -1 where a window group has none
         self.refs = 0  # running sequences whose path passes the node
-        self.born = born  # latest plan that computes a page of it
+        self.born = -1  # latest plan known to compute a part of it ...
+        self.settled = 0  # ... from this position on
         self.hot = 0  # children in HBM
         self.children: dict[bytes, Node] = {}  # by the encoded tokens of their first page
         self.order: list[bytes] = []  # keys of children, sorted
@@ -92,8 +93,14 @@ class Source(NamedTuple):
     """A page whose first ``tokens`` tokens continue a match."""
 
     node: Node
-    index: int
+    page: int  # index in the node
     tokens: int
+
+    def ready(self, plan_id: int, page_size: int) -> bool:
+        """Whether every group has the page and plan ``plan_id``, whose moves run before its step, only reads it."""
+        node = self.node
+        return (node.born != plan_id or node.start + self.page * page_size + self.tokens <= node.settled) \
+            and all(pages[self.page] >= 0 for pages in node.pages)
 
 
 class Match(NamedTuple):
@@ -178,9 +185,9 @@ class Trie:
             digests.append(parent)
         return digests
 
-    def attach(self, parent: Node, data: bytes, kind: Kind, pages: list[list[int]], born: int) -> Node:
+    def attach(self, parent: Node, data: bytes, kind: Kind, pages: list[list[int]]) -> Node:
         """A new HBM node below ``parent`` for the run ``data``."""
-        node = Node(parent, data, self.digest(parent.digests[-1], data), parent.end, kind, Tier.HBM, pages, born)
+        node = Node(parent, data, self.digest(parent.digests[-1], data), parent.end, kind, Tier.HBM, pages)
         first = data[:self.page_bytes]
         assert first not in parent.children
         parent.children[first] = node
@@ -210,7 +217,8 @@ class Trie:
         parent, size, at = node.parent, self.page_bytes, count * self.page_bytes
         assert parent is not None
         upper = Node(parent, node.data[:at], node.digests[:count], node.start, node.kind, node.tier,
-                     [pages[:count] for pages in node.pages], node.born)
+                     [pages[:count] for pages in node.pages])
+        upper.born, upper.settled = node.born, node.settled
         upper.refs = node.refs
         upper.hot = int(node.tier is Tier.HBM)
         parent.children[node.data[:size]] = upper

@@ -46,7 +46,8 @@ def build_step(
             pools[g][i] = mesh_ops.kv_write(pools[g][i], k, v, slots[g])
             return mesh_ops.ragged_paged_attention(
                 q, pools[g][i], b["page_table"][g], b["kv_lens"][g], b["cu_q_lens"], plan=b["attention_plan"][g],
-                scale=spec.scale, window=kv.groups[g].window, soft_cap=spec.soft_cap, impl=attention_impl)
+                scale=spec.scale, window=kv.groups[g].window, soft_cap=spec.soft_cap,
+                max_q_len=1 if layout.shape.decode else None, impl=attention_impl)
 
         ids = b["token_ids"]
         ids = jnp.where(ids < 0, state.last_tokens[jnp.maximum(~ids, 0)], ids)

@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
                        help="bearer token asked for on /v1, may be repeated (default: $JAXKV_API_KEY, else none)")
     group.add_argument("--served-model-name", metavar="NAME", help="name in /v1/models (default: the model's)")
     group.add_argument("--max-open-requests", type=int, default=1024, metavar="N",
-                       help="prompts running or waiting before a 429 (default: 1024)")
+                       help="sequences running or waiting before a 429 (default: 1024)")
     group.add_argument("--max-body", default="32M", metavar="SIZE", help="largest request body (default: 32M)")
     group.add_argument("--shutdown-timeout", type=float, default=10.0, metavar="SECONDS",
                        help="time that open requests get after SIGTERM (default: 10)")
@@ -60,8 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """``main`` as a process: once the server has ended, nothing that the libraries do at exit can delay or fail it."""
-    code = main()
+    """``main`` as a process: once it has ended, nothing that the libraries do at exit can delay or fail it."""
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -48,10 +48,11 @@ def prompt_of(request: ChatRequest, tokenizer: Any) -> str:
     if tokenizer is None:
         raise bad_request("this server has no tokenizer: only /v1/completions with token ids works", "messages")
     kwargs = request.chat_template_kwargs or {}
-    reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters)
-    reserved |= set(inspect.signature(tokenizer.hf.apply_chat_template).parameters)
-    if taken := sorted(reserved & set(kwargs)):  # variables of the template only, never how it is chosen or run
-        raise bad_request(f"chat_template_kwargs.{taken[0]} cannot be set by a request", "chat_template_kwargs")
+    if kwargs:  # variables of the template only, never how it is chosen or run
+        functions = tokenizer.apply_chat_template, tokenizer.hf.apply_chat_template
+        reserved = {name for function in functions for name in inspect.signature(function).parameters}
+        if taken := sorted(reserved & set(kwargs)):
+            raise bad_request(f"chat_template_kwargs.{taken[0]} cannot be set by a request", "chat_template_kwargs")
     try:
         return tokenizer.apply_chat_template(
             messages_of(request), add_generation_prompt=request.add_generation_prompt is not False, **kwargs)

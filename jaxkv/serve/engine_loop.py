@@ -103,11 +103,12 @@ class EngineLoop:
 
     def __init__(self, build: Callable[[], EngineLike], max_open: int):
         self.latencies = Latencies()
-        self.max_open = max_open  # prompts accepted and not finished
+        self.max_open = max_open  # sequences accepted and not finished, the n of each prompt counted
         self.engine: EngineLike | None = None  # set before `ready` resolves
         self.failure: BaseException | None = None
         self.draining = False
         self.calls: dict[str, Call] = {}
+        self._open = 0  # sequences of self.calls
         self._build = build
         self._wakeup = threading.Condition()
         self._adds: list[Call] = []  # under _wakeup, like the next two
@@ -128,9 +129,11 @@ class EngineLoop:
             raise ApiError(503, "the engine is loading" if self.failure is None else "the engine has failed")
         if self.draining:
             raise shutting_down()
-        if len(self.calls) + len(calls) > self.max_open:
-            raise ApiError(429, f"too many open requests: {len(self.calls)} of {self.max_open}, "
-                                f"{len(calls)} more asked for", code="too_many_requests", headers={"retry-after": "1"})
+        more = sum(call.params.n for call in calls)
+        if self._open + more > self.max_open:
+            raise ApiError(429, f"too many open sequences: {self._open} of {self.max_open}, {more} more asked for",
+                           code="too_many_requests", headers={"retry-after": "1"})
+        self._open += more
         self.calls.update((call.id, call) for call in calls)
         with self._wakeup:
             self._adds.extend(calls)
@@ -138,7 +141,7 @@ class EngineLoop:
 
     def abort(self, calls: Sequence[Call]) -> None:
         """Forgets calls; the engine frees their pages before its next step. Finished ones are left alone."""
-        ids = [call.id for call in calls if self.calls.pop(call.id, None) is not None]
+        ids = [call.id for call in calls if self._forget(call.id)]
         if ids:
             with self._wakeup:
                 self._aborts.extend(ids)
@@ -150,6 +153,12 @@ class EngineLoop:
         self.abort(calls)
         for call in calls:
             call.mailbox.fail(error)
+
+    def _forget(self, request_id: str) -> Call | None:
+        call = self.calls.pop(request_id, None)
+        if call is not None:
+            self._open -= call.params.n
+        return call
 
     def stop(self, timeout: float) -> bool:
         """Ends the thread after its current step; False if it did not end in time. Blocks."""
@@ -170,7 +179,7 @@ class EngineLoop:
     def _deliver(self, deltas: list[Delta], refused: list[tuple[str, ValueError]]) -> None:
         now = time.monotonic()
         for request_id, error in refused:
-            if (call := self.calls.pop(request_id, None)) is not None:
+            if (call := self._forget(request_id)) is not None:
                 call.mailbox.fail(error)
         for delta in deltas:
             call = self.calls.get(delta.request_id)
@@ -180,7 +189,7 @@ class EngineLoop:
             if delta.finish_reason is not None:
                 call.finished += 1
                 if call.finished == call.params.n:
-                    del self.calls[call.id]
+                    self._forget(call.id)
             call.mailbox.put(call, delta)
 
     def _set_ready(self, engine: EngineLike) -> None:
@@ -191,8 +200,8 @@ class EngineLoop:
         self.failure = error
         self.dead.set_result(None)
         for call in list(self.calls.values()):
+            self._forget(call.id)
             call.mailbox.fail(ApiError(500, f"the engine failed: {type(error).__name__}", code="engine_error"))
-        self.calls.clear()
 
     # --- the engine thread
 

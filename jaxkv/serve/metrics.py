@@ -1,7 +1,7 @@
 """/metrics: Prometheus text from the engine's counters and the server's latencies.
 
 Owns the exported names: vLLM's where the meaning is the same, ``jaxkv:`` for the rest. Owns no counter that decides
-anything. Latencies are taken where a client feels them: on the event loop, from the body read to the delta handed over.
+anything. Latencies are taken where a client feels them: on the event loop, from submission to the delta handed over.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ LINGER_S = 1.0  # how long a failed engine's /health stays readable
 
 def run(args: argparse.Namespace, config: EngineConfig, sock: socket.socket) -> int:
     """Serves on a listening socket until a signal or a failure; returns the exit code. Raises ConfigError."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for name in ("jaxkv", "pallas_kernels"):
+        logging.getLogger(name).setLevel(logging.INFO)
     loop = EngineLoop(lambda: build_engine(config, show_progress=sys.stderr.isatty()), args.max_open_requests)
     server = Server(sock, loop, args)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:

@@ -23,20 +23,19 @@ def add_block(
 ) -> jax.Array:
     """Partials [..., M, D + 2] after a block of keys k and values v [..., B, D]; q [..., M, D] already scaled.
 
-    ok: bool, broadcastable to [..., B, M], which key each query sees. Values must be finite, keys need not be.
-    Scores stand as [..., B, M]: the reductions then run over an outer axis, which XLA:CPU vectorises.
+    ok: bool, broadcastable to [..., M, B], which keys each query sees. Values must be finite, keys need not be.
     """
     head_dim = q.shape[-1]
     acc, top, total = partial[..., :head_dim], partial[..., head_dim], partial[..., head_dim + 1]
-    scores = jnp.einsum("...kd,...md->...km", k, q, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("...md,...kd->...mk", q, k, preferred_element_type=jnp.float32)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(ok, scores, -jnp.inf)
-    new_top = jnp.maximum(top, scores.max(axis=-2))
-    weights = jnp.exp(scores - new_top[..., None, :])
+    new_top = jnp.maximum(top, scores.max(axis=-1))
+    weights = jnp.exp(scores - new_top[..., None])
     shrink = jnp.exp(top - new_top)
-    acc = acc * shrink[..., None] + jnp.einsum("...km,...kd->...md", weights, v, preferred_element_type=jnp.float32)
-    total = total * shrink + weights.sum(axis=-2)
+    acc = acc * shrink[..., None] + jnp.einsum("...mk,...kd->...md", weights, v, preferred_element_type=jnp.float32)
+    total = total * shrink + weights.sum(axis=-1)
     return jnp.concatenate([acc, new_top[..., None], total[..., None]], axis=-1)
 
 

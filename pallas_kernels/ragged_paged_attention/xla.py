@@ -20,10 +20,9 @@ from .geometry import I32, Batch, Items, Runs, grouped_batch, plain_batch, work_
 from .online import add_block, empty_partials, finish
 from .params import AttentionParams
 
-SINGLE_KEYS = 128
-GROUP_ROWS, GROUP_KEYS = 32, 256
+KEYS = 128  # of a block; measured on CPU against 64, 256 and 512
+CHUNK_ROWS, GROUP_ROWS = 64, 32  # of a tile
 GROUP_MIN_MEMBERS, GROUP_MIN_KEYS = 8, 128  # fewer members or keys are not worth a tile
-CHUNK_ROWS, CHUNK_KEYS = 64, 256
 
 
 def ragged_paged_attention(
@@ -58,17 +57,17 @@ def ragged_paged_attention(
     out = empty_partials(q_rows.shape[:3], head_dim)
     single, far = batch.q_lens == 1, jnp.full(seqs, pages * dims.page_size, I32)
     own = Runs(batch.first_row, single.astype(I32), batch.shared * dims.page_size, far)
-    out = _attend(out, q_rows, pool, positions, batch, own, 1, SINGLE_KEYS, min(seqs, tokens), dims, params)
+    out = _attend(out, q_rows, pool, positions, batch, own, 1, min(seqs, tokens), dims, params)
     if grouped:
         members = jnp.sum((batch.leader[None, :] == jnp.arange(seqs, dtype=I32)[:, None]).astype(I32), axis=1)
         members = jnp.where(batch.shared > 0, members, 0)
         runs = Runs(batch.first_row, members, jnp.zeros_like(members), batch.shared * dims.page_size)
         most = seqs // GROUP_ROWS + seqs // GROUP_MIN_MEMBERS
-        out = _attend(out, q_rows, pool, positions, batch, runs, GROUP_ROWS, GROUP_KEYS, most, dims, params)
+        out = _attend(out, q_rows, pool, positions, batch, runs, GROUP_ROWS, most, dims, params)
     if params.max_q_len != 1:
         runs = Runs(batch.first_row, jnp.where(batch.q_lens > 1, batch.q_lens, 0), jnp.zeros_like(far), far)
         most = tokens // CHUNK_ROWS + min(seqs, tokens // 2)
-        out = _attend(out, q_rows, pool, positions, batch, runs, CHUNK_ROWS, CHUNK_KEYS, most, dims, params)
+        out = _attend(out, q_rows, pool, positions, batch, runs, CHUNK_ROWS, most, dims, params)
 
     out = out[:, :tokens].swapaxes(0, 1).reshape(tokens, q_heads, head_dim + 2)
     result, lse = finish(out if batch.place is None else out[batch.place], sinks)
@@ -76,7 +75,7 @@ def ragged_paged_attention(
 
 
 def _attend(
-    out: jax.Array, q: jax.Array, pool: jax.Array, positions: jax.Array, batch: Batch, runs: Runs, tile: int, keys: int,
+    out: jax.Array, q: jax.Array, pool: jax.Array, positions: jax.Array, batch: Batch, runs: Runs, tile: int,
     max_tiles: int, dims: PoolDims, params: AttentionParams,
 ) -> jax.Array:
     """Partials `out` [Hkv, T', G, D + 2] after the rows of all runs have seen their keys; q [Hkv, T', G, D], positions [T'].
@@ -84,7 +83,7 @@ def _attend(
     Rows of a tile beyond its own see no key, which leaves their partials as they are.
     """
     kv_heads, _, groups, head_dim = q.shape
-    block_pages = max(1, min(keys // dims.page_size, batch.table.shape[1]))
+    block_pages = max(1, min(KEYS // dims.page_size, batch.table.shape[1]))
     items: Items = work_list(
         runs, batch, tile=tile, block_pages=block_pages, max_tiles=max(max_tiles, 1), page_size=dims.page_size,
         num_pages=dims.num_pages, window=params.window)
@@ -97,10 +96,10 @@ def _attend(
         v = jnp.where(there[None, :, None], v[0].astype(jnp.float32), 0.0)
         at = lax.dynamic_slice_in_dim(positions, row, tile)
         at = jnp.where(jnp.arange(tile, dtype=I32) < items.rows[i], at, -1)
-        at = jnp.repeat(at, groups)[None, :]  # [1, M]
-        ok = (key[:, None] <= at) & there[:, None]  # [B, M]
+        at = jnp.repeat(at, groups)[:, None]  # [M, 1]
+        ok = (key[None, :] <= at) & there[None, :]  # [M, B]
         if params.window is not None:
-            ok &= key[:, None] > at - params.window
+            ok &= key[None, :] > at - params.window
         mine = lax.dynamic_slice_in_dim(q, row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim)
         partial = lax.dynamic_slice_in_dim(out, row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim + 2)
         partial = add_block(partial, mine, k[0].astype(jnp.float32), v, ok[None], params.soft_cap)

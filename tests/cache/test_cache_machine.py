@@ -125,4 +125,4 @@ class CacheMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("groups", list(GROUPS))
 def test_machine(groups):
     machine = type("Machine", (CacheMachine,), {"groups": (groups,)})
-    run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=40, deadline=None))

@@ -50,7 +50,7 @@ def test_children_compute_the_prompt_once(prompt, lag):
         h.release(seq)
 
 
-@pytest.mark.parametrize("host", [0, 64])
+@pytest.mark.parametrize("host", [0, 200])
 def test_a_turn_computes_only_what_is_new(host):
     h = Harness(host=host, pages=(24,) if host else (64,))
     tokens = A[:7]
@@ -107,7 +107,7 @@ def test_prompt_logprobs_compute_all_but_publish():
     h.end_plan()
     h.decode(seq, 3)
     assert h.cache.stats.swaps == 4, "the pages computed again are given back"
-    assert h.cache.usage()[Tier.HBM] == (4 + 1 + 2,), "shared, the old leaf, its own tail"
+    assert h.cache.usage()[Tier.HBM] == (4 + 2,), "what is shared and its own tail, which superseded the old leaf"
     h.release(seq)
 
 
@@ -187,11 +187,11 @@ def test_pages_computed_twice_are_swapped_once_their_plan_is_over():
         for seq in (one, two):
             h.chunk(seq, 6)
         h.end_plan()
-    assert one.pages[0][:4] == two.pages[0][:4] and h.cache.stats.swaps == 5
-    assert two.num_published == 20
+    assert one.pages[0][:3] == two.pages[0][:3] and one.pages[0][3] != two.pages[0][3]
+    assert (one.num_published, two.num_published, h.cache.stats.swaps) == (20, 12, 3), "the rest may not be written yet"
     h.release(one)
     h.release(two)
-    assert h.cache.usage()[Tier.HBM] == (5,)
+    assert h.cache.usage()[Tier.HBM] == (5,) and h.cache.stats.swaps == 5
 
 
 def test_answers_extend_their_node_up_to_a_limit():
@@ -271,7 +271,8 @@ def test_a_host_node_computed_again_takes_the_new_pages():
     h.chunk(seq, 16)
     assert seq.num_published == 16, "no need to wait: the host page is dropped, not read"
     h.end_plan()
-    assert h.cache.stats.promotions == 0 and all(tier == "HBM" for n, _, tier in nodes(h) if n > 12)
+    assert h.cache.stats.promotions == 0 and seq.node.tier is Tier.HBM and not h.sim.num_moves["promote"]
+    assert h.sim.num_moves["drop"] == 4
 
 
 def test_a_match_is_cut_to_the_room_there_is():

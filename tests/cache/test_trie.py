@@ -13,7 +13,7 @@ def lcp(a, b):
 
 def attach(trie, parent, tokens, page=0):
     count = -(-len(tokens) // trie.page_size)
-    return trie.attach(parent, encode(tokens), Kind.PROMPT, [list(range(page, page + count))], -1)
+    return trie.attach(parent, encode(tokens), Kind.PROMPT, [list(range(page, page + count))])
 
 
 @given(TOKENS, TOKENS)

@@ -68,8 +68,9 @@ def test_queue_bound(slow):
         sock.close()
     wait_for(lambda: not slow.loop.calls)
     slow.engine.run.set()
-    many = httpx.post(f"{slow.url}/v1/completions", json=BODY | {"prompt": ["a"] * 9})
-    assert many.status_code == 429 and not slow.engine.children  # all or none
+    for many in ({"prompt": ["a"] * 9}, {"prompt": ["a"] * 3, "n": 3}):  # all or none
+        assert httpx.post(f"{slow.url}/v1/completions", json=BODY | many).status_code == 429
+    assert not slow.engine.children and not slow.loop._open
 
 
 @pytest.mark.parametrize("stream", [False, True])

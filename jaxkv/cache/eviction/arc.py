@@ -8,6 +8,7 @@ the store asks for room when it wants to, and pinned nodes cannot leave: then th
 
 from __future__ import annotations
 
+from itertools import count
 from typing import final
 
 from jaxkv.cache.eviction.base import Candidates, Entry, EvictionPolicy
@@ -43,7 +44,8 @@ class ARC(EvictionPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._orders = (Candidates(), Candidates())  # T1, T2
+        serials = count(1)
+        self._orders = (Candidates(serials), Candidates(serials))  # T1, T2
         self._pages = [0, 0]
         self._ghosts = (_Ghosts(), _Ghosts())  # B1, B2
         self._target = 0.0  # pages that T1 should have

@@ -9,6 +9,7 @@ told something, so a heap with lazy deletion finds the victim in O(log n). Ties:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 
 
@@ -26,19 +27,21 @@ class Entry:
 
 
 class Candidates:
-    """Offered nodes, smallest rank on top; outdated heap items are skipped when they surface."""
+    """Offered nodes, smallest rank on top; outdated heap items are skipped when they surface.
 
-    def __init__(self) -> None:
+    Lists that an entry can change between share one ``serials`` counter, so that an item is valid in one list only.
+    """
+
+    def __init__(self, serials: Iterator[int]) -> None:
         self._heap: list[tuple[float, int, int, bytes, Entry]] = []
-        self._serial = 0
+        self._serials = serials
         self._offered = 0
 
     def push(self, key: bytes, entry: Entry) -> None:
         """Offer a node, or rank an offered one anew."""
         self._offered += not entry.offer
-        self._serial += 1
-        entry.offer = self._serial
-        heappush(self._heap, (entry.rank, -entry.depth, self._serial, key, entry))
+        entry.offer = next(self._serials)
+        heappush(self._heap, (entry.rank, -entry.depth, entry.offer, key, entry))
         if len(self._heap) > 2 * self._offered + 64:
             self._heap = [item for item in self._heap if item[4].offer == item[2]]
             heapify(self._heap)

@@ -15,6 +15,7 @@ A long memory wins a little on small chat caches and loses a lot on agents, whos
 
 from __future__ import annotations
 
+from itertools import count
 from math import log2
 from typing import final
 
@@ -32,7 +33,7 @@ class LFU(EvictionPolicy):
 
     def __init__(self, capacity: int, half_life: float = 0.25) -> None:
         super().__init__(capacity)
-        self._order = Candidates()
+        self._order = Candidates(count(1))
         self._scale = 1.0 / (self.capacity * half_life)
         self._now = 0.0  # pages inserted / capacity / half_life
         self._past: dict[bytes, float] = {}  # s of nodes that left, oldest departure first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import final
 
 from jaxkv.cache.eviction.base import Candidates, Entry, EvictionPolicy
@@ -13,7 +14,7 @@ class LRU(EvictionPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._order = Candidates()
+        self._order = Candidates(count(1))
         self._tick = 0
 
     def _use(self, entry: Entry) -> None:
