@@ -279,12 +279,12 @@ class StepPlan:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> StepPlan:
         """The plan ``to_dict`` wrote, also after a JSON round trip."""
-        def place(pair: list[int] | None) -> tuple[Tier, int] | None:
-            return pair and (Tier(pair[0]), pair[1])
+        def place(pair: list[int]) -> tuple[Tier, int]:
+            return Tier(pair[0]), pair[1]
 
         return cls(
             id=data["id"],
-            moves=tuple(PageMove(m["group"], place(m["src"]), place(m["dst"]), m["last"]) for m in data["moves"]),
+            moves=tuple(PageMove(m["group"], place(m["src"]), m["dst"] and place(m["dst"]), m["last"]) for m in data["moves"]),
             admits=tuple(Admit(**{**a, "params": SamplingParams(**a["params"]), "tokens": tuple(a["tokens"]),
                                   "stop_ids": tuple(a["stop_ids"])}) for a in data["admits"]),
             chunks=tuple(Chunk(**{**c, "tokens": tuple(c["tokens"]),

@@ -56,6 +56,7 @@ def _check_marks(store: PageStore, sequences: list[Sequence]) -> None:
         assert not (store.trie.partial(node) and node.refs > 1), "a leaf has one writer"
     assert store.nodes == {node.key: node for node in nodes}
     assert store.idle == sum(len(node) for node in nodes if node.tier is Tier.HBM and not node.refs)
+    assert store.host_capacity or all(node.tier is Tier.HBM for node in nodes), "a HOST node without a host tier"
     for tier, policy in store.policies.items():
         here = [node for node in nodes if node.tier is tier]
         assert policy.sizes() == {node.key: len(node) for node in here}

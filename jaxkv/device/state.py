@@ -6,7 +6,7 @@ Pools are per layer, in groups: a layer's pool is updated in place, where one st
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,15 +36,12 @@ def page_sharding(mesh: Mesh, memory_kind: str | None = None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, None, None, "tp"), memory_kind=memory_kind)
 
 
-def state_shardings(kv: KVSpec, mesh: Mesh) -> EngineState:
-    """The sharding of every leaf of the state, in its structure."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    pool = pool_sharding(kv, mesh)
-    return EngineState(
-        pools=tuple(tuple(pool for _ in g.layers) for g in kv.groups),
-        last_tokens=whole,
-        sampler=jax.tree.map(lambda _: whole, jax.eval_shape(lambda: init_sampler_state(1, 1))),
-    )
+def state_shardings(kv: KVSpec, mesh: Mesh) -> Any:
+    """The sharding of every leaf of an ``EngineState``, in its structure."""
+    whole, pool = NamedSharding(mesh, PartitionSpec()), pool_sharding(kv, mesh)
+    like = jax.eval_shape(lambda: EngineState(
+        tuple(tuple(jnp.zeros(()) for _ in g.layers) for g in kv.groups), jnp.zeros(()), init_sampler_state(1, 1)))
+    return jax.tree.map(lambda _: whole, like)._replace(pools=jax.tree.map(lambda _: pool, like.pools))
 
 
 def init_state(kv: KVSpec, slots: int, vocab: int, mesh: Mesh) -> EngineState:

@@ -44,17 +44,19 @@ def build_step(
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             g, i = where[layer]
             pools[g][i] = mesh_ops.kv_write(pools[g][i], k, v, slots[g])
-            return mesh_ops.ragged_paged_attention(
+            out = mesh_ops.ragged_paged_attention(
                 q, pools[g][i], b["page_table"][g], b["kv_lens"][g], b["cu_q_lens"], plan=b["attention_plan"][g],
                 scale=spec.scale, window=kv.groups[g].window, soft_cap=spec.soft_cap,
                 max_q_len=1 if layout.shape.decode else None, impl=attention_impl)
+            assert isinstance(out, jax.Array)  # not the pair with log-sum-exp
+            return out
 
         ids = b["token_ids"]
         ids = jnp.where(ids < 0, state.last_tokens[jnp.maximum(~ids, 0)], ids)
         hidden = models.forward(spec, params, ids, b["positions"], attend)
 
         rows = hidden.at[b["row_token"]].get(mode="fill", fill_value=0)
-        columns = SamplingColumns(**{n: b.get("row_" + n, b.get(n)) for n in SamplingColumns._fields})
+        columns = SamplingColumns(**{n: b["row_" + n if "row_" + n in b else n] for n in SamplingColumns._fields})
         tokens, sampler, logprobs = sampling.sample(models.logits(spec, params, rows), columns, state.sampler)
         prompt = sampling.prompt_logprobs(hidden, b["prompt_targets"], lambda h: models.logits(spec, params, h))
         last = state.last_tokens.at[b["row_slot"]].set(tokens, mode="drop")

@@ -41,7 +41,7 @@ class TensorEntry:
         data = np.empty(self.shape, DTYPES[self.dtype])
         with open(self.file, "rb", buffering=0) as f:
             f.seek(self.start)
-            view, done = memoryview(data.reshape(-1).view(np.uint8)), 0
+            view, done = data.reshape(-1).view(np.uint8).data, 0
             while done < self.nbytes:
                 got = f.readinto(view[done:])
                 if not got:

@@ -78,7 +78,7 @@ def resolve_max_model_len(config: EngineConfig, model: LoadedModel) -> int:
 
 def use_compile_cache() -> None:
     """Keeps compiled steps between processes, under JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(root / "jaxkv" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -41,7 +41,7 @@ class Tiers:
 
     def bytes_held(self) -> int:
         """Bytes of host memory in use, pages under way to the device included."""
-        while self._leaving and self._leaving[0][1].is_ready():
+        while self._leaving and self._leaving[0][1].is_ready():  # type: ignore[attr-defined]  # mypy: jax's stub lacks it
             self._held -= self._leaving.popleft()[2]
         return self._held
 
@@ -75,8 +75,8 @@ class Tiers:
             self._leaving[0][1].block_until_ready()
         assert self._held + need <= self.host_bytes, "host tier would exceed its size"
         pages = self._op(g, "gather", moves)(pools, self._ids(g, moves, [m.src[1] for m in moves]))
-        for m, page in zip(moves, jax.device_put(list(pages[: len(moves)]), self._on_host)):
-            self.host[g, m.dst[1]] = page
+        for number, page in zip(_destinations(moves), jax.device_put(list(pages[: len(moves)]), self._on_host)):
+            self.host[g, number] = page
         self._held += need
 
     def _promote(self, g: int, pools: tuple[jax.Array, ...], moves: list[PageMove]) -> tuple[jax.Array, ...]:
@@ -98,11 +98,15 @@ class Tiers:
         return self.ops[g, name, _padded(len(moves))]
 
     def _targets(self, g: int, moves: list[PageMove]) -> np.ndarray:
-        return self._ids(g, moves, [m.dst[1] for m in moves])
+        return self._ids(g, moves, _destinations(moves))
 
     def _ids(self, g: int, moves: list[PageMove], pages: list[int]) -> np.ndarray:
         """Page numbers padded to the batch size with one that no pool has."""
         return np.array(pages + [self._kv.num_pages[g]] * (_padded(len(moves)) - len(moves)), np.int32)
+
+
+def _destinations(moves: list[PageMove]) -> list[int]:
+    return [m.dst[1] for m in moves if m.dst]
 
 
 def _kind(move: PageMove) -> tuple[int, Tier, Tier | None]:
@@ -110,12 +114,12 @@ def _kind(move: PageMove) -> tuple[int, Tier, Tier | None]:
 
 
 def _batches(moves: Iterable[PageMove]) -> Iterator[list[PageMove]]:
-    """Runs of one kind, at most a full batch each; groups share no page, so one comes after the other. A page that
-    is written twice (given back and taken again within a plan) starts a new batch."""
+    """Runs of one kind, at most a full batch each; groups share no page, so one comes after the other. A page that the
+    batch has written already (given back and taken again within a plan) starts a new one."""
     batch: list[PageMove] = []
     written: set[tuple[Tier, int] | None] = set()
     for move in sorted(moves, key=lambda m: m.group):
-        if batch and (_kind(move) != _kind(batch[0]) or len(batch) == BATCHES[-1] or move.dst in written):
+        if batch and (_kind(move) != _kind(batch[0]) or len(batch) == BATCHES[-1] or move.dst in written or move.src in written):
             yield batch
             batch, written = [], set()
         batch.append(move)

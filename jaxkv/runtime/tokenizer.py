@@ -42,7 +42,8 @@ class Tokenizer:
         such. ValueError for a lone surrogate, which has no UTF-8."""
         try:
             if self._backend is not None:
-                return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+                # the batch call releases the interpreter lock, so that a long prompt stalls nobody
+                return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
             return self.hf.encode(text, add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
             if not isinstance(text, str):
@@ -51,8 +52,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``; bytes that are not UTF-8 become U+FFFD."""
-        return self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens,
-                              clean_up_tokenization_spaces=False)
+        return str(self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens,
+                                  clean_up_tokenization_spaces=False))
 
     def token_text(self, token_id: int) -> str:
         """One token on its own, special tokens spelled out; an unfinished character shows as U+FFFD."""
@@ -89,10 +90,10 @@ class Tokenizer:
             raise ValueError("chat_template is missing: this model's tokenizer brings none; pass one, "
                              "or complete plain text")
         try:
-            return self.hf.apply_chat_template(
+            return str(self.hf.apply_chat_template(
                 _plain_messages(messages), tokenize=False, add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message, chat_template=chat_template,
-                tools=list(tools) if tools else None, **template_kwargs)
+                tools=[dict(t) for t in tools] if tools else None, **template_kwargs))
         except TemplateError as error:
             raise ValueError(f"messages cannot be rendered by the chat template: {error}") from None
         except (TypeError, KeyError) as error:
@@ -107,7 +108,7 @@ class Tokenizer:
         try:
             return bytes([self._codes[char] for char in token])
         except KeyError:  # an added token with characters of its own
-            return token.encode()
+            return str(token).encode()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

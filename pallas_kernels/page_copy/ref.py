@@ -38,6 +38,6 @@ def copy_pages(
 ) -> tuple[jax.Array, ...]:
     """See `api.copy_pages`."""
     data = gather_pages(pools, src, layout=layout)  # [n, L, 2, ps, Hkv, D]
-    if position_delta is not None:
+    if position_delta is not None and rotate is not None:
         data = jnp.stack([rotate_pages(data[:, i], position_delta, rotate) for i in range(len(pools))], axis=1)
     return scatter_pages(pools, dst, data, layout=layout)

@@ -34,7 +34,7 @@ def copy_pages(
 
     def copy(pool: jax.Array) -> jax.Array:
         rows = _take(pool, src)
-        if position_delta is not None:
+        if position_delta is not None and rotate is not None:
             rows = from_canonical(rotate_pages(to_canonical(rows, layout), position_delta, rotate), layout, pool.dtype)
         return _put(pool, dst, rows)
 

@@ -42,13 +42,13 @@ class Runs(NamedTuple):
 
 
 class Items(NamedTuple):
-    """A work list; entries from `count` on are meaningless. An item is a tile of rows against a block of pages.
+    """A work list; entries from `total` on are meaningless. An item is a tile of rows against a block of pages.
 
     By item [I]: `row`, `rows` of the tile, `key` position of the block's first key, `start` <= key < `stop` the keys that
     are there to be read, `pages` [I, n].
     """
 
-    count: jax.Array
+    total: jax.Array
     row: jax.Array
     rows: jax.Array
     key: jax.Array

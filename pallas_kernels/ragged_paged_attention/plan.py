@@ -14,7 +14,7 @@ def attention_plan_size(tokens: int, seqs: int, pages: int) -> int:
 
 
 def attention_plan(
-    q_lens: Sequence[int], kv_lens: Sequence[int], *, tokens: int, seqs: int, pages: int, window: int | None = None
+    q_lens: Sequence[int] | np.ndarray, kv_lens: Sequence[int] | np.ndarray, *, tokens: int, seqs: int, pages: int, window: int | None = None
 ) -> np.ndarray:
     """The plan of one batch and window: int32 [attention_plan_size(tokens, seqs, pages)]."""
     del q_lens, kv_lens, window

@@ -105,4 +105,4 @@ def _attend(
         partial = add_block(partial, mine, k[0].astype(jnp.float32), v, ok[None], params.soft_cap)
         return lax.dynamic_update_slice_in_dim(out, partial.reshape(kv_heads, tile, groups, head_dim + 2), row, axis=1)
 
-    return lax.fori_loop(0, items.count, step, out)
+    return lax.fori_loop(0, items.total, step, out)

@@ -366,6 +366,14 @@ def test_models_of_window_groups_only_use_the_host():
     assert h.serve(A[:24])[1] == 23
 
 
+@pytest.mark.parametrize("host", [0, 3])
+def test_pages_that_a_window_left_do_not_pile_up(host):
+    h = Harness((window(3),), pages=4, host=host)
+    for turn in range(12):
+        h.serve([turn] * 60, budget=4)
+    assert h.cache.stats.holes > 0 and sum(len(node) for node in h.cache.trie.nodes()) <= 2 * 15 + host
+
+
 # ---- integrity
 
 

@@ -1,0 +1,1 @@
+"""The built-in model and how it was made; a package so that the wheel carries it."""
