@@ -33,7 +33,7 @@ RECIPE = [  # about 8k tokens a batch; short rows first, because recall emerges 
     Stage(400, 8, 1024, 0.3, (8, 40), (64, 500)),
     Stage(300, 4, 2304, 0.45, (32, 48), (1024, 1400)),
     Stage(100, 2, 4096, 0.45, (32, 48), (1024, 3000)),
-    Stage(200, 4, 2304, 0.45, (32, 48), (1024, 1400)),
+    Stage(140, 4, 2304, 0.45, (32, 48), (1024, 1400)),
     Stage(30, 2, 4096, 0.45, (32, 48), (1024, 3000)),
 ]
 MUON_LR, ADAM_LR, WARMUP, DECAY_SHARE = 0.02, 0.004, 60, 0.5

@@ -7,6 +7,7 @@ Everything that varies from step to step comes in one int32 buffer (see ``batch`
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -35,6 +36,10 @@ def build_step(
     """The step function of one batch shape, to be jitted with the state donated."""
     mesh_ops = ops.MeshOps(mesh, kv.layout)
     where = {layer: (g, i) for g, group in enumerate(kv.groups) for i, layer in enumerate(group.layers)}
+    max_q_len = 1 if layout.shape.decode else None
+    # jitted: traced once per group, not once per layer
+    attention = [jax.jit(partial(mesh_ops.ragged_paged_attention, scale=spec.scale, window=group.window,
+                                 soft_cap=spec.soft_cap, max_q_len=max_q_len, impl=attention_impl)) for group in kv.groups]
 
     def step(params: tuple, state: EngineState, buffer: jax.Array) -> tuple[EngineState, StepOutput]:
         b = layout.unpack(buffer)
@@ -44,12 +49,8 @@ def build_step(
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             g, i = where[layer]
             pools[g][i] = mesh_ops.kv_write(pools[g][i], k, v, slots[g])
-            out = mesh_ops.ragged_paged_attention(
-                q, pools[g][i], b["page_table"][g], b["kv_lens"][g], b["cu_q_lens"], plan=b["attention_plan"][g],
-                scale=spec.scale, window=kv.groups[g].window, soft_cap=spec.soft_cap,
-                max_q_len=1 if layout.shape.decode else None, impl=attention_impl)
-            assert isinstance(out, jax.Array)  # not the pair with log-sum-exp
-            return out
+            return attention[g](q, pools[g][i], b["page_table"][g], b["kv_lens"][g], b["cu_q_lens"],
+                                plan=b["attention_plan"][g])
 
         ids = b["token_ids"]
         ids = jnp.where(ids < 0, state.last_tokens[jnp.maximum(~ids, 0)], ids)

@@ -119,7 +119,8 @@ def _batches(moves: Iterable[PageMove]) -> Iterator[list[PageMove]]:
     batch: list[PageMove] = []
     written: set[tuple[Tier, int] | None] = set()
     for move in sorted(moves, key=lambda m: m.group):
-        if batch and (_kind(move) != _kind(batch[0]) or len(batch) == BATCHES[-1] or move.dst in written or move.src in written):
+        full = len(batch) == BATCHES[-1] or move.dst in written or move.src in written
+        if batch and (full or _kind(move) != _kind(batch[0])):
             yield batch
             batch, written = [], set()
         batch.append(move)

@@ -1,7 +1,7 @@
-"""Online softmax over blocks of keys.
+"""Softmax attention in parts.
 
 A *partial* is what a set of keys contributes to a query: float32 [..., D + 2] = the weighted sum of values, the highest
-score m and the sum of exp(score - m). `EMPTY` is m of the empty one.
+score m and the sum of exp(score - m). Partials of disjoint sets combine in any order; `EMPTY` is m of the empty one.
 """
 
 from __future__ import annotations
@@ -18,25 +18,28 @@ def empty_partials(shape: tuple[int, ...], head_dim: int) -> jax.Array:
     return jnp.broadcast_to(column, (*shape, head_dim + 2))
 
 
-def add_block(
-    partial: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, ok: jax.Array, soft_cap: float | None
-) -> jax.Array:
-    """Partials [..., M, D + 2] after a block of keys k and values v [..., B, D]; q [..., M, D] already scaled.
+def partial_attention(q: jax.Array, k: jax.Array, v: jax.Array, ok: jax.Array, soft_cap: float | None) -> jax.Array:
+    """Partials [..., M, D + 2] of queries q [..., M, D], already scaled, over keys k and values v [..., B, D].
 
     ok: bool, broadcastable to [..., M, B], which keys each query sees. Values must be finite, keys need not be.
     """
-    head_dim = q.shape[-1]
-    acc, top, total = partial[..., :head_dim], partial[..., head_dim], partial[..., head_dim + 1]
     scores = jnp.einsum("...md,...kd->...mk", q, k, preferred_element_type=jnp.float32)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(ok, scores, -jnp.inf)
-    new_top = jnp.maximum(top, scores.max(axis=-1))
-    weights = jnp.exp(scores - new_top[..., None])
-    shrink = jnp.exp(top - new_top)
-    acc = acc * shrink[..., None] + jnp.einsum("...mk,...kd->...md", weights, v, preferred_element_type=jnp.float32)
-    total = total * shrink + weights.sum(axis=-1)
-    return jnp.concatenate([acc, new_top[..., None], total[..., None]], axis=-1)
+    top = jnp.maximum(scores.max(axis=-1, keepdims=True), EMPTY)
+    weights = jnp.exp(scores - top)
+    acc = jnp.einsum("...mk,...kd->...md", weights, v, preferred_element_type=jnp.float32)
+    return jnp.concatenate([acc, top, weights.sum(axis=-1, keepdims=True)], axis=-1)
+
+
+def combine(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The partials of the union of two disjoint key sets."""
+    m = a.shape[-1] - 2
+    top_a, top_b = a[..., m : m + 1], b[..., m : m + 1]
+    top = jnp.maximum(top_a, top_b)
+    sums = a * jnp.exp(top_a - top) + b * jnp.exp(top_b - top)
+    return jnp.concatenate([sums[..., :m], top, sums[..., m + 1 :]], axis=-1)
 
 
 def finish(partial: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,7 @@
-"""The host's half of an attention call: a work list that rides in the step's packed buffer."""
+"""The host's half of an attention call: what an implementation wants worked out before the step; rides in its buffer.
+
+Empty today: the XLA loops derive their work lists inside the jit, once per step, which costs less than sending them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ def attention_plan_size(tokens: int, seqs: int, pages: int) -> int:
 
 
 def attention_plan(
-    q_lens: Sequence[int] | np.ndarray, kv_lens: Sequence[int] | np.ndarray, *, tokens: int, seqs: int, pages: int, window: int | None = None
+    q_lens: Sequence[int] | np.ndarray, kv_lens: Sequence[int] | np.ndarray, *, tokens: int, seqs: int, pages: int,
+    window: int | None = None,
 ) -> np.ndarray:
     """The plan of one batch and window: int32 [attention_plan_size(tokens, seqs, pages)]."""
     del q_lens, kv_lens, window

@@ -1,12 +1,16 @@
 """Ragged paged attention in plain XLA operations: the production path on CPU, and the fallback elsewhere.
 
-One loop over a work list, `_attend`, with a trip count read from the data: an item gathers a block of pages and adds it to
-the online softmax of a tile of rows, so nothing grows with the longest context. It runs with up to three tile heights:
+One loop over a work list, `_attend`, with a trip count read from the data: an item gathers a block of pages, attends to it
+with a tile of rows and combines the result with what the rows have seen, so nothing grows with the longest context. It
+runs with up to three tile heights:
   * singles - one decode (q_len 1) over its own pages;
   * groups  - decodes that start with the same pages read those together, once;
   * chunks  - tiles of the queries of one sequence with more of them.
 The work lists are computed inside the jit: they depend on no layer, so XLA's CSE leaves one copy per step, and the host has
-nothing to plan (`attention_plan` is empty). They hold one short row per item, T * P * ps / (tile * block) at most.
+nothing to plan. They hold one short row for each of at most (rows / tile + S) * P * ps / KEYS items.
+
+Constants were chosen by CPU time at 12 query and 4 KV heads of 64. Keys and values are multiplied in float32 whatever they
+are stored in, because XLA:CPU is slow at 16-bit products of few rows.
 """
 
 from __future__ import annotations
@@ -17,11 +21,12 @@ from jax import lax
 
 from ..layout import PoolDims, pool_dims, take_heads
 from .geometry import I32, Batch, Items, Runs, grouped_batch, plain_batch, work_list
-from .online import add_block, empty_partials, finish
+from .online import combine, empty_partials, finish, partial_attention
 from .params import AttentionParams
 
 KEYS = 128  # of a block; measured on CPU against 64, 256 and 512
 CHUNK_ROWS, GROUP_ROWS = 64, 32  # of a tile
+SINGLES = 4  # items of one row are done so many at a time: enough work for a second core
 GROUP_MIN_MEMBERS, GROUP_MIN_KEYS = 8, 128  # fewer members or keys are not worth a tile
 
 
@@ -57,17 +62,17 @@ def ragged_paged_attention(
     out = empty_partials(q_rows.shape[:3], head_dim)
     single, far = batch.q_lens == 1, jnp.full(seqs, pages * dims.page_size, I32)
     own = Runs(batch.first_row, single.astype(I32), batch.shared * dims.page_size, far)
-    out = _attend(out, q_rows, pool, positions, batch, own, 1, min(seqs, tokens), dims, params)
+    out = _attend(out, q_rows, pool, positions, batch, own, 1, SINGLES if seqs > 1 else 2, min(seqs, tokens), dims, params)
     if grouped:
         members = jnp.sum((batch.leader[None, :] == jnp.arange(seqs, dtype=I32)[:, None]).astype(I32), axis=1)
         members = jnp.where(batch.shared > 0, members, 0)
         runs = Runs(batch.first_row, members, jnp.zeros_like(members), batch.shared * dims.page_size)
         most = seqs // GROUP_ROWS + seqs // GROUP_MIN_MEMBERS
-        out = _attend(out, q_rows, pool, positions, batch, runs, GROUP_ROWS, most, dims, params)
+        out = _attend(out, q_rows, pool, positions, batch, runs, GROUP_ROWS, 1, most, dims, params)
     if params.max_q_len != 1:
         runs = Runs(batch.first_row, jnp.where(batch.q_lens > 1, batch.q_lens, 0), jnp.zeros_like(far), far)
         most = tokens // CHUNK_ROWS + min(seqs, tokens // 2)
-        out = _attend(out, q_rows, pool, positions, batch, runs, CHUNK_ROWS, most, dims, params)
+        out = _attend(out, q_rows, pool, positions, batch, runs, CHUNK_ROWS, 1, most, dims, params)
 
     out = out[:, :tokens].swapaxes(0, 1).reshape(tokens, q_heads, head_dim + 2)
     result, lse = finish(out if batch.place is None else out[batch.place], sinks)
@@ -76,7 +81,7 @@ def ragged_paged_attention(
 
 def _attend(
     out: jax.Array, q: jax.Array, pool: jax.Array, positions: jax.Array, batch: Batch, runs: Runs, tile: int,
-    max_tiles: int, dims: PoolDims, params: AttentionParams,
+    at_once: int, max_tiles: int, dims: PoolDims, params: AttentionParams,
 ) -> jax.Array:
     """Partials `out` [Hkv, T', G, D + 2] after the rows of all runs have seen their keys; q [Hkv, T', G, D], positions [T'].
 
@@ -87,22 +92,29 @@ def _attend(
     items: Items = work_list(
         runs, batch, tile=tile, block_pages=block_pages, max_tiles=max(max_tiles, 1), page_size=dims.page_size,
         num_pages=dims.num_pages, window=params.window)
+    lanes = jnp.arange(at_once, dtype=I32)
+    ahead = jnp.arange(tile, dtype=I32)[None, :]
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
-        row = items.row[i]
-        k, v = take_heads(pool, items.pages[i][None], params.layout)
-        key = items.key[i] + jnp.arange(block_pages * dims.page_size, dtype=I32)
-        there = (key >= items.start[i]) & (key < items.stop[i])
-        v = jnp.where(there[None, :, None], v[0].astype(jnp.float32), 0.0)
-        at = lax.dynamic_slice_in_dim(positions, row, tile)
-        at = jnp.where(jnp.arange(tile, dtype=I32) < items.rows[i], at, -1)
-        at = jnp.repeat(at, groups)[:, None]  # [M, 1]
-        ok = (key[None, :] <= at) & there[None, :]  # [M, B]
+        number = i * at_once + lanes
+        item = jax.tree.map(lambda x: x[jnp.minimum(number, x.shape[0] - 1)], items._replace(total=number))
+        k, v = take_heads(pool, item.pages, params.layout)  # [W, Hkv, B, D]
+        key = item.key[:, None] + jnp.arange(block_pages * dims.page_size, dtype=I32)[None, :]
+        stop = jnp.where(number < items.total, item.stop, 0)
+        there = (key >= item.start[:, None]) & (key < stop[:, None])  # [W, B]
+        v = jnp.where(there[:, None, :, None], v.astype(jnp.float32), 0.0)
+        rows = item.row[:, None] + ahead  # [W, tile]
+        at = jnp.where(ahead < item.rows[:, None], positions[rows], -1)
+        at = jnp.repeat(at, groups, axis=1)[:, :, None]  # [W, M, 1]
+        ok = (key[:, None, :] <= at) & there[:, None, :]  # [W, M, B]
         if params.window is not None:
-            ok &= key[None, :] > at - params.window
-        mine = lax.dynamic_slice_in_dim(q, row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim)
-        partial = lax.dynamic_slice_in_dim(out, row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim + 2)
-        partial = add_block(partial, mine, k[0].astype(jnp.float32), v, ok[None], params.soft_cap)
-        return lax.dynamic_update_slice_in_dim(out, partial.reshape(kv_heads, tile, groups, head_dim + 2), row, axis=1)
+            ok &= key[:, None, :] > at - params.window
+        mine = q[:, rows].swapaxes(0, 1).reshape(at_once, kv_heads, tile * groups, head_dim)
+        new = partial_attention(mine, k.astype(jnp.float32), v, ok[:, None], params.soft_cap)
+        new = new.reshape(at_once, kv_heads, tile, groups, head_dim + 2)
+        for w in range(at_once):  # one after the other: items may be of the same rows
+            old = lax.dynamic_slice_in_dim(out, item.row[w], tile, axis=1)
+            out = lax.dynamic_update_slice_in_dim(out, combine(old, new[w]), item.row[w], axis=1)
+        return out
 
-    return lax.fori_loop(0, items.total, step, out)
+    return lax.fori_loop(0, (items.total + at_once - 1) // at_once, step, out)

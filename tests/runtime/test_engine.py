@@ -187,7 +187,7 @@ def test_bfloat16_stays_close_to_the_dense_forward():
 
 
 def test_a_thousand_requests_with_every_feature_compile_nothing(highest_precision):
-    run = engine(executor(True), pages=40, host_pages=40, budget=BUDGET)
+    run = engine(executor(True), pages=20, host_pages=40, budget=BUDGET)
     rng = random.Random(1)
     base = [rng.randrange(67) for _ in range(40)]
 
