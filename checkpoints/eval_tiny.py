@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 WINDOW, ROWS = 2048, 4
-MIN_DISTANCE, PAIRS = 1024, (32, 48)
+MIN_DISTANCE, FAR_DISTANCE, PAIRS = 1024, 2816, (32, 48)
 
 
 def load_model(folder: Path) -> tuple[TinyConfig, dict]:
@@ -73,10 +73,10 @@ def perplexity(score, tokenizer: Tokenizer, limit: int | None = None) -> dict[st
             "bits_per_byte": nll / bytes_per_token / math.log(2)}  # fmt: skip
 
 
-def unseen_task(tokenizer: Tokenizer, texts: list[str], seed: int, kind: str, chat: bool) -> Task:
-    """A task whose filler is held-out text and whose question is >= 1,024 tokens after the last pair."""
+def unseen_task(tokenizer: Tokenizer, texts: list[str], seed: int, kind: str, chat: bool, distance: int = MIN_DISTANCE) -> Task:
+    """A task whose filler is held-out text and whose question is >= `distance` tokens after the last pair."""
     rng = random.Random(f"eval:{kind}:{seed}")
-    want = rng.randint(MIN_DISTANCE, MIN_DISTANCE + 300)
+    want = rng.randint(distance, distance + 300)
     while True:
         text = rng.choice(texts)
         starts = [match.start() for match in re.finditer(r"^\S", text, re.MULTILINE)]
@@ -88,15 +88,15 @@ def unseen_task(tokenizer: Tokenizer, texts: list[str], seed: int, kind: str, ch
     return make_task(rng, rng.randint(*PAIRS), filler, chat, [kind])
 
 
-def answers(score, tokenizer: Tokenizer, kind: str, prompts: int) -> dict[str, float]:
+def answers(score, tokenizer: Tokenizer, kind: str, prompts: int, distance: int = MIN_DISTANCE) -> dict[str, float]:
     """Share of prompts answered right as a whole; half of the prompts are chats."""
-    texts = [text for _, text in stdlib_texts(held_out=True) if len(text) > 6000]
+    texts = [text for _, text in stdlib_texts(held_out=True) if len(text) > 6 * distance]
     right: dict[bool, list[bool]] = {False: [], True: []}
-    length = 1856
+    length = distance + 832
     for first in range(0, prompts, ROWS):
         rows, spans = [], []
         for seed in range(first, first + ROWS):
-            task = unseen_task(tokenizer, texts, seed, kind, chat=seed % 2 == 1)
+            task = unseen_task(tokenizer, texts, seed, kind, chat=seed % 2 == 1, distance=distance)
             prompt = tokenizer.encode(task.prompt()).ids
             answer = tokenizer.encode(task.queries[0].answer + task.queries[0].close).ids
             assert len(answer) >= 3 and len(prompt) + len(answer) <= length
@@ -124,6 +124,7 @@ def main() -> None:
     for kind in ("recall", "join", "copy"):
         result[kind] = answers(score, tokenizer, kind, args.prompts)
         print(kind, result[kind], flush=True)
+    result["recall_far"] = answers(score, tokenizer, "recall", args.prompts // 5, FAR_DISTANCE)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
