@@ -187,7 +187,15 @@ def test_a_failure_in_the_middle_leaves_nothing(llm, monkeypatch):
     assert llm.generate("The quick", GREEDY, use_tqdm=False)[0].finished
 
 
-def test_ctrl_c_leaves_nothing(llm):
+@pytest.fixture
+def default_sigint():
+    """A shell's background job ignores SIGINT, and pytest with it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_nothing(llm, default_sigint):
     before = signal.getsignal(signal.SIGINT)
     killer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     killer.start()

@@ -108,9 +108,9 @@ def batch_shapes(max_seqs: int, max_tokens: int) -> tuple[BatchShape, ...]:
     """
     few = min(8, max_seqs)
     decode = sorted({1 << i for i in range(max_seqs.bit_length())} | {max_seqs})[-8:]
-    steps = [t for i in range(4, 32) for t in (1 << i, 3 << (i - 1))]  # 16, 24, 32, 48, ...
-    wide = sorted({t for t in steps if max(max_seqs, 127) < t < max_tokens} | {max_tokens})[-8:]
-    narrow = sorted({t for t in steps if few < t <= min(512, max_tokens) and (t.bit_count() == 1 or t > 128)})[-8:]
+    steps = [1 << i for i in range(4, 32)]
+    wide = sorted({t for t in steps if max(max_seqs, 127) < t < max_tokens} | {max_tokens, max_tokens * 3 // 4})[-8:]
+    narrow = [t for t in steps if few < t <= min(512, max_tokens)]
     shapes = {BatchShape(n, n, n, decode=True) for n in decode}
     shapes |= {BatchShape(t, max_seqs, few) for t in narrow if few < max_seqs}
     shapes |= {BatchShape(t, max_seqs, max_seqs) for t in (wide if few < max_seqs else {*wide, *narrow})}

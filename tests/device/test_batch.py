@@ -41,7 +41,7 @@ def test_every_step_finds_a_shape_and_there_are_at_most_24(seqs, more, data):
 def test_the_default_configuration_decodes_small_batches_tightly():
     shapes = batch_shapes(64, 2048)
     assert [choose_shape(shapes, n, n, n).tokens for n in (1, 2, 3, 33)] == [1, 2, 4, 64]
-    assert choose_shape(shapes, 130, 2, 2) == BatchShape(192, 64, 8)
+    assert choose_shape(shapes, 130, 2, 2) == BatchShape(256, 64, 8)
     assert not choose_shape(shapes, 3, 2, 2).decode
 
 
