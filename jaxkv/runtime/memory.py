@@ -35,8 +35,15 @@ def free_device_memory(devices: Sequence[jax.Device]) -> tuple[int, int]:
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats:
         free = stats["bytes_limit"] - stats["bytes_in_use"]
-        return len(devices) * free, len(devices) * max(0, free - stats["bytes_limit"] // 10)
-    return free_host_memory(), min(CPU_POOL_LIMIT, free_host_memory() // 4)
+        return len(devices) * free, len(devices) * _steady(max(0, free - stats["bytes_limit"] // 10))
+    return free_host_memory(), min(CPU_POOL_LIMIT, _steady(free_host_memory() // 4))
+
+
+def _steady(size: int) -> int:
+    """Rounded down to three significant bits: a pool's shape is part of the compile cache's key, so that the default
+    may not follow every change of the free memory."""
+    step = 1 << max(0, size.bit_length() - 3)
+    return size // step * step
 
 
 def free_host_memory() -> int:

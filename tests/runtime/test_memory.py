@@ -1,7 +1,7 @@
 import pytest
 
 from jaxkv.config import ConfigError, SchedConfig
-from jaxkv.runtime.memory import STAGING_PAGES, plan_capacity
+from jaxkv.runtime.memory import STAGING_PAGES, _steady, plan_capacity
 from jaxkv.types import KVGroup
 
 FULL = KVGroup((0, 1), 2, 16, "float32")
@@ -44,3 +44,8 @@ def test_host_tier_keeps_room_for_staging():
 def test_impossible_sizes_name_the_field(kwargs, words):
     with pytest.raises(ConfigError, match=words):
         plan([FULL], **kwargs)
+
+
+@pytest.mark.parametrize("size, steady", [(0, 0), (7, 7), (2**32, 2**32), (2**32 + 12345, 2**32), (7 * 2**29 + 1, 7 * 2**29)])
+def test_default_pools_do_not_follow_every_byte_of_free_memory(size, steady):
+    assert _steady(size) == steady
