@@ -114,9 +114,7 @@ def train(out: Path, stages: list[Stage], config: TinyConfig, tokenizer: Tokeniz
     curriculum = Curriculum(stages, RowBuilder(stream, tokenizer, seed))
     total = curriculum.total_steps
     model, optimizer = TinyLlama(config), make_optimizer(total)
-    manager = ocp.CheckpointManager(
-        (out / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=3)
-    )
+    manager = ocp.CheckpointManager((out / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=3))
     state, batches, start = new_state(model, optimizer, seed), iter(curriculum.dataset()), 0
     if (latest := manager.latest_step()) is not None:
         restored = manager.restore(
