@@ -108,7 +108,7 @@ def host_work(engine: Any, before: dict[str, float], steps: int) -> dict[str, fl
 def measure(engine: Any, name: str, vocab: int, seed: int, rate: float | None) -> dict[str, Any]:
     """One run of a workload."""
     before = deepcopy(engine.metrics)
-    wall, clock = drive(engine, make(name, vocab, seed), rate, seed)
+    wall, clock = drive(engine, make(name, vocab, seed + (1000 if rate else 0)), rate, seed)
     after = engine.metrics
     ttft = [t[0] - clock.arrival[i] for i, t in clock.times.items()]
     tpot = [(t[-1] - t[0]) / (len(t) - 1) for t in clock.times.values() if len(t) > 1]
@@ -142,12 +142,14 @@ def decode_host_work(engine: Any, vocab: int) -> dict[str, float]:
     from jaxkv import SamplingParams
 
     out = {}
-    for n in (1, 64):
+    for n in (1, min(64, engine.config.sched.max_num_seqs)):
         rng = random.Random(n)
         for i in range(n):
-            engine.add_request(f"h{i}", [rng.randrange(300, vocab) for _ in range(24)],
+            engine.add_request(f"h{i}", [rng.randrange(min(300, vocab // 2), vocab) for _ in range(24)],
                                SamplingParams(temperature=0.0, max_tokens=160, ignore_eos=True))
-        for _ in range(16):  # prompts in, everyone decodes
+        while engine.metrics.running < n:
+            engine.step()
+        for _ in range(8):
             engine.step()
         before = deepcopy(engine.metrics)
         for _ in range(100):

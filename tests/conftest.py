@@ -7,6 +7,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,6 +18,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 settings.register_profile("jaxkv", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("jaxkv")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_executables():
+    """Compiled code takes hundreds of memory mappings an executable, of which a process may have 65,530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import jax
 import numpy as np
@@ -38,7 +38,7 @@ def model(windows: bool, devices: int = 1, dtype: str = "float32") -> tuple[Mode
     return spec, params, mesh
 
 
-@cache
+@lru_cache(maxsize=3)
 def executor(windows: bool, devices: int = 1, dtype: str = "float32", layout: str = "head_major") -> JaxExecutor:
     spec, params, mesh = model(windows, devices, dtype)
     groups = kv_groups(spec, devices, dtype)
@@ -55,6 +55,7 @@ def engine(
     """A fresh engine on a compiled executor; the controller may be told of fewer pages than the pool has."""
     groups = run.kv.groups
     run.tiers.clear()
+    run.tiers.host_bytes = (host_pages + 2) * sum(g.page_bytes(PAGE) for g in groups)  # two pages of staging
     config = EngineConfig(sched=SchedConfig(max_num_seqs, budget, chunked, overlap), cache=CacheConfig(PAGE))
     num_pages, num_host = (pages,) * len(groups), (host_pages,) * len(groups)
     controller = CacheController(groups, PAGE, num_pages, num_host, policy, "test", prefix_caching)

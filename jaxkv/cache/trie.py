@@ -124,7 +124,7 @@ class Trie:
         """The root of a namespace, made when it is first needed."""
         node = self.roots.get(namespace)
         if node is None:
-            digest = blake2b(namespace.encode(), digest_size=DIGEST_BYTES, key=self._salt).digest()
+            digest = blake2b(namespace.encode(errors="surrogatepass"), digest_size=DIGEST_BYTES, key=self._salt).digest()
             node = self.roots[namespace] = Root(namespace, digest)
         return node
 

@@ -109,7 +109,7 @@ def batch_shapes(max_seqs: int, max_tokens: int) -> tuple[BatchShape, ...]:
     few = min(8, max_seqs)
     decode = sorted({1 << i for i in range(max_seqs.bit_length())} | {max_seqs})[-8:]
     steps = [1 << i for i in range(4, 32)]
-    wide = sorted({t for t in steps if max(max_seqs, 127) < t < max_tokens} | {max_tokens, max_tokens * 3 // 4})[-8:]
+    wide = sorted({t for t in steps if max(max_seqs, 127) < t < max_tokens} | {max_tokens, max(1, max_tokens * 3 // 4)})[-8:]
     narrow = [t for t in steps if few < t <= min(512, max_tokens)]
     shapes = {BatchShape(n, n, n, decode=True) for n in decode}
     shapes |= {BatchShape(t, max_seqs, few) for t in narrow if few < max_seqs}

@@ -57,18 +57,17 @@ def free_host_memory() -> int:
 
 def plan_capacity(
     groups: Sequence[KVGroup], page_size: int, sched: SchedConfig, max_model_len: int, *,
-    kv_cache_memory: int | None, host_kv_memory: int | None, free_device: tuple[int, int], free_host: int,
+    kv_cache_memory: int | None, host_kv_memory: int | None, free_device: tuple[int, int], free_host: int, shared: bool = False,
 ) -> Capacity:
     """Splits the memory over groups. All groups get pages for the same tokens, but a window group never more than
     twice what its windows can hold at once (half of it remembers windows of prefixes).
 
+    ``shared``: the device's memory is the host's (CPU).
     ConfigError: not even one sequence of max_model_len fits, or more memory is asked for than there is.
     """
     free, usual = free_device
     if kv_cache_memory is not None and kv_cache_memory > free:
         raise ConfigError(f"kv_cache_memory is {kv_cache_memory:,} bytes, but only {free:,} are free")
-    if host_kv_memory is not None and host_kv_memory > free_host:
-        raise ConfigError(f"host_kv_memory is {host_kv_memory:,} bytes, but only {free_host:,} are free")
     page_bytes = [g.page_bytes(page_size) for g in groups]
 
     def split(pages: int) -> tuple[int, ...]:
@@ -77,13 +76,18 @@ def plan_capacity(
     def cost(pages: int) -> int:
         return sum(n * b for n, b in zip(split(pages), page_bytes))
 
-    useful = sched.max_num_seqs * -(-max_model_len // page_size)
+    need = -(-max_model_len // page_size) + 1
+    useful = max(need, sched.max_num_seqs * (need - 1))
     budget = kv_cache_memory if kv_cache_memory is not None else min(usual, cost(useful))
     pages = _largest(cost, budget, budget // min(page_bytes))
-    need = -(-max_model_len // page_size) + 1
     if pages < need:
         raise ConfigError(f"kv_cache_memory of {budget:,} bytes holds {pages * page_size} tokens, less than one sequence "
                           f"of max_model_len {max_model_len} ({cost(need):,} bytes with one page to spare)")
+    if shared:
+        free_host -= cost(pages)
+    if host_kv_memory is not None and host_kv_memory > free_host:
+        raise ConfigError(f"host_kv_memory is {host_kv_memory:,} bytes, but only {free_host:,} are free"
+                          + " besides the KV pools" * shared)
     host_budget = host_kv_memory
     if host_budget is None:
         host_budget = min(free_host // 8, HOST_TIER_LIMIT, 2 * cost(pages))

@@ -37,12 +37,13 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     capacity = plan_capacity(
         groups, cache.page_size, sched, max_model_len, kv_cache_memory=cache.kv_cache_memory,
         host_kv_memory=cache.host_kv_memory, free_device=free_device_memory(list(mesh.devices.flat)),
-        free_host=free_host_memory())
+        free_host=free_host_memory(),
+        shared=mesh.devices.flat[0].platform == "cpu")
     layout = ops.resolve_layout(cache.kv_layout, mesh.devices.flat[0].platform)
     kv = KVSpec(groups, capacity.num_pages, cache.page_size, layout)
     controller = CacheController(
         groups, cache.page_size, capacity.num_pages, capacity.num_host_pages, cache.eviction_policy,
-        root_salt=f"{model.fingerprint}/{cache.page_size}/{model.spec.dtype}",
+        root_salt=f"{model.fingerprint}/{layout}/{cache.page_size}/{model.spec.dtype}",
         enable_prefix_caching=cache.enable_prefix_caching)
     scheduler = Scheduler(sched, controller, max_model_len)
     loaded = time.perf_counter()

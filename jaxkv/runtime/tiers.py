@@ -35,7 +35,8 @@ class Tiers:
         self._on_host = page_sharding(mesh, "pinned_host") if host_bytes else None
         self._page_bytes = [g.page_bytes(kv.page_size) for g in kv.groups]
         self._held = 0
-        self._leaving: deque[tuple[jax.Array, jax.Array, int]] = deque()  # (host page, its copy, bytes) under way
+        self._copies: dict[tuple[int, int], jax.Array] = {}  # latest device copy of a host page that stayed
+        self._leaving: deque[tuple[jax.Array, jax.Array, int]] = deque()  # (host page, what reads it, bytes) under way
         self.ops = _compile(kv, mesh)
         self.bytes_moved = {(a, b): 0 for a in Tier for b in Tier}
 
@@ -48,8 +49,10 @@ class Tiers:
     def clear(self) -> None:
         """Forget every host page."""
         self.host.clear()
+        self._copies.clear()
         self._leaving.clear()
         self._held = 0
+        self.bytes_moved = dict.fromkeys(self.bytes_moved, 0)
 
     def apply(self, pools: Pools, moves: Iterable[PageMove]) -> Pools:
         """Runs ``moves`` in order, neighbours of one kind as one batch. A move to nowhere drops a host page."""
@@ -85,14 +88,17 @@ class Tiers:
         for m, page, copy in zip(moves, pages, copies):
             if m.last:
                 del self.host[g, m.src[1]]
+                self._copies.pop((g, m.src[1]), None)
                 self._leaving.append((page, copy, self._page_bytes[g]))
+            else:
+                self._copies[g, m.src[1]] = copy
         data = copies + copies[:1] * (_padded(len(moves)) - len(moves))
         return self._op(g, "scatter", moves)(pools, self._targets(g, moves), *data)
 
     def _drop(self, g: int, moves: list[PageMove]) -> None:
-        for m in moves:
-            del self.host[g, m.src[1]]
-            self._held -= self._page_bytes[g]
+        for m in moves:  # a transfer from or into the page may still be under way
+            page = self.host.pop((g, m.src[1]))
+            self._leaving.append((page, self._copies.pop((g, m.src[1]), page), self._page_bytes[g]))
 
     def _op(self, g: int, name: str, moves: list[PageMove]) -> Callable:
         return self.ops[g, name, _padded(len(moves))]

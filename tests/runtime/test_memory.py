@@ -23,6 +23,19 @@ def test_without_a_size_no_more_than_the_sequences_can_use():
     assert plan([FULL]).num_pages == (4 * 8,)
 
 
+def test_one_sequence_is_enough():
+    sched = SchedConfig(max_num_seqs=1, max_num_batched_tokens=64)
+    capacity = plan_capacity([FULL], 16, sched, 128, kv_cache_memory=None, host_kv_memory=0,
+                             free_device=(2**30, 2**28), free_host=2**30)
+    assert capacity.num_pages == (9,)
+
+
+def test_on_cpu_the_pools_and_the_host_tier_share_the_memory():
+    with pytest.raises(ConfigError, match="besides the KV pools"):
+        plan_capacity([FULL], 16, SCHED, 128, kv_cache_memory=40 * PAGE, host_kv_memory=70 * PAGE,
+                      free_device=(100 * PAGE, 90 * PAGE), free_host=100 * PAGE, shared=True)
+
+
 def test_a_window_group_gets_what_its_windows_can_hold_and_the_rest_goes_to_the_full_one():
     capacity = plan([FULL, WINDOW], kv=200 * PAGE)
     full, window = capacity.num_pages
