@@ -203,10 +203,6 @@ class Sequence:
         return len(self.tokens) + self.in_flight
 
     @property
-    def num_outputs(self) -> int:
-        return self.num_tokens - len(self.request.prompt)
-
-    @property
     def owes_prompt_logprobs(self) -> bool:
         """Whether prompt positions are still to be run for their log-probabilities (of the token after each)."""
         return self.request.params.prompt_logprobs is not None and self.num_reported < len(self.request.prompt) - 1

@@ -152,9 +152,6 @@ class Handle:
         if output is not None:
             output.tokens.copy_to_host_async()
 
-    def is_ready(self) -> bool:
-        return self._output is None or self._output.tokens.is_ready()  # type: ignore[attr-defined]
-
     def read(self) -> StepResult:
         """Waits for the step and gives its tokens by chunk, log-probabilities where the request asked for them."""
         chunks, output = self._plan.chunks, self._output

@@ -59,8 +59,7 @@ class EngineMetrics:
     steps: int = 0
     computed_tokens: int = 0  # positions run through the model
     stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))  # keys never change
-    compiles_after_start: int = 0  # step executables built while serving: should stay 0
-    # facts fixed at start: e.g. attention, kv_layout, dtype, platform, eviction_policy
+    # facts fixed at start: e.g. kv_layout, dtype, platform, eviction_policy
     info: dict[str, str] = field(default_factory=dict)
 
 

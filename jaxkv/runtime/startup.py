@@ -58,7 +58,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
                   vocab_size=model.spec.vocab_size, tokenizer=tokenizer, weight_bytes=model.nbytes, capacity=capacity,
                   eos_ids=eos_token_ids(model.directory, tokenizer), description=description,
                   info={"model": model.name, "dtype": model.spec.dtype, "platform": mesh.devices.flat[0].platform,
-                        "kv_layout": layout, "eviction_policy": cache.eviction_policy, "attention": "xla"})
+                        "kv_layout": layout, "eviction_policy": cache.eviction_policy})
 
 
 def make_mesh(tensor_parallel_size: int) -> Mesh:
@@ -106,7 +106,7 @@ def describe(
         f"KV tier (host): {tier(capacity.num_host_pages, capacity.host_bytes)}" if capacity.host_bytes
         else "KV tier (host): none",
         f"eviction: {config.cache.eviction_policy}; prefix cache {'on' if config.cache.enable_prefix_caching else 'off'}",
-        f"attention: xla; pool layout: {kv.layout}",
+        f"pool layout: {kv.layout}",
         f"{len(executor.shapes)} step executables, ready in {compile_seconds:.1f} s",
     )
 

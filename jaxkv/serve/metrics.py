@@ -73,8 +73,6 @@ class EngineCollector(Collector):
         yield self._counter("jaxkv:steps", "steps submitted", m.steps)
         yield self._counter("jaxkv:computed_tokens", "positions run through the model", m.computed_tokens)
         yield self._by("jaxkv:step_host_seconds", "host time of steps by stage", "stage", m.stage_seconds)
-        yield self._counter("jaxkv:compiles_after_start", "step executables built while serving",
-                            m.compiles_after_start)
         yield InfoMetricFamily("jaxkv:engine", "facts fixed at start", {"model_name": self.model, **m.info})
 
     def _tiers(self) -> Iterator[Metric]:

@@ -153,7 +153,7 @@ def test_metrics(tokenizer):
         assert found["vllm:e2e_request_latency_seconds_count",] == 3
         assert found["vllm:inter_token_latency_seconds_count",] == 6 * 19
         for name in ("vllm:kv_cache_usage_perc", "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total",
-                     "vllm:num_preemptions_total", "jaxkv:steps_total", "jaxkv:compiles_after_start_total"):
+                     "vllm:num_preemptions_total", "jaxkv:steps_total"):
             assert (name,) in found
         assert ("jaxkv:tier_bytes_used", "host") in found and ("jaxkv:step_host_seconds_total", "plan") in found
 
