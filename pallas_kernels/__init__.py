@@ -6,7 +6,7 @@ G = Hq / Hkv query heads per KV head. Every op has a folder with ``api.py`` (the
 """
 
 from .kv_write.api import kv_write
-from .layout import LAYOUTS, kv_head_axis, pool_shape, resolve_layout, storage_dtype
+from .layout import LAYOUTS, Pool, QuantPool, canonical_row, kv_head_axis, pool_shape, resolve_layout, storage_dtype, zero_pool
 from .page_copy.api import copy_pages, gather_pages, scatter_pages
 from .ragged_paged_attention.api import ragged_paged_attention
 from .ragged_paged_attention.plan import attention_plan, attention_plan_size
@@ -15,8 +15,11 @@ from .sharded import MeshOps
 __all__ = [
     "LAYOUTS",
     "MeshOps",
+    "Pool",
+    "QuantPool",
     "attention_plan",
     "attention_plan_size",
+    "canonical_row",
     "copy_pages",
     "gather_pages",
     "kv_head_axis",
@@ -26,4 +29,5 @@ __all__ = [
     "resolve_layout",
     "scatter_pages",
     "storage_dtype",
+    "zero_pool",
 ]

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from .kv_write.api import kv_write
-from .layout import kv_head_axis
+from .layout import Pool, kv_head_axis
 from .page_copy.api import copy_pages, gather_pages, scatter_pages
 from .ragged_paged_attention.api import ragged_paged_attention
 
@@ -35,8 +35,8 @@ class MeshOps:
 
     @property
     def pool_spec(self) -> P:
-        """PartitionSpec of a pool."""
-        return P(*(AXIS if i == kv_head_axis(self.layout) else None for i in range(5)))
+        """PartitionSpec of a pool, and of the parts of a quantised one."""
+        return P(*[None] * kv_head_axis(self.layout), AXIS)
 
     @property
     def page_spec(self) -> P:
@@ -44,8 +44,8 @@ class MeshOps:
         return P(None, None, None, None, AXIS)
 
     def kv_write(
-        self, pool: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array, *, impl: str = "auto"
-    ) -> jax.Array:
+        self, pool: Pool, k: jax.Array, v: jax.Array, slots: jax.Array, *, impl: str = "auto"
+    ) -> Pool:
         """See `pallas_kernels.kv_write`."""
         op = lambda *a: kv_write(*a, layout=self.layout, impl=impl)  # noqa: E731
         rows = P(None, AXIS)
@@ -54,7 +54,7 @@ class MeshOps:
     def ragged_paged_attention(
         self,
         q: jax.Array,
-        pool: jax.Array,
+        pool: Pool,
         page_table: jax.Array,
         kv_lens: jax.Array,
         cu_q_lens: jax.Array,
@@ -62,41 +62,43 @@ class MeshOps:
         sinks: jax.Array | None = None,
         plan: jax.Array | None = None,
         return_lse: bool = False,
+        return_mass: str | None = None,
         **static: Any,
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    ) -> jax.Array | tuple[jax.Array, ...]:
         """See `pallas_kernels.ragged_paged_attention`."""
 
         def op(q, pool, page_table, kv_lens, cu_q_lens, sinks, plan):
             return ragged_paged_attention(q, pool, page_table, kv_lens, cu_q_lens, sinks=sinks, plan=plan,
-                                          layout=self.layout, return_lse=return_lse, **static)
+                                          layout=self.layout, return_lse=return_lse, return_mass=return_mass, **static)
 
         rows = P(None, AXIS)
         specs = (rows, self.pool_spec, P(), P(), P(), P(AXIS), P())
-        return self._over(op, specs, (rows, rows) if return_lse else rows)(
+        out_specs = (rows,) + (rows,) * return_lse + (rows,) * (return_mass is not None)
+        return self._over(op, specs, out_specs if len(out_specs) > 1 else rows)(
             q, pool, page_table, kv_lens, cu_q_lens, sinks, plan)
 
-    def gather_pages(self, pools: Sequence[jax.Array], pages: jax.Array, *, impl: str = "auto") -> jax.Array:
+    def gather_pages(self, pools: Sequence[Pool], pages: jax.Array, *, impl: str = "auto") -> jax.Array:
         """See `pallas_kernels.gather_pages`."""
         op = lambda *a: gather_pages(*a, layout=self.layout, impl=impl)  # noqa: E731
         return self._over(op, (self.pool_spec, P()), self.page_spec)(tuple(pools), pages)
 
     def scatter_pages(
-        self, pools: Sequence[jax.Array], pages: jax.Array, data: jax.Array, *, impl: str = "auto"
-    ) -> tuple[jax.Array, ...]:
+        self, pools: Sequence[Pool], pages: jax.Array, data: jax.Array, *, impl: str = "auto"
+    ) -> tuple[Pool, ...]:
         """See `pallas_kernels.scatter_pages`."""
         op = lambda *a: scatter_pages(*a, layout=self.layout, impl=impl)  # noqa: E731
         return self._over(op, (self.pool_spec, P(), self.page_spec), self.pool_spec)(tuple(pools), pages, data)
 
     def copy_pages(
         self,
-        pools: Sequence[jax.Array],
+        pools: Sequence[Pool],
         src: jax.Array,
         dst: jax.Array,
         *,
         position_delta: jax.Array | None = None,
         rotate: jax.Array | None = None,
         impl: str = "auto",
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[Pool, ...]:
         """See `pallas_kernels.copy_pages`."""
 
         def op(pools, src, dst, position_delta, rotate):

@@ -1,20 +1,28 @@
-"""`kv_write` as one XLA scatter, which updates a donated pool in place."""
+"""`kv_write` as XLA scatters, which update a donated pool in place."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from ..layout import as_storage, pool_dims
+from ..layout import Pool, QuantPool, as_storage, logical_dtype, pool_dims
+from ..quant import quantize_rows
 
 
-def kv_write(pool: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array, *, layout: str) -> jax.Array:
+def kv_write(pool: Pool, k: jax.Array, v: jax.Array, slots: jax.Array, *, layout: str) -> Pool:
     """See `api.kv_write`."""
     dims = pool_dims(pool, layout)
-    rows = as_storage(jnp.stack([k, v], axis=1), pool.dtype)  # [T, 2, Hkv, D]
+    rows = jnp.stack([k, v], axis=1)  # [T, 2, Hkv, D]
     slots = jnp.where(slots < 0, dims.num_pages * dims.page_size, slots)
-    if layout == "token_major":
-        flat = pool.reshape(dims.num_pages * dims.page_size, 2, dims.kv_heads, dims.head_dim)
-        return flat.at[slots].set(rows, mode="drop").reshape(pool.shape)
-    page, offset = jnp.divmod(slots, dims.page_size)
-    return pool.at[page, :, :, offset].set(rows, mode="drop")
+
+    def write(part: jax.Array, rows: jax.Array) -> jax.Array:
+        rows = as_storage(rows, part.dtype)
+        if layout == "token_major":
+            flat = part.reshape(dims.num_pages * dims.page_size, *rows.shape[1:])
+            return flat.at[slots].set(rows, mode="drop").reshape(part.shape)
+        page, offset = jnp.divmod(slots, dims.page_size)
+        return part.at[page, :, :, offset].set(rows, mode="drop")
+
+    if isinstance(pool, QuantPool):
+        return QuantPool(*map(write, pool, quantize_rows(rows, logical_dtype(pool.values.dtype))))
+    return write(pool, rows)

@@ -13,3 +13,4 @@ class AttentionParams(NamedTuple):
     window: int | None
     soft_cap: float | None
     max_q_len: int | None
+    mass: str | None = None  # "page" or "token": also return the attention mass

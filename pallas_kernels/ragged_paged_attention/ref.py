@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..layout import pool_dims, to_canonical
+from ..layout import Pool, PoolDims, pool_dims, take_heads
 from .params import AttentionParams
 
 
 def ragged_paged_attention(
     q: jax.Array,
-    pool: jax.Array,
+    pool: Pool,
     page_table: jax.Array,
     kv_lens: jax.Array,
     cu_q_lens: jax.Array,
@@ -19,13 +19,13 @@ def ragged_paged_attention(
     plan: jax.Array | None,
     *,
     params: AttentionParams,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """See `api.ragged_paged_attention`. Needs T * Hq * P * ps floats; `plan` is not used."""
     tokens, q_heads, head_dim = q.shape
     dtype, dims = q.dtype, pool_dims(pool, params.layout)
     context = page_table.shape[1] * dims.page_size
-    pages = to_canonical(pool, params.layout)[jnp.clip(page_table, 0, dims.num_pages - 1)]  # [S, P, 2, ps, Hkv, D]
-    kv = pages.transpose(2, 0, 1, 3, 4, 5).reshape(2, -1, context, dims.kv_heads, head_dim).astype(jnp.float32)
+    kv = jnp.stack(take_heads(pool, jnp.clip(page_table, 0, dims.num_pages - 1), params.layout))  # [2, S, Hkv, context, D]
+    kv = kv.swapaxes(2, 3).astype(jnp.float32)
 
     rows = jnp.arange(tokens, dtype=jnp.int32)
     seq = jnp.sum((rows[:, None] >= cu_q_lens[None, 1:]).astype(jnp.int32), axis=1)  # [T], S for padding
@@ -49,4 +49,16 @@ def ragged_paged_attention(
     lse = jax.nn.logsumexp(scores, axis=2)  # [T, Hq]
     weights = jnp.where(real[:, None, None], jnp.exp(scores - lse[:, :, None]), 0.0)[:, :, :context]
     out = jnp.einsum("thgk,tkhd->thgd", weights.reshape(*q.shape[:3], context), kv[1]).reshape(tokens, q_heads, head_dim)
-    return out.astype(dtype), lse
+    return out.astype(dtype), lse, _mass(weights, seq, page_table.shape, dims, params)
+
+
+def _mass(
+    weights: jax.Array, seq: jax.Array, table_shape: tuple[int, ...], dims: PoolDims, params: AttentionParams
+) -> jax.Array | None:
+    """Of weights [T, Hq, context] (0 for padding rows)."""
+    if params.mass is None:
+        return None
+    seqs, pages = table_shape
+    by_row = weights.reshape(weights.shape[0], dims.kv_heads, -1, weights.shape[2]).sum(axis=2)
+    by_token = jnp.zeros((seqs, *by_row.shape[1:]), jnp.float32).at[seq].add(by_row)
+    return by_token if params.mass == "token" else by_token.reshape(seqs, dims.kv_heads, pages, -1).sum(axis=3)

@@ -40,7 +40,7 @@ def ragged_paged_attention(
     plan: jax.Array | None,
     *,
     params: AttentionParams,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """See `api.ragged_paged_attention`."""
     tokens, q_heads, head_dim = q.shape
     seqs, pages = page_table.shape
@@ -76,7 +76,7 @@ def ragged_paged_attention(
 
     out = out[:, :tokens].swapaxes(0, 1).reshape(tokens, q_heads, head_dim + 2)
     result, lse = finish(out if batch.place is None else out[batch.place], sinks)
-    return result.astype(q.dtype), lse
+    return result.astype(q.dtype), lse, None
 
 
 def _attend(

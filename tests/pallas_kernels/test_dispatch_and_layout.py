@@ -51,5 +51,5 @@ def test_pool_shapes():
 def test_storage_dtype(name):
     assert pk.storage_dtype(name, "cpu") == jnp.uint16 and pk.storage_dtype(name, "gpu") == jnp.bfloat16
     assert pk.storage_dtype("float16", "cpu") == jnp.float16
-    with pytest.raises(ValueError, match="int8"):
-        pk.storage_dtype("int8", "cpu")
+    with pytest.raises(ValueError, match="int16"):
+        pk.storage_dtype("int16", "cpu")
