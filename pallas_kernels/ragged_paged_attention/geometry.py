@@ -41,16 +41,29 @@ class Runs(NamedTuple):
     stop: jax.Array
 
 
-class Items(NamedTuple):
-    """A work list; entries from `total` on are meaningless. An item is a tile of rows against a block of pages.
+class Tiles(NamedTuple):
+    """Tiles of rows that read the same keys; entries from `total` on are meaningless.
 
-    By item [I]: `row`, `rows` of the tile, `key` position of the block's first key, `start` <= key < `stop` the keys that
-    are there to be read, `pages` [I, n].
+    By tile [I]: first `row`, how many `rows`, the `seq` whose table is read, `start` <= key < `stop` the keys that are there
+    to be read (at least one).
     """
 
     total: jax.Array
     row: jax.Array
     rows: jax.Array
+    seq: jax.Array
+    start: jax.Array
+    stop: jax.Array
+
+
+class Blocks(NamedTuple):
+    """Tiles cut into blocks of pages; entries from `total` on are meaningless.
+
+    By block [I]: `row` of its tile, `key` position of its first key, `start` and `stop` of its tile, `pages` [I, n].
+    """
+
+    total: jax.Array
+    row: jax.Array
     key: jax.Array
     start: jax.Array
     stop: jax.Array
@@ -103,14 +116,10 @@ def grouped_batch(
     return Batch(cu_new[:-1], q_lens[order], shared[order], rank[leader[order]], page_table[order], positions, source, place)
 
 
-def work_list(
-    runs: Runs, batch: Batch, *, tile: int, block_pages: int, max_tiles: int, page_size: int, num_pages: int,
-    window: int | None,
-) -> Items:
-    """Cut runs into tiles of at most `tile` rows, and what each tile reads into blocks of `block_pages` pages."""
-    pages = batch.table.shape[1]
+def tile_list(runs: Runs, batch: Batch, *, tile: int, most: int, window: int | None) -> Tiles:
+    """Runs cut into tiles of at most `tile` rows; `most` is how many there can be."""
     tiles = cumulative((runs.rows + tile - 1) // tile)
-    number = jnp.arange(max_tiles, dtype=I32)
+    number = jnp.arange(most, dtype=I32)
     run = _owner(tiles, number)
     row = jnp.clip(runs.first_row[run] + (number - tiles[run]) * tile, 0, batch.positions.shape[0] - 1)
     rows = jnp.clip(runs.first_row[run] + runs.rows[run] - row, 1, tile)
@@ -118,16 +127,22 @@ def work_list(
     if window is not None:
         start = jnp.maximum(start, batch.positions[row] - window + 1)
     stop = jnp.minimum(runs.stop[run], batch.positions[row + rows - 1] + 1)
-    first, last = start // page_size, (stop - 1) // page_size
-    blocks = jnp.where((stop > start) & (number < tiles[-1]), (last - first) // block_pages + 1, 0)
+    return Tiles(tiles[-1], row, rows, run, start, stop)
 
-    items = cumulative(blocks)
-    number = jnp.arange(max_tiles * -(-pages // block_pages), dtype=I32)
-    at = _owner(items, number)
-    page = first[at] + (number - items[at]) * block_pages
+
+def block_list(tiles: Tiles, table: jax.Array, *, block_pages: int, page_size: int, num_pages: int) -> Blocks:
+    """What each tile reads, cut into blocks of `block_pages` pages."""
+    pages = table.shape[1]
+    first, last = tiles.start // page_size, (tiles.stop - 1) // page_size
+    real = (tiles.stop > tiles.start) & (jnp.arange(tiles.row.shape[0], dtype=I32) < tiles.total)
+    blocks = cumulative(jnp.where(real, (last - first) // block_pages + 1, 0))
+    number = jnp.arange(tiles.row.shape[0] * -(-pages // block_pages), dtype=I32)
+    at = _owner(blocks, number)
+    page = first[at] + (number - blocks[at]) * block_pages
     index = jnp.minimum(page[:, None] + jnp.arange(block_pages, dtype=I32)[None, :], last[at][:, None])
-    taken = batch.table[run[at][:, None], jnp.clip(index, 0, pages - 1)]
-    return Items(items[-1], row[at], rows[at], page * page_size, start[at], stop[at], jnp.clip(taken, 0, num_pages - 1))
+    taken = table[tiles.seq[at][:, None], jnp.clip(index, 0, pages - 1)]
+    return Blocks(blocks[-1], tiles.row[at], page * page_size, tiles.start[at], tiles.stop[at],
+                  jnp.clip(taken, 0, num_pages - 1))
 
 
 def cumulative(counts: jax.Array) -> jax.Array:

@@ -1,13 +1,12 @@
 """Ragged paged attention in plain XLA operations: the production path on CPU, and the fallback elsewhere.
 
-One loop over a work list, `_attend`, with a trip count read from the data: an item gathers a block of pages, attends to it
-with a tile of rows and combines the result with what the rows have seen, so nothing grows with the longest context. It
-runs with up to three tile heights:
-  * singles - one decode (q_len 1) over its own pages;
-  * groups  - decodes that start with the same pages read those together, once;
-  * chunks  - tiles of the queries of one sequence with more of them.
+Online softmax over blocks of pages, in loops whose trip counts are read from the data, so nothing grows with the longest
+context. Rows are worked on in up to three ways:
+  * singles - one decode (q_len 1) over its own pages: `_singles`, a loop over blocks, several at once;
+  * groups  - decodes that start with the same pages read those together, once: `_tiles`;
+  * chunks  - tiles of the queries of one sequence with more of them: `_tiles`, a loop over tiles, inside it one over blocks.
 The work lists are computed inside the jit: they depend on no layer, so XLA's CSE leaves one copy per step, and the host has
-nothing to plan. They hold one short row for each of at most (rows / tile + S) * P * ps / KEYS items.
+nothing to plan. They hold one short row for each of at most (rows / tile + S) tiles and S * P * ps / KEYS blocks.
 
 Constants were chosen by CPU time at 12 query and 4 KV heads of 64. Keys and values are multiplied in float32 whatever they
 are stored in, because XLA:CPU is slow at 16-bit products of few rows.
@@ -19,20 +18,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..layout import PoolDims, pool_dims, take_heads
-from .geometry import I32, Batch, Items, Runs, grouped_batch, plain_batch, work_list
+from ..layout import Pool, PoolDims, pool_dims, take_heads
+from .geometry import I32, Batch, Blocks, Runs, Tiles, block_list, grouped_batch, plain_batch, tile_list
+from .mass import attention_mass
 from .online import combine, empty_partials, finish, partial_attention
 from .params import AttentionParams
 
-KEYS = 128  # of a block; measured on CPU against 64, 256 and 512
+KEYS, MANY_KEYS = 128, 512  # of a block; a tile reads MANY_KEYS at once while it has so many
 CHUNK_ROWS, GROUP_ROWS = 64, 32  # of a tile
-SINGLES = 4  # items of one row are done so many at a time: enough work for a second core
+SINGLES, SINGLE_KEYS = 16, 64  # so many blocks of this size are done at once: enough work for a second core
 GROUP_MIN_MEMBERS, GROUP_MIN_KEYS = 8, 128  # fewer members or keys are not worth a tile
 
 
 def ragged_paged_attention(
     q: jax.Array,
-    pool: jax.Array,
+    pool: Pool,
     page_table: jax.Array,
     kv_lens: jax.Array,
     cu_q_lens: jax.Array,
@@ -57,64 +57,102 @@ def ragged_paged_attention(
     tall = max(CHUNK_ROWS, GROUP_ROWS)
     q_rows = q_rows.astype(jnp.float32).reshape(tokens, dims.kv_heads, -1, head_dim).swapaxes(0, 1) * params.scale
     q_rows = jnp.pad(q_rows, ((0, 0), (0, tall), (0, 0), (0, 0)))  # [Hkv, T + tall, G, D]
-    positions = jnp.pad(batch.positions, (0, tall), constant_values=-1)
+    batch = batch._replace(positions=jnp.pad(batch.positions, (0, tall), constant_values=-1))
 
     out = empty_partials(q_rows.shape[:3], head_dim)
     single, far = batch.q_lens == 1, jnp.full(seqs, pages * dims.page_size, I32)
     own = Runs(batch.first_row, single.astype(I32), batch.shared * dims.page_size, far)
-    out = _attend(out, q_rows, pool, positions, batch, own, 1, SINGLES if seqs > 1 else 2, min(seqs, tokens), dims, params)
+    out = _singles(out, q_rows, pool, batch, own, min(seqs, tokens), dims, params)
     if grouped:
         members = jnp.sum((batch.leader[None, :] == jnp.arange(seqs, dtype=I32)[:, None]).astype(I32), axis=1)
         members = jnp.where(batch.shared > 0, members, 0)
         runs = Runs(batch.first_row, members, jnp.zeros_like(members), batch.shared * dims.page_size)
         most = seqs // GROUP_ROWS + seqs // GROUP_MIN_MEMBERS
-        out = _attend(out, q_rows, pool, positions, batch, runs, GROUP_ROWS, 1, most, dims, params)
+        out = _tiles(out, q_rows, pool, batch, runs, GROUP_ROWS, most, dims, params)
     if params.max_q_len != 1:
         runs = Runs(batch.first_row, jnp.where(batch.q_lens > 1, batch.q_lens, 0), jnp.zeros_like(far), far)
         most = tokens // CHUNK_ROWS + min(seqs, tokens // 2)
-        out = _attend(out, q_rows, pool, positions, batch, runs, CHUNK_ROWS, 1, most, dims, params)
+        out = _tiles(out, q_rows, pool, batch, runs, CHUNK_ROWS, most, dims, params)
 
     out = out[:, :tokens].swapaxes(0, 1).reshape(tokens, q_heads, head_dim + 2)
     result, lse = finish(out if batch.place is None else out[batch.place], sinks)
-    return result.astype(q.dtype), lse, None
+    mass = attention_mass(q, pool, page_table, kv_lens, cu_q_lens, lse, params=params)
+    return result.astype(q.dtype), lse, mass
 
 
-def _attend(
-    out: jax.Array, q: jax.Array, pool: jax.Array, positions: jax.Array, batch: Batch, runs: Runs, tile: int,
-    at_once: int, max_tiles: int, dims: PoolDims, params: AttentionParams,
+def _singles(
+    out: jax.Array, q: jax.Array, pool: Pool, batch: Batch, runs: Runs, most: int, dims: PoolDims, params: AttentionParams
 ) -> jax.Array:
-    """Partials `out` [Hkv, T', G, D + 2] after the rows of all runs have seen their keys; q [Hkv, T', G, D], positions [T'].
+    """Partials `out` [Hkv, T', G, D + 2] after the only row of each run has seen its keys; q [Hkv, T', G, D]."""
+    pages = batch.table.shape[1]
+    block_pages = max(1, min(SINGLE_KEYS // dims.page_size, pages))
+    tiles = tile_list(runs, batch, tile=1, most=most, window=params.window)
+    blocks: Blocks = block_list(tiles, batch.table, block_pages=block_pages, page_size=dims.page_size,
+                                num_pages=dims.num_pages)
+    at_once = min(SINGLES, 4 * most, most * -(-pages // block_pages))
+    lanes = jnp.arange(at_once, dtype=I32)
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        number = i * at_once + lanes
+        block = jax.tree.map(lambda x: x[jnp.minimum(number, x.shape[0] - 1)], blocks._replace(total=number))
+        k, v = take_heads(pool, block.pages, params.layout)  # [W, Hkv, B, D]
+        key = block.key[:, None] + jnp.arange(block_pages * dims.page_size, dtype=I32)[None, :]
+        stop = jnp.where(number < blocks.total, block.stop, 0)
+        there = (key >= block.start[:, None]) & (key < stop[:, None])  # [W, B]
+        v = jnp.where(there[:, None, :, None], v.astype(jnp.float32), 0.0)
+        mine = q[:, block.row].swapaxes(0, 1)  # [W, Hkv, G, D]
+        new = partial_attention(mine, k.astype(jnp.float32), v, there[:, None, None], params.soft_cap)
+        for w in range(at_once):  # one after the other: blocks may be of the same row
+            at = (0, block.row[w], 0, 0)
+            old = lax.dynamic_slice(out, at, (out.shape[0], 1, *out.shape[2:]))
+            out = lax.dynamic_update_slice(out, combine(old, new[w][:, None]), at)
+        return out
+
+    return lax.fori_loop(0, (blocks.total + at_once - 1) // at_once, step, out)
+
+
+def _tiles(
+    out: jax.Array, q: jax.Array, pool: Pool, batch: Batch, runs: Runs, tile: int, most: int, dims: PoolDims,
+    params: AttentionParams,
+) -> jax.Array:
+    """Partials `out` [Hkv, T', G, D + 2] after the rows of all runs have seen their keys, tile by tile; q [Hkv, T', G, D].
 
     Rows of a tile beyond its own see no key, which leaves their partials as they are.
     """
     kv_heads, _, groups, head_dim = q.shape
-    block_pages = max(1, min(KEYS // dims.page_size, batch.table.shape[1]))
-    items: Items = work_list(
-        runs, batch, tile=tile, block_pages=block_pages, max_tiles=max(max_tiles, 1), page_size=dims.page_size,
-        num_pages=dims.num_pages, window=params.window)
-    lanes = jnp.arange(at_once, dtype=I32)
-    ahead = jnp.arange(tile, dtype=I32)[None, :]
+    page_size, pages = dims.page_size, batch.table.shape[1]
+    tiles: Tiles = tile_list(runs, batch, tile=tile, most=max(most, 1), window=params.window)
+    few, many = (max(1, min(keys // page_size, pages)) for keys in (KEYS, MANY_KEYS))
+    table = jnp.pad(batch.table, ((0, 0), (0, many)), mode="edge")
+    ahead = jnp.arange(tile, dtype=I32)
 
-    def step(i: jax.Array, out: jax.Array) -> jax.Array:
-        number = i * at_once + lanes
-        item = jax.tree.map(lambda x: x[jnp.minimum(number, x.shape[0] - 1)], items._replace(total=number))
-        k, v = take_heads(pool, item.pages, params.layout)  # [W, Hkv, B, D]
-        key = item.key[:, None] + jnp.arange(block_pages * dims.page_size, dtype=I32)[None, :]
-        stop = jnp.where(number < items.total, item.stop, 0)
-        there = (key >= item.start[:, None]) & (key < stop[:, None])  # [W, B]
-        v = jnp.where(there[:, None, :, None], v.astype(jnp.float32), 0.0)
-        rows = item.row[:, None] + ahead  # [W, tile]
-        at = jnp.where(ahead < item.rows[:, None], positions[rows], -1)
-        at = jnp.repeat(at, groups, axis=1)[:, :, None]  # [W, M, 1]
-        ok = (key[:, None, :] <= at) & there[:, None, :]  # [W, M, B]
-        if params.window is not None:
-            ok &= key[:, None, :] > at - params.window
-        mine = q[:, rows].swapaxes(0, 1).reshape(at_once, kv_heads, tile * groups, head_dim)
-        new = partial_attention(mine, k.astype(jnp.float32), v, ok[:, None], params.soft_cap)
-        new = new.reshape(at_once, kv_heads, tile, groups, head_dim + 2)
-        for w in range(at_once):  # one after the other: items may be of the same rows
-            old = lax.dynamic_slice_in_dim(out, item.row[w], tile, axis=1)
-            out = lax.dynamic_update_slice_in_dim(out, combine(old, new[w]), item.row[w], axis=1)
-        return out
+    def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
+        t = jax.tree.map(lambda x: x[i], tiles._replace(total=tiles.row))
+        mine = lax.dynamic_slice_in_dim(q, t.row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim)
+        at = jnp.where(ahead < t.rows, lax.dynamic_slice_in_dim(batch.positions, t.row, tile), -1)
+        at = jnp.repeat(at, groups)[:, None]  # [M, 1]
 
-    return lax.fori_loop(0, (items.total + at_once - 1) // at_once, step, out)
+        def block(n: int, page: jax.Array, seen: jax.Array) -> jax.Array:
+            """`seen` [Hkv, M, D + 2] after the n pages from number `page` of the sequence."""
+            ids = lax.dynamic_slice(table, (t.seq, page), (1, n))
+            last = (t.stop - 1) // page_size  # pages after it may be anything
+            ids = jnp.where(page + jnp.arange(n, dtype=I32)[None, :] <= last, ids, table[t.seq, last])
+            k, v = take_heads(pool, jnp.clip(ids, 0, dims.num_pages - 1), params.layout)  # [1, Hkv, B, D]
+            key = page * page_size + jnp.arange(n * page_size, dtype=I32)
+            there = (key >= t.start) & (key < t.stop)  # [B]
+            v = jnp.where(there[None, :, None], v[0].astype(jnp.float32), 0.0)
+            ok = (key[None, :] <= at) & there[None, :]  # [M, B]
+            if params.window is not None:
+                ok &= key[None, :] > at - params.window
+            return combine(seen, partial_attention(mine, k[0].astype(jnp.float32), v, ok[None], params.soft_cap))
+
+        first = t.start // page_size
+        count = (t.stop - 1) // page_size + 1 - first
+        large = count // many
+        seen = lax.dynamic_slice_in_dim(out, t.row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim + 2)
+        seen = lax.fori_loop(0, large, lambda j, x: block(many, first + j * many, x), seen)
+        rest = first + large * many
+        seen = lax.fori_loop(0, (count - large * many + few - 1) // few, lambda j, x: block(few, rest + j * few, x), seen)
+        return lax.dynamic_update_slice_in_dim(out, seen.reshape(kv_heads, tile, groups, head_dim + 2), t.row, axis=1)
+
+    return lax.fori_loop(0, tiles.total, one_tile, out)

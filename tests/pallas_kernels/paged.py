@@ -97,6 +97,22 @@ def oracle(case: Case, *, scale, window=None, soft_cap=None, sinks=None) -> tupl
     return out, lse
 
 
+def oracle_mass(case: Case, lse: np.ndarray, *, scale, window=None, soft_cap=None, sinks=None) -> np.ndarray:
+    """Softmax weights by token [S, Hkv, P * ps] in float64, given log-sum-exps [T, Hq] that hold the sinks."""
+    page_size = case.pool.shape[3]  # head_major
+    mass = np.zeros((len(case.keys), case.keys[0].shape[1], case.page_table.shape[1] * page_size))
+    for s, (begin, end) in enumerate(pairwise(case.cu_q_lens)):
+        for row in range(begin, end):
+            p = int(case.kv_lens[s]) - (end - row)
+            low = 0 if window is None else max(0, p - window + 1)
+            for h in range(case.q.shape[1]):
+                kv_head = h * case.keys[s].shape[1] // case.q.shape[1]
+                x = case.keys[s][low : p + 1, kv_head].astype(np.float64) @ case.q[row, h].astype(np.float64) * scale
+                x = x if soft_cap is None else soft_cap * np.tanh(x / soft_cap)
+                mass[s, kv_head, low : p + 1] += np.exp(x - lse[row, h])
+    return mass
+
+
 def check(case: Case, result, *, tolerance=None, **options) -> None:
     """Compare (output, lse) with the oracle; every real row must be finite, padding must be 0 and -inf."""
     out, lse = (np.asarray(x) for x in result)

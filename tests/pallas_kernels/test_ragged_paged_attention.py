@@ -1,5 +1,6 @@
 """Every implementation against the float64 oracle, on batches where whatever must not be read is NaN or garbage."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,15 +12,16 @@ from hypothesis import strategies as st
 
 import pallas_kernels as pk
 from pallas_kernels.arg_specs import BATCHES, MODELS
+from pallas_kernels.quant import quantize_rows
 from pallas_kernels.ragged_paged_attention.api import IMPLEMENTATIONS
 
-from .paged import check, make_case
+from .paged import check, make_case, oracle, oracle_mass, to_pool
 
 MIXED = dict(q_lens=[1, 5, 0, 20, 1, 3], kv_lens=[33, 5, 0, 50, 1, 19])  # decodes, whole and later chunks, a draft, padding
 impls = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "scale", "window", "soft_cap", "impl", "max_q_len"))
+@functools.partial(jax.jit, static_argnames=("layout", "scale", "window", "soft_cap", "impl", "max_q_len", "return_mass"))
 def attend(q, pool, page_table, kv_lens, cu_q_lens, sinks=None, **options):
     return pk.ragged_paged_attention(q, pool, page_table, kv_lens, cu_q_lens, sinks=sinks, return_lse=True, **options)
 
@@ -108,6 +110,50 @@ def test_group_is_not_taken_when_tables_only_agree_in_the_middle():
         keys[s][:16], values[s][:16] = pool[page].transpose(0, 2, 1, 3)
     case = type(case)(case.q, pool, table, case.kv_lens, case.cu_q_lens, tuple(keys), tuple(values))
     check(case, attend(*case.args, layout="head_major", scale=0.3, impl="xla", max_q_len=1), scale=0.3, tolerance=5e-6)
+
+
+@impls
+@pytest.mark.parametrize("options", [dict(), dict(window=7), dict(soft_cap=1.5, sinks=True)], ids=str)
+@pytest.mark.parametrize("lens", [MIXED, dict(q_lens=[1] * 3, kv_lens=[33, 1, 290]), dict(q_lens=[70], kv_lens=[300])],
+                         ids=["mixed", "decode", "chunk"])
+def test_attention_mass(impl, options, lens):
+    case = make_case(**lens, window=options.get("window"))
+    if options.get("sinks"):
+        options = options | dict(sinks=np.random.default_rng(1).normal(size=case.q.shape[1]).astype(np.float32))
+    decode = 1 if max(lens["q_lens"]) == 1 else None
+    run = functools.partial(attend, *case.args, layout="head_major", scale=0.3, impl=impl, max_q_len=decode, **options)
+    want = oracle_mass(case, oracle(case, scale=0.3, **options)[1], scale=0.3, **options)
+    *result, by_token = run(return_mass="token")
+    check(case, result, scale=0.3, **options)
+    np.testing.assert_allclose(by_token, want, atol=1e-5)
+    by_page = run(return_mass="page")[2]
+    np.testing.assert_allclose(by_page, want.reshape(*by_page.shape, -1).sum(-1), atol=1e-5)
+    if "sinks" not in options:  # every query head of every real row gives away exactly 1
+        rows = np.diff(case.cu_q_lens) * case.q.shape[1] / by_page.shape[1]
+        np.testing.assert_allclose(by_page.sum(axis=2), np.repeat(rows[:, None], by_page.shape[1], 1), atol=1e-4)
+
+
+def quantized(case, dtype, layout):
+    """The case with its pages quantised, NaN where they were NaN; keys and values as they come out again."""
+    canonical = case.pool.transpose(0, 1, 3, 2, 4).astype(np.float32)  # head_major -> [N, 2, ps, Hkv, D]
+    values, scales = quantize_rows(jnp.nan_to_num(canonical), dtype)
+    scales = np.where(np.isnan(canonical).any(-1), np.nan, scales)
+    stored = [jnp.asarray(to_pool(np.asarray(x), layout)) for x in (values, scales[..., None])]
+    pool = pk.QuantPool(stored[0], stored[1][..., 0])
+    if dtype == "float8_e4m3fn":
+        pool = pool._replace(values=jax.lax.bitcast_convert_type(pool.values, jnp.uint8))
+    rows = [tuple(np.asarray(v, np.float32) * np.asarray(s)[..., None] for v, s in (quantize_rows(x, dtype) for x in kv))
+            for kv in (case.keys, case.values)]
+    return dataclasses.replace(case, keys=rows[0], values=rows[1]), pool
+
+
+@impls
+@pytest.mark.parametrize("layout", pk.LAYOUTS)
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_quantised_keys_and_values(impl, layout, dtype):
+    case, pool = quantized(make_case(**MIXED), dtype, layout)
+    q, _, *rest = case.args
+    check(case, attend(q, pool, *rest, layout=layout, scale=0.3, impl=impl), scale=0.3, tolerance=1e-5)
 
 
 @impls
