@@ -14,6 +14,7 @@ from tqdm import tqdm
 import pallas_kernels as ops
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import ConfigError, EngineConfig
+from jaxkv.device.batch import batch_shapes
 from jaxkv.device.spec import KVSpec, kv_groups
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.executor import JaxExecutor
@@ -45,7 +46,9 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
         groups, cache.page_size, capacity.num_pages, capacity.num_host_pages, cache.eviction_policy,
         root_salt=f"{model.fingerprint}/{layout}/{cache.page_size}/{model.spec.dtype}",
         enable_prefix_caching=cache.enable_prefix_caching)
-    scheduler = Scheduler(sched, controller, max_model_len)
+    shapes = batch_shapes(sched.max_num_seqs, sched.max_num_batched_tokens)
+    sizes = sorted({s.tokens for s in shapes if not s.decode})
+    scheduler = Scheduler(sched, controller, max_model_len, step_sizes=tuple(sizes))
     loaded = time.perf_counter()
     with tqdm(desc="compiling steps", unit="", disable=not show_progress, leave=False) as bar:
         executor = JaxExecutor(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from jaxkv.types import Chunk, Sequence
 
+STEP_TOKENS = 64  # what a step costs besides its tokens, in tokens: about 40 on a CPU, more on an accelerator
+
 
 def chunk_length(seq: Sequence, room: int) -> int:
     """Tokens to run next, at most ``room``: all that is missing, split where owed prompt log-probabilities begin."""
@@ -16,6 +18,22 @@ def chunk_length(seq: Sequence, room: int) -> int:
     if start < seq.num_reported and seq.owes_prompt_logprobs:  # recomputed after a preemption: already reported
         length = min(length, seq.num_reported - start)
     return length
+
+
+def excess_tokens(total: int, last: int, sizes: tuple[int, ...]) -> int:
+    """Of a step of ``total`` tokens, those that its last chunk (``last`` tokens) had better leave to the next step.
+
+    A step runs padded to one of ``sizes`` (ascending), so a few tokens more than a size can cost as much as twice that size.
+    Tokens are left over when two steps are cheaper, a step costing its size and STEP_TOKENS for reading the weights.
+    """
+    def cost(tokens: int) -> int:
+        return next((size for size in sizes if size >= tokens), tokens) + STEP_TOKENS
+
+    best, excess = cost(total) - 1, 0
+    for size in sizes:
+        if total - last < size < total and cost(size) + cost(total - size) <= best:  # at a tie more tokens now
+            best, excess = cost(size) + cost(total - size), total - size
+    return excess
 
 
 def take_chunk(seq: Sequence, start: int) -> Chunk:

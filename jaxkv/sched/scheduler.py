@@ -25,7 +25,7 @@ from operator import attrgetter
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import SchedConfig
 from jaxkv.sched.capacity import check_capacity, fits_beside
-from jaxkv.sched.chunking import append_tokens, chunk_length, take_chunk
+from jaxkv.sched.chunking import append_tokens, chunk_length, excess_tokens, take_chunk
 from jaxkv.sched.policy import FCFS, SchedulerPolicy
 from jaxkv.types import Admit, Chunk, Request, Sequence, Status, StepPlan, StepResult, TokenEvent
 
@@ -36,12 +36,13 @@ _key = attrgetter("key")
 class Scheduler:
     """Turns requests into plans and results into token events.
 
+    ``step_sizes``: the numbers of tokens that steps with prompts are padded to, ascending; none: no padding.
     Whole prompts (``enable_chunked_prefill=False``) need a budget of at least ``max_model_len`` tokens.
     Raises ConfigError when the budget or a page pool is too small for one sequence of ``max_model_len`` tokens.
     """
 
     def __init__(self, config: SchedConfig, cache: CacheController, max_model_len: int,
-                 policy: SchedulerPolicy | None = None) -> None:
+                 policy: SchedulerPolicy | None = None, step_sizes: tuple[int, ...] = ()) -> None:
         check_capacity(config, cache, max_model_len)
         self.cache = cache
         self.max_model_len = max_model_len
@@ -49,6 +50,7 @@ class Scheduler:
         self._policy = policy or FCFS()
         self._budget = config.max_num_batched_tokens
         self._whole = not config.enable_chunked_prefill
+        self._step_sizes = () if self._whole else step_sizes
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # by key
         self._running: list[Sequence] = []  # by key
@@ -151,6 +153,8 @@ class Scheduler:
             length = 1
             if known - start > 1:
                 length = chunk_length(seq, 1 + left)
+                if not self._waiting and all(s.num_tokens - s.num_scheduled < 2 for s in running[index + 1 :]):
+                    length -= excess_tokens(self._budget - left + length - 1, length - 1, self._step_sizes)
                 left -= length - 1
             while not grow(seq, start + length):
                 victim = running[-1]
@@ -179,6 +183,8 @@ class Scheduler:
             if length == 0:
                 break
             del waiting[index]
+            if not waiting:
+                length -= excess_tokens(self._budget - left + length, length - 1, self._step_sizes)
             left -= length
             admits.append(self._enter(seq))
             chunks.append(self._schedule(seq, length, plan_id))

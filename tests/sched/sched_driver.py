@@ -45,6 +45,7 @@ class Settings:
     overlap: int = 0  # plans submitted before the one before them is read
     max_model_len: int = 64
     caching: bool = True
+    step_sizes: tuple[int, ...] = ()
 
     def scheduler(self) -> Scheduler:
         """A fresh scheduler with a fresh cache."""
@@ -52,7 +53,7 @@ class Settings:
         cache = CacheController(self.groups, self.page_size, (self.pages,) * count, (self.host_pages,) * count,
                                 self.policy, "salt", self.caching)
         return Scheduler(SchedConfig(self.max_num_seqs, self.budget, self.chunked, self.overlap > 0), cache,
-                         self.max_model_len)
+                         self.max_model_len, step_sizes=self.step_sizes)
 
 
 class Driver:
