@@ -14,8 +14,10 @@ from dataclasses import dataclass, fields
 from typing import Any, NoReturn, TypedDict
 
 from jaxkv.config import (
+    ATTENTION_IMPLS,
     DTYPES,
     EVICTION_POLICIES,
+    KV_CACHE_DTYPES,
     CacheConfig,
     ConfigError,
     EngineConfig,
@@ -38,7 +40,9 @@ class EngineOptions(TypedDict, total=False):
     host_kv_memory: int | str | None
     eviction_policy: str
     enable_prefix_caching: bool
+    kv_cache_dtype: str
     kv_layout: str
+    attention_impl: str
     max_num_seqs: int
     max_num_batched_tokens: int
     enable_chunked_prefill: bool
@@ -58,7 +62,7 @@ class _Option:
 
 _OPTIONS = (
     _Option("model", "text", "model directory or hub id (default: the built-in model)"),
-    _Option("dtype", "text", "dtype of weights and KV", choices=DTYPES),
+    _Option("dtype", "text", "dtype of the weights and activations", choices=DTYPES),
     _Option("max_model_len", "int", "longest prompt plus answer in tokens (default: the model's window)"),
     _Option("max_num_seqs", "int", "sequences that may run at once"),
     _Option("max_num_batched_tokens", "int", "token budget of one step"),
@@ -69,7 +73,11 @@ _OPTIONS = (
     _Option("eviction_policy", "text", "which pages leave first", choices=EVICTION_POLICIES),
     _Option("tensor_parallel_size", "int", "devices that share the model"),
     _Option("load_format", "text", "auto: safetensors; dummy: random weights", choices=("auto", "dummy")),
+    _Option("kv_cache_dtype", "text", "dtype of the KV cache; auto: that of the model; int8, fp8_e4m3: quantised, approximate",
+            choices=KV_CACHE_DTYPES),
     _Option("kv_layout", "text", "physical layout of the KV pool"),
+    _Option("attention_impl", "text", "attention kernels; auto: the best that is proven on the platform",
+            choices=ATTENTION_IMPLS),
     _Option("seed", "int", "seed of the requests that bring none"),
     _Option("skip_tokenizer_init", "switch", "token ids in, token ids out"),
     _Option("enable_prefix_caching", "switch", "reuse the KV of shared prefixes"),

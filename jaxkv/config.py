@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 EVICTION_POLICIES = ("lfu", "lru", "arc")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "int8", "fp8_e4m3")
+ATTENTION_IMPLS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu", "ref")
 
 
 class ConfigError(ValueError):
@@ -38,10 +40,11 @@ def _at_least(name: str, value: int | None, low: int) -> None:
 @dataclass(frozen=True)
 class ModelConfig:
     model: str | None = None  # local directory or hub id; None: the built-in model
-    dtype: str = "auto"  # weights and KV; auto: float32 on CPU, else the checkpoint's
+    dtype: str = "auto"  # of the weights; auto: float32 on CPU, else the checkpoint's
     max_model_len: int | None = None  # tokens; None: the model's window
     skip_tokenizer_init: bool = False
     load_format: str = "auto"  # auto: safetensors; dummy: random weights
+    attention_impl: str = "auto"  # which kernels run; auto: the best that is proven on the platform
 
     def __post_init__(self) -> None:
         _at_least("max_model_len", self.max_model_len, 1)
@@ -49,6 +52,8 @@ class ModelConfig:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.load_format not in ("auto", "dummy"):
             raise ConfigError(f"load_format must be auto or dummy, got {self.load_format!r}")
+        if self.attention_impl not in ATTENTION_IMPLS:
+            raise ConfigError(f"attention_impl must be one of {', '.join(ATTENTION_IMPLS)}, got {self.attention_impl!r}")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class CacheConfig:
     host_kv_memory: int | None = None  # bytes; None: from free memory; 0: no host tier
     eviction_policy: str = "lfu"
     enable_prefix_caching: bool = True
+    kv_cache_dtype: str = "auto"  # auto: the model's dtype; int8 and fp8_e4m3 with a scale per token and KV head
     kv_layout: str = "auto"  # physical pool layout, a name only pallas_kernels understands
 
     def __post_init__(self) -> None:
@@ -67,6 +73,8 @@ class CacheConfig:
         if self.eviction_policy not in EVICTION_POLICIES:
             raise ConfigError(f"eviction_policy must be one of {', '.join(EVICTION_POLICIES)}, "
                               f"got {self.eviction_policy!r}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {self.kv_cache_dtype!r}")
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,10 @@ class KVGroup:
 
     def page_bytes(self, page_size: int) -> int:
         """Bytes of one page over all layers of the group, keys and values."""
-        itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
-        return 2 * len(self.layers) * page_size * self.kv_heads * self.head_dim * itemsize
+        scale = 4  # bytes: quantised rows carry a float32
+        row = {"float32": 4 * self.head_dim, "bfloat16": 2 * self.head_dim, "float16": 2 * self.head_dim,
+               "int8": self.head_dim + scale, "float8_e4m3fn": self.head_dim + scale}[self.dtype]
+        return 2 * len(self.layers) * page_size * self.kv_heads * row
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import pallas_kernels as ops
 from jaxkv.device.sampling import SamplerState, init_sampler_state
 from jaxkv.device.spec import KVSpec
 
-Pools = tuple[tuple[jax.Array, ...], ...]  # [group][layer of the group], shape ops.pool_shape
+Pools = tuple[tuple[ops.Pool, ...], ...]  # [group][layer of the group]
 
 
 class EngineState(NamedTuple):
@@ -32,16 +32,29 @@ def pool_sharding(kv: KVSpec, mesh: Mesh) -> NamedSharding:
 
 
 def page_sharding(mesh: Mesh, memory_kind: str | None = None) -> NamedSharding:
-    """Of one canonical page [L, 2, ps, Hkv, D]."""
+    """Of one canonical page [L, 2, ps, Hkv, C]."""
     return NamedSharding(mesh, PartitionSpec(None, None, None, "tp"), memory_kind=memory_kind)
+
+
+def zero_pools(kv: KVSpec, platform: str) -> Pools:
+    """Empty pools for a platform ("cpu", "gpu", "tpu")."""
+    return tuple(
+        tuple(ops.zero_pool(kv.layout, n, kv.page_size, g.kv_heads, g.head_dim, g.dtype, platform) for _ in g.layers)
+        for g, n in zip(kv.groups, kv.num_pages))
+
+
+def pool_structs(kv: KVSpec, mesh: Mesh) -> Any:
+    """Shape, dtype and sharding of every leaf of the pools, in their structure."""
+    sharding = pool_sharding(kv, mesh)
+    shapes = jax.eval_shape(lambda: zero_pools(kv, mesh.devices.flat[0].platform))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 def state_shardings(kv: KVSpec, mesh: Mesh) -> Any:
     """The sharding of every leaf of an ``EngineState``, in its structure."""
-    whole, pool = NamedSharding(mesh, PartitionSpec()), pool_sharding(kv, mesh)
-    like = jax.eval_shape(lambda: EngineState(
-        tuple(tuple(jnp.zeros(()) for _ in g.layers) for g in kv.groups), jnp.zeros(()), init_sampler_state(1, 1)))
-    return jax.tree.map(lambda _: whole, like)._replace(pools=jax.tree.map(lambda _: pool, like.pools))
+    whole = NamedSharding(mesh, PartitionSpec())
+    sampler = jax.tree.map(lambda _: whole, jax.eval_shape(lambda: init_sampler_state(1, 1)))
+    return EngineState(jax.tree.map(lambda x: x.sharding, pool_structs(kv, mesh)), whole, sampler)
 
 
 def init_state(kv: KVSpec, slots: int, vocab: int, mesh: Mesh) -> EngineState:
@@ -49,14 +62,6 @@ def init_state(kv: KVSpec, slots: int, vocab: int, mesh: Mesh) -> EngineState:
     platform = mesh.devices.flat[0].platform
 
     def zeros() -> EngineState:
-        pools = tuple(
-            tuple(
-                jnp.zeros(ops.pool_shape(kv.layout, n, kv.page_size, g.kv_heads, g.head_dim),
-                          ops.storage_dtype(g.dtype, platform))
-                for _ in g.layers
-            )
-            for g, n in zip(kv.groups, kv.num_pages)
-        )
-        return EngineState(pools, jnp.zeros((slots,), jnp.int32), init_sampler_state(slots, vocab))
+        return EngineState(zero_pools(kv, platform), jnp.zeros((slots,), jnp.int32), init_sampler_state(slots, vocab))
 
     return jax.jit(zeros, out_shardings=state_shardings(kv, mesh))()

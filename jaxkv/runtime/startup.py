@@ -33,8 +33,9 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
                        seed=config.seed)
     tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
     max_model_len = resolve_max_model_len(config, model)
-    groups = kv_groups(model.spec, mesh.size, model.spec.dtype)
     cache, sched = config.cache, config.sched
+    kv_dtype = {"auto": model.spec.dtype, "fp8_e4m3": "float8_e4m3fn"}.get(cache.kv_cache_dtype, cache.kv_cache_dtype)
+    groups = kv_groups(model.spec, mesh.size, kv_dtype)
     capacity = plan_capacity(
         groups, cache.page_size, sched, max_model_len, kv_cache_memory=cache.kv_cache_memory,
         host_kv_memory=cache.host_kv_memory, free_device=free_device_memory(list(mesh.devices.flat)),
@@ -44,7 +45,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     kv = KVSpec(groups, capacity.num_pages, cache.page_size, layout)
     controller = CacheController(
         groups, cache.page_size, capacity.num_pages, capacity.num_host_pages, cache.eviction_policy,
-        root_salt=f"{model.fingerprint}/{layout}/{cache.page_size}/{model.spec.dtype}",
+        root_salt=f"{model.fingerprint}/{layout}/{cache.page_size}/{kv_dtype}",
         enable_prefix_caching=cache.enable_prefix_caching)
     shapes = batch_shapes(sched.max_num_seqs, sched.max_num_batched_tokens)
     sizes = sorted({s.tokens for s in shapes if not s.decode})
@@ -54,7 +55,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
         executor = JaxExecutor(
             model.spec, model.params, kv, mesh, max_num_seqs=sched.max_num_seqs,
             max_num_batched_tokens=sched.max_num_batched_tokens, max_model_len=max_model_len,
-            host_bytes=capacity.host_bytes, progress=lambda done, total: _advance(bar, done, total))
+            host_bytes=capacity.host_bytes, attention_impl=config.model.attention_impl,
+            progress=lambda done, total: _advance(bar, done, total))
     compiled = time.perf_counter()
     description = describe(config, model, mesh, kv, capacity, executor, loaded - start, compiled - loaded)
     return Engine(config, scheduler, executor, model_name=model.name, max_model_len=max_model_len,
@@ -109,7 +111,7 @@ def describe(
         f"KV tier (host): {tier(capacity.num_host_pages, capacity.host_bytes)}" if capacity.host_bytes
         else "KV tier (host): none",
         f"eviction: {config.cache.eviction_policy}; prefix cache {'on' if config.cache.enable_prefix_caching else 'off'}",
-        f"pool layout: {kv.layout}",
+        f"pool layout: {kv.layout}, KV dtype: {kv.groups[0].dtype}",
         f"{len(executor.shapes)} step executables, ready in {compile_seconds:.1f} s",
     )
 

@@ -1,7 +1,7 @@
 """Executes page moves: batches of pages between the HBM pools and host memory, and within the pools.
 
 Owns the host tier's arrays and the exact count of the bytes it holds. Decides nothing: the CacheController says which
-page goes where and in which order. A host page is one pinned_host array [L, 2, ps, Hkv, D] (canonical layout, sharded
+page goes where and in which order. A host page is one pinned_host array [L, 2, ps, Hkv, C] (canonical layout, sharded
 like the pool), so that dropping a page frees exactly its bytes. Every transfer is enqueued in program order on the
 engine thread; nothing here waits for the device unless host memory would exceed its size.
 """
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pallas_kernels as ops
 from jaxkv.device.spec import KVSpec
-from jaxkv.device.state import Pools, page_sharding, state_shardings
+from jaxkv.device.state import Pools, page_sharding, pool_structs
 from jaxkv.types import PageMove, Tier
 
 BATCHES = (1, 4, 16)  # pages per transfer; each size compiles once per group and direction
@@ -142,16 +142,14 @@ def _padded(n: int) -> int:
 
 def _compile(kv: KVSpec, mesh: Mesh) -> dict[tuple[int, str, int], Callable]:
     """(group, operation, batch size) -> executable; pools are donated where they change."""
-    shardings = state_shardings(kv, mesh).pools
+    structs = pool_structs(kv, mesh)
     whole, page_at = NamedSharding(mesh, PartitionSpec()), page_sharding(mesh)
-    mesh_ops, platform = ops.MeshOps(mesh, kv.layout), mesh.devices.flat[0].platform
+    mesh_ops = ops.MeshOps(mesh, kv.layout)
     out: dict[tuple[int, str, int], Callable] = {}
-    for g, (group, count) in enumerate(zip(kv.groups, kv.num_pages)):
-        shape = ops.pool_shape(kv.layout, count, kv.page_size, group.kv_heads, group.head_dim)
-        pools = tuple(jax.ShapeDtypeStruct(shape, ops.storage_dtype(group.dtype, platform), sharding=s)
-                      for s in shardings[g])
-        canonical = (len(group.layers), 2, kv.page_size, group.kv_heads, group.head_dim)
-        page = jax.ShapeDtypeStruct(canonical, jnp.dtype(group.dtype), sharding=page_at)
+    for g, (group, pools) in enumerate(zip(kv.groups, structs)):
+        width, dtype = ops.canonical_row(group.dtype, group.head_dim)
+        page = jax.ShapeDtypeStruct((len(group.layers), 2, kv.page_size, group.kv_heads, width), dtype, sharding=page_at)
+        pools_at = jax.tree.map(lambda x: x.sharding, pools)
 
         def gather(pools, pages):
             return tuple(mesh_ops.gather_pages(pools, pages))
@@ -165,8 +163,8 @@ def _compile(kv: KVSpec, mesh: Mesh) -> dict[tuple[int, str, int], Callable]:
         for n in BATCHES:
             ids = jax.ShapeDtypeStruct((n,), jnp.int32, sharding=whole)
             jobs = {"gather": (jax.jit(gather, out_shardings=(page_at,) * n), (ids,)),
-                    "scatter": (jax.jit(scatter, donate_argnums=0, out_shardings=shardings[g]), (ids, *[page] * n)),
-                    "copy": (jax.jit(copy, donate_argnums=0, out_shardings=shardings[g]), (ids, ids))}
+                    "scatter": (jax.jit(scatter, donate_argnums=0, out_shardings=pools_at), (ids, *[page] * n)),
+                    "copy": (jax.jit(copy, donate_argnums=0, out_shardings=pools_at), (ids, ids))}
             for name, (fn, args) in jobs.items():
                 out[g, name, n] = fn.lower(pools, *args).compile()
     return out

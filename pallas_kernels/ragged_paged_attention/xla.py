@@ -102,11 +102,12 @@ def _singles(
         v = jnp.where(there[:, None, :, None], v.astype(jnp.float32), 0.0)
         mine = q[:, block.row].swapaxes(0, 1)  # [W, Hkv, G, D]
         new = partial_attention(mine, k.astype(jnp.float32), v, there[:, None, None], params.soft_cap)
-        for w in range(at_once):  # one after the other: blocks may be of the same row
-            at = (0, block.row[w], 0, 0)
-            old = lax.dynamic_slice(out, at, (out.shape[0], 1, *out.shape[2:]))
-            out = lax.dynamic_update_slice(out, combine(old, new[w][:, None]), at)
-        return out
+
+        def add(w: jax.Array, out: jax.Array) -> jax.Array:  # one after the other: blocks may be of the same row
+            old = lax.dynamic_slice_in_dim(out, block.row[w], 1, axis=1)
+            return lax.dynamic_update_slice_in_dim(out, combine(old, new[w][:, None]), block.row[w], axis=1)
+
+        return lax.fori_loop(0, at_once, add, out)
 
     return lax.fori_loop(0, (blocks.total + at_once - 1) // at_once, step, out)
 
