@@ -5,8 +5,19 @@ G = Hq / Hkv query heads per KV head. Every op has a folder with ``api.py`` (the
 ``ref.py`` (the definition, slow) and one file per fast implementation. Only ``layout.py`` knows what a pool looks like.
 """
 
+from .dispatch import implementations_in_use
 from .kv_write.api import kv_write
-from .layout import LAYOUTS, Pool, QuantPool, canonical_row, kv_head_axis, pool_shape, resolve_layout, storage_dtype, zero_pool
+from .layout import (
+    LAYOUTS,
+    Pool,
+    QuantPool,
+    canonical_row,
+    kv_head_axis,
+    pool_shape,
+    resolve_layout,
+    storage_dtype,
+    zero_pool,
+)
 from .page_copy.api import copy_pages, gather_pages, scatter_pages
 from .ragged_paged_attention.api import ragged_paged_attention
 from .ragged_paged_attention.plan import attention_plan, attention_plan_size
@@ -22,6 +33,7 @@ __all__ = [
     "canonical_row",
     "copy_pages",
     "gather_pages",
+    "implementations_in_use",
     "kv_head_axis",
     "kv_write",
     "pool_shape",

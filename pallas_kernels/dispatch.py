@@ -6,12 +6,12 @@ serve a call (shape, dtype, platform) raises NotImplementedError and the next is
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 _log = logging.getLogger(__name__)
+_chosen: dict[tuple[str, str], None] = {}  # (op, implementation) in the order of their first use in this process
 
 
 def dispatch(op: str, implementations: Mapping[str, Callable[..., Any]], impl: str, *args: Any, **kwargs: Any) -> Any:
@@ -29,12 +29,13 @@ def dispatch(op: str, implementations: Mapping[str, Callable[..., Any]], impl: s
             error.add_note(f"implementation {name!r} of {op}")
             refusals.append(error)
         else:
-            _log_choice(op, name)
+            if (op, name) not in _chosen:
+                _chosen[op, name] = None
+                _log.info("%s runs as %s", op, name)
             return result
     raise ExceptionGroup(f"{op}: no implementation serves this call", refusals)
 
 
-@functools.cache
-def _log_choice(op: str, name: str) -> None:
-    """Cached: one line per (op, implementation) and process."""
-    _log.info("%s runs as %s", op, name)
+def implementations_in_use() -> tuple[tuple[str, str], ...]:
+    """(op, implementation) of everything that this process has traced, each logged once when it was first chosen."""
+    return tuple(_chosen)

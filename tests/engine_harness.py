@@ -39,9 +39,11 @@ def model(windows: bool, devices: int = 1, dtype: str = "float32") -> tuple[Mode
 
 
 @lru_cache(maxsize=3)
-def executor(windows: bool, devices: int = 1, dtype: str = "float32", layout: str = "head_major") -> JaxExecutor:
+def executor(
+    windows: bool, devices: int = 1, dtype: str = "float32", layout: str = "head_major", kv_dtype: str | None = None,
+) -> JaxExecutor:
     spec, params, mesh = model(windows, devices, dtype)
-    groups = kv_groups(spec, devices, dtype)
+    groups = kv_groups(spec, devices, kv_dtype or dtype)
     kv = KVSpec(groups, (POOL,) * len(groups), PAGE, layout)
     with jax.default_matmul_precision("highest"):
         return JaxExecutor(spec, params, kv, mesh, max_num_seqs=SEQS, max_num_batched_tokens=BUDGET,

@@ -63,7 +63,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
                   vocab_size=model.spec.vocab_size, tokenizer=tokenizer, weight_bytes=model.nbytes, capacity=capacity,
                   eos_ids=eos_token_ids(model.directory, tokenizer), description=description,
                   info={"model": model.name, "dtype": model.spec.dtype, "platform": mesh.devices.flat[0].platform,
-                        "kv_layout": layout, "eviction_policy": cache.eviction_policy})
+                        "kv_layout": layout, "kv_cache_dtype": kv_dtype, "eviction_policy": cache.eviction_policy,
+                        "kernels": _kernels()})
 
 
 def make_mesh(tensor_parallel_size: int) -> Mesh:
@@ -112,8 +113,13 @@ def describe(
         else "KV tier (host): none",
         f"eviction: {config.cache.eviction_policy}; prefix cache {'on' if config.cache.enable_prefix_caching else 'off'}",
         f"pool layout: {kv.layout}, KV dtype: {kv.groups[0].dtype}",
+        f"kernels: {_kernels()}",
         f"{len(executor.shapes)} step executables, ready in {compile_seconds:.1f} s",
     )
+
+
+def _kernels() -> str:
+    return ", ".join(f"{op} {name}" for op, name in ops.implementations_in_use())
 
 
 def _advance(bar: tqdm, done: int, total: int) -> None:
