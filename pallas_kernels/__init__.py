@@ -6,6 +6,7 @@ G = Hq / Hkv query heads per KV head. Every op has a folder with ``api.py`` (the
 """
 
 from .dispatch import implementations_in_use
+from .kv_write.api import IMPLEMENTATIONS as KV_WRITE_IMPLEMENTATIONS
 from .kv_write.api import kv_write
 from .layout import (
     LAYOUTS,
@@ -24,6 +25,7 @@ from .ragged_paged_attention.plan import attention_plan, attention_plan_size
 from .sharded import MeshOps
 
 __all__ = [
+    "KV_WRITE_IMPLEMENTATIONS",
     "LAYOUTS",
     "MeshOps",
     "Pool",

@@ -44,10 +44,11 @@ class PoolDims(NamedTuple):
     head_dim: int
 
 
-def resolve_layout(layout: str, platform: str) -> str:
-    """The layout that "auto" stands for on `platform` ("cpu", "gpu", "tpu"); other names are checked and returned."""
+def resolve_layout(layout: str) -> str:
+    """The layout that "auto" stands for, head_major: a page of one head is one tile [ps, D], which is what gathers on CPU,
+    TMA on GPU and DMA on TPU like best. Other names are checked and returned."""
     if layout == "auto":
-        return "head_major" if platform == "cpu" else "token_major"
+        return "head_major"
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {('auto', *LAYOUTS)}, got {layout!r}")
     return layout

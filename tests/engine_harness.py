@@ -63,8 +63,9 @@ def engine(
     controller = CacheController(groups, PAGE, num_pages, num_host, policy, "test", prefix_caching)
     capacity = Capacity(num_pages, 1, num_host, 1)
     sizes = tuple(sorted({s.tokens for s in run.shapes if not s.decode}))
-    return Engine(config, Scheduler(config.sched, controller, MAX_LEN, step_sizes=sizes), run, model_name="test", max_model_len=MAX_LEN,
-                  vocab_size=CONFIG["vocab_size"], capacity=capacity)
+    scheduler = Scheduler(config.sched, controller, MAX_LEN, step_sizes=sizes)
+    return Engine(config, scheduler, run, model_name="test", max_model_len=MAX_LEN, vocab_size=CONFIG["vocab_size"],
+                  capacity=capacity)
 
 
 @dataclass

@@ -51,6 +51,6 @@ def test_close_to_the_dense_forward(kv_dtype, highest_precision):
     for r in results.values():
         expected, _ = oracle.teacher_forced(r.prompt, r.tokens)
         right += (expected == np.array(r.tokens)).tolist()
-    assert len(right) > 150 and 0.9 < np.mean(right)
+    assert len(right) > 150 and np.mean(right) > {"int8": 0.9, "float8_e4m3fn": 0.8}[kv_dtype]
     page = run.executor.kv.groups[0].page_bytes(4)
     assert page == 2 * 2 * 4 * 2 * (8 + 4)  # keys and values, layers, tokens, heads, bytes and scale

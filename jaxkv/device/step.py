@@ -33,8 +33,12 @@ class StepOutput(NamedTuple):
 def build_step(
     spec: ModelSpec, kv: KVSpec, layout: BatchLayout, mesh: Mesh, attention_impl: str = "auto"
 ) -> Callable[[tuple, EngineState, jax.Array], tuple[EngineState, StepOutput]]:
-    """The step function of one batch shape, to be jitted with the state donated."""
+    """The step function of one batch shape, to be jitted with the state donated.
+
+    ``attention_impl`` forces the kernels of a family: attention, and the KV write where the family has its own.
+    """
     mesh_ops = ops.MeshOps(mesh, kv.layout)
+    write_impl = attention_impl if attention_impl in ops.KV_WRITE_IMPLEMENTATIONS else "auto"
     where = {layer: (g, i) for g, group in enumerate(kv.groups) for i, layer in enumerate(group.layers)}
     max_q_len = 1 if layout.shape.decode else None
     # jitted: traced once per group, not once per layer
@@ -48,7 +52,7 @@ def build_step(
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             g, i = where[layer]
-            pools[g][i] = mesh_ops.kv_write(pools[g][i], k, v, slots[g])
+            pools[g][i] = mesh_ops.kv_write(pools[g][i], k, v, slots[g], impl=write_impl)
             return attention[g](q, pools[g][i], b["page_table"][g], b["kv_lens"][g], b["cu_q_lens"],
                                 plan=b["attention_plan"][g])
 

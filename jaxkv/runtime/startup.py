@@ -41,7 +41,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
         host_kv_memory=cache.host_kv_memory, free_device=free_device_memory(list(mesh.devices.flat)),
         free_host=free_host_memory(),
         shared=mesh.devices.flat[0].platform == "cpu")
-    layout = ops.resolve_layout(cache.kv_layout, mesh.devices.flat[0].platform)
+    layout = ops.resolve_layout(cache.kv_layout)
     kv = KVSpec(groups, capacity.num_pages, cache.page_size, layout)
     controller = CacheController(
         groups, cache.page_size, capacity.num_pages, capacity.num_host_pages, cache.eviction_policy,

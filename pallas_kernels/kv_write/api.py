@@ -6,9 +6,9 @@ import jax
 
 from ..dispatch import dispatch
 from ..layout import Pool, pool_dims
-from . import ref, xla
+from . import mosaic_tpu, ref, xla
 
-IMPLEMENTATIONS = {"xla": xla.kv_write, "ref": ref.kv_write}
+IMPLEMENTATIONS = {"xla": xla.kv_write, "ref": ref.kv_write, "mosaic_tpu": mosaic_tpu.kv_write}
 
 
 def kv_write(
@@ -17,7 +17,8 @@ def kv_write(
     """Write one key and value row per token into a layer's pool; in place when the pool is donated.
 
     pool: see `layout.Pool`; k, v: [T, Hkv, D], cast to the pool's logical dtype or quantised row by row (`quant`);
-    slots: [T] int32, page * ps + offset. A slot outside [0, N * ps) drops its row (padding); two rows must not name the same slot. Returns the pool.
+    slots: [T] int32, page * ps + offset. A slot outside [0, N * ps) drops its row (padding); two rows must not name the
+    same slot. Returns the pool.
     ValueError: shapes that do not belong together.
     """
     dims = pool_dims(pool, layout)

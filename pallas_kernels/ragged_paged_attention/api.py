@@ -9,10 +9,14 @@ import jax.numpy as jnp
 
 from ..dispatch import dispatch
 from ..layout import Pool, pool_dims
-from . import ref, xla
+from . import mosaic_tpu, ref, xla
 from .params import AttentionParams
 
-IMPLEMENTATIONS = {"xla": xla.ragged_paged_attention, "ref": ref.ragged_paged_attention}
+IMPLEMENTATIONS = {  # best first for "auto": the Mosaic kernels come before XLA once a result on hardware is committed
+    "xla": xla.ragged_paged_attention,
+    "ref": ref.ragged_paged_attention,
+    "mosaic_tpu": mosaic_tpu.ragged_paged_attention,
+}
 
 
 def ragged_paged_attention(

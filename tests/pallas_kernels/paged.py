@@ -8,6 +8,7 @@ from itertools import pairwise
 import jax.numpy as jnp
 import numpy as np
 
+CPU_IMPLS = ("xla", "ref")  # the kernels of accelerators run interpreted, in modules of their own, on the same cases
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}  # of the outputs, which are of order 1
 
 

@@ -42,9 +42,9 @@ def test_pool_shapes():
     assert pk.kv_head_axis("token_major") == 3 and pk.kv_head_axis("head_major") == 2
     with pytest.raises(ValueError, match="page_size=0"):
         pk.pool_shape("token_major", 9, 0, 2, 64)
-    assert pk.resolve_layout("auto", "cpu") in pk.LAYOUTS and pk.resolve_layout("token_major", "cpu") == "token_major"
+    assert pk.resolve_layout("auto") in pk.LAYOUTS and pk.resolve_layout("token_major") == "token_major"
     with pytest.raises(ValueError, match="nonsense"):
-        pk.resolve_layout("nonsense", "cpu")
+        pk.resolve_layout("nonsense")
 
 
 @pytest.mark.parametrize("name", ["bfloat16", jnp.bfloat16, jnp.dtype("bfloat16")])

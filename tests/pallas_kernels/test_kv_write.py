@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels.kv_write.api import IMPLEMENTATIONS
 
-from .paged import to_pool
+from .paged import CPU_IMPLS, to_pool
 
 N, PS, HKV, D, T = 5, 3, 2, 4, 6
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 @pytest.mark.parametrize("layout", pk.LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_writes_rows_and_nothing_else(impl, layout, dtype):

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels.page_copy.api import COPY
 
-from .paged import to_pool
+from .paged import CPU_IMPLS, to_pool
 
 L, N, PS, HKV, D = 2, 7, 3, 2, 8
-impls = pytest.mark.parametrize("impl", COPY)
+impls = pytest.mark.parametrize("impl", CPU_IMPLS)
 layouts = pytest.mark.parametrize("layout", pk.LAYOUTS)
 dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 i32 = lambda *x: jnp.array(x, jnp.int32)  # noqa: E731

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
-from pallas_kernels.kv_write.api import IMPLEMENTATIONS
-from pallas_kernels.page_copy.api import COPY
 from pallas_kernels.quant import LARGEST, quantize_rows
+
+from .paged import CPU_IMPLS
 
 N, PS, HKV, D, T = 5, 4, 2, 8, 6
 layouts = pytest.mark.parametrize("layout", pk.LAYOUTS)
@@ -44,7 +44,7 @@ def test_error_of_a_row_is_bounded_by_its_largest_element(dtype, seed, size):
     assert (values[3] == 0).all() and scales[3] == 0
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 @layouts
 @dtypes
 def test_rows_are_quantised_into_their_slots(impl, layout, dtype):
@@ -60,7 +60,7 @@ def test_rows_are_quantised_into_their_slots(impl, layout, dtype):
     np.testing.assert_array_equal(numbers(canonical(got, layout), dtype), want)
 
 
-@pytest.mark.parametrize("impl", COPY)
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 @layouts
 @dtypes
 def test_pages_move_as_they_are_stored(impl, layout, dtype):

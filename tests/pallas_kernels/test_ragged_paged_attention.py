@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 import pallas_kernels as pk
 from pallas_kernels.arg_specs import BATCHES, MODELS
 from pallas_kernels.quant import quantize_rows
-from pallas_kernels.ragged_paged_attention.api import IMPLEMENTATIONS
 
-from .paged import check, make_case, oracle, oracle_mass, to_pool
+from .paged import CPU_IMPLS, check, make_case, oracle, oracle_mass, to_pool
 
 MIXED = dict(q_lens=[1, 5, 0, 20, 1, 3], kv_lens=[33, 5, 0, 50, 1, 19])  # decodes, whole and later chunks, a draft, padding
-impls = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+impls = pytest.mark.parametrize("impl", CPU_IMPLS)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "scale", "window", "soft_cap", "impl", "max_q_len", "return_mass"))

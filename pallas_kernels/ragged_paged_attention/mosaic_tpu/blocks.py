@@ -1,0 +1,129 @@
+"""Blocks of KV on their way from HBM to VMEM, two at a time, and what a block's rows are worth once they are there.
+
+A block is `pages` neighbouring pages of one sequence; a page is one DMA, keys and values of all its KV heads together. While
+one block is worked on the next one, maybe the next tile's first, is on its way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+I32 = jnp.int32
+LANES = 128
+
+
+class BlockShape(NamedTuple):
+    """Static: pages per block, table columns P, and dimensions of a page."""
+
+    pages: int
+    columns: int
+    page_size: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def keys(self) -> int:
+        return self.pages * self.page_size
+
+
+class Fetcher(NamedTuple):
+    """Moves blocks. `pool` and `scales` (or None) lie in HBM, `table` [S * P] and the tile list in SMEM; `buffer`
+    [2, pages, parts, Hkv, ps, D], `scale_buffer` [2, pages, parts, Hkv, ps] (or None) in VMEM; `sem` one per slot. `parts` is
+    2 for keys and values, 1 for keys alone."""
+
+    shape: BlockShape
+    table: Any
+    seq: Any
+    start: Any
+    stop: Any
+    pool: Any
+    scales: Any
+    buffer: Any
+    scale_buffer: Any
+    sem: Any
+    parts: int = 2
+
+    def first_page(self, tile: jax.Array) -> jax.Array:
+        """Column of the table with the first key of a tile."""
+        return lax.div(self.start[tile], I32(self.shape.page_size))
+
+    def pages(self, tile: jax.Array) -> jax.Array:
+        """Pages that a tile reads."""
+        return lax.div(self.stop[tile] - 1, I32(self.shape.page_size)) - self.first_page(tile) + 1
+
+    def blocks(self, tile: jax.Array) -> jax.Array:
+        """Blocks that a tile reads, at least one."""
+        return lax.div(self.pages(tile) + (self.shape.pages - 1), I32(self.shape.pages))
+
+    def key(self, tile: jax.Array, block: jax.Array) -> jax.Array:
+        """Position of a block's first key."""
+        return (self.first_page(tile) + block * self.shape.pages) * self.shape.page_size
+
+    def start_copy(self, tile: jax.Array, block: jax.Array, slot: jax.Array) -> None:
+        """Begin to fill a slot."""
+        self._each(tile, block, slot, lambda copy: copy.start())
+
+    def wait_copy(self, tile: jax.Array, block: jax.Array, slot: jax.Array) -> None:
+        """Until the slot is filled."""
+        self._each(tile, block, slot, lambda copy: copy.wait())
+
+    def _each(self, tile, block, slot, act) -> None:
+        column = self.seq[tile] * self.shape.columns + self.first_page(tile) + block * self.shape.pages
+        count = jnp.minimum(self.pages(tile) - block * self.shape.pages, self.shape.pages)
+
+        def page(j, carry):
+            at = (self.table[column + j], pl.ds(0, self.parts))
+            act(pltpu.make_async_copy(self.pool.at[at], self.buffer.at[slot, j], self.sem.at[slot]))
+            if self.scales is not None:
+                act(pltpu.make_async_copy(self.scales.at[at], self.scale_buffer.at[slot, j], self.sem.at[slot]))
+            return carry
+
+        lax.fori_loop(0, count, page, I32(0))
+
+    def clear_unseen_values(self, tile: jax.Array, block: jax.Array, slot: jax.Array) -> None:
+        """Zero the values (not keys) that lie outside [start, stop): weight 0 times NaN is NaN."""
+        key, keys = self.key(tile, block), self.shape.keys
+        low, high = self.start[tile] - key, self.stop[tile] - key
+
+        @pl.when((low > 0) | (high < keys))
+        def _():
+            page = (self.shape.page_size, self.shape.head_dim)
+
+            def clear(j, carry):
+                at = lax.broadcasted_iota(I32, page, 0) + j * self.shape.page_size
+                seen = (at >= low) & (at < high)
+                for head in range(self.shape.kv_heads):
+                    values = self.buffer[slot, j, 1, head].astype(jnp.float32)
+                    self.buffer[slot, j, 1, head] = jnp.where(seen, values, 0.0).astype(self.buffer.dtype)
+                return carry
+
+            lax.fori_loop(0, self.shape.pages, clear, I32(0))
+
+    def rows(self, slot: jax.Array, which: int, head: int, dtype: jnp.dtype) -> jax.Array:
+        """Keys (which = 0) or values (1) of a KV head in a slot as [keys, D] in `dtype`, not scaled."""
+        rows = self.buffer[slot, :, which, head].reshape(self.shape.keys, self.shape.head_dim)
+        return rows.astype(dtype)
+
+    def row_scales(self, slot: jax.Array, which: int, head: int) -> jax.Array:
+        """Their scales as [1, keys] float32, 0 for those that are not finite, which may lie where nothing was written.
+
+        They come as [pages, ps]. Mosaic does not reshape that to lanes, but every page can be repeated along the lanes, by
+        doubling, and then be kept where it belongs.
+        """
+        pages, size, keys = self.shape.pages, self.shape.page_size, self.shape.keys
+        wide = self.scale_buffer[slot, :, which, head]
+        wide = jnp.where(jnp.abs(wide) < jnp.inf, wide, 0.0)
+        if size < LANES:
+            wide = jnp.concatenate([wide, jnp.zeros((pages, LANES - size), jnp.float32)], axis=1)
+            while size < LANES:
+                wide, size = wide + pltpu.roll(wide, size, 1), 2 * size
+        wide = jnp.concatenate([wide] * -(-keys // size), axis=1)[:, :keys]
+        page = lax.div(lax.broadcasted_iota(I32, (pages, keys), 1), I32(self.shape.page_size))
+        own = page == lax.broadcasted_iota(I32, (pages, keys), 0)
+        return jnp.sum(jnp.where(own, wide, 0.0), axis=0, keepdims=True)

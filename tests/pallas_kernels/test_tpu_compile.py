@@ -1,0 +1,266 @@
+"""The TPU kernels, and the engine step with them, compiled for v5e and v6e chips that nobody has here.
+
+Needs libtpu (no TPU): `pip install "libtpu==0.0.42.*"` for jax 0.10.2, `"libtpu==0.0.48.*"` for 0.11.2. Skipped without it,
+unless JAXKV_REQUIRE_TPU_COMPILER says that it must be there. VMEM and HBM that do not suffice are compile errors.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from functools import cache, partial
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import pallas_kernels as ops
+from jaxkv.device import models
+from jaxkv.device.batch import BatchLayout, BatchShape
+from jaxkv.device.sampling import init_sampler_state
+from jaxkv.device.sharding import param_shardings
+from jaxkv.device.spec import KVSpec, kv_groups
+from jaxkv.device.state import EngineState, state_shardings
+from jaxkv.device.step import build_step
+from pallas_kernels.kv_write import api as kv_write_api
+from pallas_kernels.kv_write.mosaic_tpu import kv_write
+from pallas_kernels.layout import QUANT_DTYPES, QuantPool
+from pallas_kernels.page_copy import api as page_copy_api
+from pallas_kernels.page_copy.mosaic_tpu import copy_pages, gather_pages, scatter_pages
+from pallas_kernels.ragged_paged_attention import api as attention_api
+from pallas_kernels.ragged_paged_attention.mosaic_tpu import ragged_paged_attention
+
+CHIPS = ["v5e", "v6e"]
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def only_tpu_kernels(monkeypatch):
+    """Every op runs as the kernel under test or not at all."""
+    for api, name, op in ((kv_write_api, "IMPLEMENTATIONS", kv_write), (page_copy_api, "GATHER", gather_pages),
+                          (page_copy_api, "SCATTER", scatter_pages), (page_copy_api, "COPY", copy_pages),
+                          (attention_api, "IMPLEMENTATIONS", ragged_paged_attention)):
+        monkeypatch.setattr(api, name, {"mosaic_tpu": op})
+
+
+@cache
+def tpu_devices(name: str) -> tuple:
+    try:
+        return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:
+        if os.environ.get("JAXKV_REQUIRE_TPU_COMPILER"):
+            raise
+        pytest.skip(f"no libtpu to compile with: {str(error).splitlines()[0]}")
+
+
+def tpu_mesh(name: str, devices: int) -> Mesh:
+    return Mesh(np.array(tpu_devices(name)[:devices]), ("tp",))
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """One layer's attention of Llama-3-8B over `tp` chips, unless said otherwise."""
+
+    chip: str = "v5e"
+    tokens: int = 64
+    seqs: int = 64
+    page_size: int = 16
+    tp: int = 1
+    heads: tuple[int, int] = (32, 8)
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    columns: int = 512
+    pages: int = 4096
+
+    @property
+    def mesh(self) -> Mesh:
+        return tpu_mesh(f"{self.chip}:2x2", self.tp)
+
+    @property
+    def ops(self) -> ops.MeshOps:
+        return ops.MeshOps(self.mesh, "head_major")
+
+    def array(self, shape, dtype, *spec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(self.mesh, PartitionSpec(*spec)))
+
+    def formats(self):
+        """Of a pool: row by row, which a TPU does not do by itself to rows that are narrow or scales."""
+        row_major = lambda n: Format(Layout(tuple(range(n))), NamedSharding(self.mesh, self.ops.pool_spec))  # noqa: E731
+        return QuantPool(row_major(5), row_major(4)) if self.kv_dtype in QUANT_DTYPES else row_major(5)
+
+    def pool(self):
+        shape = ops.pool_shape("head_major", self.pages, self.page_size, self.heads[1], self.head_dim)
+        as_shape = lambda s, d, f: jax.ShapeDtypeStruct(s, jnp.dtype(d), sharding=f)  # noqa: E731
+        formats = self.formats()
+        if isinstance(formats, QuantPool):
+            return QuantPool(as_shape(shape, self.kv_dtype, formats.values), as_shape(shape[:-1], "float32", formats.scales))
+        return as_shape(shape, self.kv_dtype, formats)
+
+    def rows(self, heads: int) -> jax.ShapeDtypeStruct:
+        return self.array((self.tokens, heads, self.head_dim), self.dtype, None, "tp")
+
+    def ints(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return self.array(shape, "int32")
+
+
+def bytes_of(tree, devices=1) -> int:
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)) // devices
+
+
+def lower_in(mesh: Mesh, function, *args, **jit_options):
+    with jax.set_mesh(mesh):
+        return jax.jit(function, **jit_options).lower(*args).compile()
+
+
+def compile_attention(s: Shapes, **options):
+    static = dict(scale=0.1) | options
+    sinks = s.array((s.heads[0],), "float32", "tp") if static.pop("sinks", False) else None
+    call = partial(s.ops.ragged_paged_attention, **static)
+    return lower_in(s.mesh, lambda q, pool, table, kv, cu, sinks: call(q, pool, table, kv, cu, sinks=sinks), s.rows(s.heads[0]),
+                    s.pool(), s.ints(s.seqs, s.columns), s.ints(s.seqs), s.ints(s.seqs + 1), sinks)
+
+
+def compile_write(s: Shapes):
+    return lower_in(s.mesh, s.ops.kv_write, s.pool(), s.rows(s.heads[1]), s.rows(s.heads[1]), s.ints(s.tokens),
+                    donate_argnums=0, out_shardings=s.formats())
+
+
+def kernels(compiled) -> int:
+    return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+
+
+def temporaries(compiled) -> int:
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter)(?:-start)?\("
+
+
+def collectives(text: str) -> list[str]:
+    return re.findall(COLLECTIVES, text)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("tokens,options,calls", [(64, dict(max_q_len=1), 1), (2048, dict(), 2)], ids=["decode", "mixed"])
+def test_attention(chip, page_size, tokens, options, calls):
+    s = Shapes(chip=chip, tokens=tokens, page_size=page_size, columns=8192 // page_size)
+    compiled = compile_attention(s, return_lse=True, **options)
+    assert kernels(compiled) == calls
+    assert temporaries(compiled) < bytes_of(s.pool()) / 8
+
+
+@pytest.mark.parametrize("shape", [
+    dict(page_size=256), dict(page_size=48, columns=64), dict(head_dim=64), dict(head_dim=80), dict(head_dim=96),
+    dict(head_dim=256, page_size=32), dict(heads=(28, 4), page_size=32), dict(heads=(32, 32)),
+    dict(dtype="float32", kv_dtype="float32"), dict(dtype="float32")], ids=str)
+def test_attention_of_other_shapes_copies_no_pool(shape):
+    s = Shapes(**dict(tokens=256, seqs=8, columns=128) | shape)
+    compiled = compile_attention(s, window=1000, soft_cap=30.0, sinks=True)
+    assert kernels(compiled) == 2
+    assert temporaries(compiled) < bytes_of(s.pool()) / 8
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("kv_dtype", QUANT_DTYPES)
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_attention_over_quantised_pools_with_mass(chip, kv_dtype, page_size):
+    s = Shapes(chip=chip, tokens=256, seqs=8, columns=128, page_size=page_size, kv_dtype=kv_dtype)
+    compiled = compile_attention(s, return_mass="page")
+    assert kernels(compiled) == 3
+    assert temporaries(compiled) < bytes_of(s.pool()) / 8
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("shape", [
+    dict(), dict(page_size=64, tokens=2048), dict(kv_dtype="float32"), dict(kv_dtype="int8"),
+    dict(kv_dtype="int8", page_size=64), dict(kv_dtype="float8_e4m3fn", page_size=64), dict(head_dim=80)], ids=str)
+def test_write_in_place(chip, shape):
+    s = Shapes(chip=chip, **shape)
+    compiled = compile_write(s)
+    assert kernels(compiled) == len(jax.tree.leaves(s.pool()))
+    assert compiled.memory_analysis().alias_size_in_bytes >= bytes_of(s.pool())
+    assert temporaries(compiled) < 32 * MIB
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_page_moves(chip, kv_dtype):
+    s = Shapes(chip=chip, kv_dtype=kv_dtype, pages=1024)
+    pools, formats, n = (s.pool(),) * 32, (s.formats(),) * 32, 16
+    width, dtype = ops.canonical_row(kv_dtype, s.head_dim)
+    data = s.array((n, 32, 2, s.page_size, 8, width), dtype)
+    gathered = lower_in(s.mesh, s.ops.gather_pages, pools, s.ints(n))
+    scattered = lower_in(s.mesh, s.ops.scatter_pages, pools, s.ints(n), data, donate_argnums=0, out_shardings=formats)
+    copied = lower_in(s.mesh, s.ops.copy_pages, pools, s.ints(n), s.ints(n), donate_argnums=0, out_shardings=formats)
+    parts = len(jax.tree.leaves(pools[0]))
+    assert [kernels(c) for c in (gathered, scattered, copied)] == [parts, parts, 2 * parts]
+    for compiled in (gathered, scattered, copied):
+        assert temporaries(compiled) < 4 * bytes_of(data)
+    for compiled in (scattered, copied):
+        assert compiled.memory_analysis().alias_size_in_bytes >= bytes_of(pools)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_heads_over_four_chips_need_no_collective(chip):
+    s = Shapes(chip=chip, tp=4)
+    for compiled in (compile_attention(s), compile_write(s)):
+        assert kernels(compiled) and not collectives(compiled.as_text())
+        assert temporaries(compiled) < bytes_of(s.pool()) / 16
+
+
+def llama(hidden: int, layers: int, heads: int, mlp: int) -> dict:
+    return dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=hidden, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=8, head_dim=128, intermediate_size=mlp, vocab_size=128256,
+                max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500000.0, hidden_act="silu",
+                tie_word_embeddings=False)
+
+
+LLAMA_8B, LLAMA_70B = llama(4096, 32, 32, 14336), llama(8192, 80, 64, 28672)
+DECODE, MIXED = BatchShape(64, 64, 64, decode=True), BatchShape(2048, 64, 64)
+
+
+@pytest.mark.parametrize("config,topology,shape,pages", [
+    (LLAMA_8B, "v5e:2x4", DECODE, 32768), (LLAMA_8B, "v6e:2x2", MIXED, 16384), (LLAMA_70B, "v6e:4x4", DECODE, 8192)],
+    ids=["8b-v5e-tp8-decode", "8b-v6e-tp4-mixed", "70b-v6e-tp16-decode"])
+def test_engine_step(config, topology, shape, pages):
+    """Fits HBM; no temporary as large as a pool or a part of the weights; the layers reduce and do nothing else."""
+    mesh = Mesh(np.array(tpu_devices(topology)), ("tp",))
+    compiled, pools, params = compile_step(config, mesh, shape, pages)
+    layers, memory, text = config["num_hidden_layers"], compiled.memory_analysis(), compiled.as_text()
+    pool, weights = bytes_of(pools, mesh.size), bytes_of(params, mesh.size)
+    assert kernels(compiled) == layers * (2 if shape.decode else 3)
+    assert memory.alias_size_in_bytes >= pool, "the pools are updated in place"
+    assert memory.temp_size_in_bytes < pool / layers + weights / layers + 32 * MIB * (shape.tokens // 64)
+    # Conditional computations other than the entry belong to sampling and prompt log-probabilities.
+    entry = text[text.index("\nENTRY "):]
+    assert set(collectives(entry)) <= {"all-reduce"}
+    assert collectives(entry).count("all-reduce") >= 2 * layers + 1
+
+
+def compile_step(config: dict, mesh: Mesh, shape: BatchShape, pages: int):
+    page_size, columns, slots, tp = 16, 512, 64, mesh.size
+    spec = models.spec_from_config(config, "bfloat16", tp=tp, out_first=False)
+    groups = kv_groups(spec, tp, "bfloat16")
+    kv = KVSpec(groups, (pages,) * len(groups), page_size, "head_major")
+    layout = BatchLayout(shape, len(groups), columns, ops.attention_plan_size(shape.tokens, shape.seqs, columns))
+    whole, shardings = NamedSharding(mesh, PartitionSpec()), state_shardings(kv, mesh)
+    params = tuple(jax.ShapeDtypeStruct(d.shape, d.dtype, sharding=s)
+                   for d, s in zip(models.weight_table(spec), param_shardings(spec, mesh)))
+    pools = tuple(tuple(jax.ShapeDtypeStruct(ops.pool_shape(kv.layout, pages, page_size, g.kv_heads, g.head_dim),
+                                             jnp.bfloat16, sharding=s) for s in row)
+                  for g, row in zip(groups, shardings.pools))
+    sampler = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+                           jax.eval_shape(lambda: init_sampler_state(slots, spec.vocab_size)))
+    state = EngineState(pools, jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=whole), sampler)
+    buffer = jax.ShapeDtypeStruct((layout.words,), jnp.int32, sharding=whole)
+    compiled = lower_in(mesh, build_step(spec, kv, layout, mesh), params, state, buffer, donate_argnums=1,
+                        out_shardings=(shardings, whole))
+    return compiled, pools, params
