@@ -59,7 +59,7 @@ class Tiles(NamedTuple):
 class Blocks(NamedTuple):
     """Tiles cut into blocks of pages; entries from `total` on are meaningless.
 
-    By block [I]: `row` of its tile, `key` position of its first key, `start` and `stop` of its tile, `pages` [I, n].
+    By block [I]: `row` of its tile, `key` position of its first key, `start` and `stop` of its tile; `pages` [I, n].
     """
 
     total: jax.Array
@@ -152,7 +152,8 @@ def cumulative(counts: jax.Array) -> jax.Array:
 
 def _owner(cumulated: jax.Array, number: jax.Array) -> jax.Array:
     """Which of n owners has each number, given their `cumulative` counts [n + 1]; n - 1 past the end."""
-    return jnp.clip(jnp.searchsorted(cumulated, number, side="right").astype(I32) - 1, 0, cumulated.shape[0] - 2)
+    at = jnp.searchsorted(cumulated, number, side="right", method="compare_all").astype(I32) - 1
+    return jnp.clip(at, 0, cumulated.shape[0] - 2)
 
 
 def _rows(kv_lens: jax.Array, cu_q_lens: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:

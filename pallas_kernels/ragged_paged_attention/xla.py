@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..layout import Pool, PoolDims, pool_dims, take_heads
-from .geometry import I32, Batch, Blocks, Runs, Tiles, block_list, grouped_batch, plain_batch, tile_list
+from .geometry import I32, Batch, Runs, block_list, grouped_batch, plain_batch, tile_list
 from .mass import attention_mass
 from .online import combine, empty_partials, finish, partial_attention
 from .params import AttentionParams
@@ -87,29 +87,31 @@ def _singles(
     pages = batch.table.shape[1]
     block_pages = max(1, min(SINGLE_KEYS // dims.page_size, pages))
     tiles = tile_list(runs, batch, tile=1, most=most, window=params.window)
-    blocks: Blocks = block_list(tiles, batch.table, block_pages=block_pages, page_size=dims.page_size,
-                                num_pages=dims.num_pages)
+    total, *columns, ids = block_list(tiles, batch.table, block_pages=block_pages, page_size=dims.page_size,
+                                      num_pages=dims.num_pages)
+    rows = jnp.concatenate([jnp.stack(columns, axis=1), ids], axis=1)  # one read per block of the loop, not one per column
     at_once = min(SINGLES, 4 * most, most * -(-pages // block_pages))
     lanes = jnp.arange(at_once, dtype=I32)
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         number = i * at_once + lanes
-        block = jax.tree.map(lambda x: x[jnp.minimum(number, x.shape[0] - 1)], blocks._replace(total=number))
-        k, v = take_heads(pool, block.pages, params.layout)  # [W, Hkv, B, D]
-        key = block.key[:, None] + jnp.arange(block_pages * dims.page_size, dtype=I32)[None, :]
-        stop = jnp.where(number < blocks.total, block.stop, 0)
-        there = (key >= block.start[:, None]) & (key < stop[:, None])  # [W, B]
+        block = rows.at[number].get(mode="clip")  # [W, 4 + n]
+        row, first, start, stop = (block[:, i] for i in range(4))
+        k, v = take_heads(pool, block[:, 4:], params.layout)  # [W, Hkv, B, D]
+        key = first[:, None] + jnp.arange(block_pages * dims.page_size, dtype=I32)[None, :]
+        stop = jnp.where(number < total, stop, 0)
+        there = (key >= start[:, None]) & (key < stop[:, None])  # [W, B]
         v = jnp.where(there[:, None, :, None], v.astype(jnp.float32), 0.0)
-        mine = q[:, block.row].swapaxes(0, 1)  # [W, Hkv, G, D]
+        mine = q.at[:, row].get(mode="promise_in_bounds").swapaxes(0, 1)  # [W, Hkv, G, D]
         new = partial_attention(mine, k.astype(jnp.float32), v, there[:, None, None], params.soft_cap)
 
         def add(w: jax.Array, out: jax.Array) -> jax.Array:  # one after the other: blocks may be of the same row
-            old = lax.dynamic_slice_in_dim(out, block.row[w], 1, axis=1)
-            return lax.dynamic_update_slice_in_dim(out, combine(old, new[w][:, None]), block.row[w], axis=1)
+            old = lax.dynamic_slice_in_dim(out, row[w], 1, axis=1)
+            return lax.dynamic_update_slice_in_dim(out, combine(old, new[w][:, None]), row[w], axis=1)
 
         return lax.fori_loop(0, at_once, add, out)
 
-    return lax.fori_loop(0, (blocks.total + at_once - 1) // at_once, step, out)
+    return lax.fori_loop(0, (total + at_once - 1) // at_once, step, out)
 
 
 def _tiles(
@@ -122,38 +124,36 @@ def _tiles(
     """
     kv_heads, _, groups, head_dim = q.shape
     page_size, pages = dims.page_size, batch.table.shape[1]
-    tiles: Tiles = tile_list(runs, batch, tile=tile, most=max(most, 1), window=params.window)
+    total, *columns = tile_list(runs, batch, tile=tile, most=max(most, 1), window=params.window)
     few, many = (max(1, min(keys // page_size, pages)) for keys in (KEYS, MANY_KEYS))
-    table = jnp.pad(batch.table, ((0, 0), (0, many)), mode="edge")
+    rows = jnp.stack(columns, axis=1)
+    table = jnp.clip(jnp.pad(batch.table, ((0, 0), (0, many))), 0, dims.num_pages - 1)
     ahead = jnp.arange(tile, dtype=I32)
 
     def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
-        t = jax.tree.map(lambda x: x[i], tiles._replace(total=tiles.row))
-        mine = lax.dynamic_slice_in_dim(q, t.row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim)
-        at = jnp.where(ahead < t.rows, lax.dynamic_slice_in_dim(batch.positions, t.row, tile), -1)
+        row, own, seq, start, stop = lax.dynamic_index_in_dim(rows, i, keepdims=False)
+        mine = lax.dynamic_slice_in_dim(q, row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim)
+        at = jnp.where(ahead < own, lax.dynamic_slice_in_dim(batch.positions, row, tile), -1)
         at = jnp.repeat(at, groups)[:, None]  # [M, 1]
 
         def block(n: int, page: jax.Array, seen: jax.Array) -> jax.Array:
             """`seen` [Hkv, M, D + 2] after the n pages from number `page` of the sequence."""
-            ids = lax.dynamic_slice(table, (t.seq, page), (1, n))
-            last = (t.stop - 1) // page_size  # pages after it may be anything
-            ids = jnp.where(page + jnp.arange(n, dtype=I32)[None, :] <= last, ids, table[t.seq, last])
-            k, v = take_heads(pool, jnp.clip(ids, 0, dims.num_pages - 1), params.layout)  # [1, Hkv, B, D]
+            k, v = take_heads(pool, lax.dynamic_slice(table, (seq, page), (1, n)), params.layout)  # [1, Hkv, B, D]
             key = page * page_size + jnp.arange(n * page_size, dtype=I32)
-            there = (key >= t.start) & (key < t.stop)  # [B]
+            there = (key >= start) & (key < stop)  # [B]
             v = jnp.where(there[None, :, None], v[0].astype(jnp.float32), 0.0)
             ok = (key[None, :] <= at) & there[None, :]  # [M, B]
             if params.window is not None:
                 ok &= key[None, :] > at - params.window
             return combine(seen, partial_attention(mine, k[0].astype(jnp.float32), v, ok[None], params.soft_cap))
 
-        first = t.start // page_size
-        count = (t.stop - 1) // page_size + 1 - first
+        first = start // page_size
+        count = (stop - 1) // page_size + 1 - first
         large = count // many
-        seen = lax.dynamic_slice_in_dim(out, t.row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim + 2)
+        seen = lax.dynamic_slice_in_dim(out, row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim + 2)
         seen = lax.fori_loop(0, large, lambda j, x: block(many, first + j * many, x), seen)
         rest = first + large * many
         seen = lax.fori_loop(0, (count - large * many + few - 1) // few, lambda j, x: block(few, rest + j * few, x), seen)
-        return lax.dynamic_update_slice_in_dim(out, seen.reshape(kv_heads, tile, groups, head_dim + 2), t.row, axis=1)
+        return lax.dynamic_update_slice_in_dim(out, seen.reshape(kv_heads, tile, groups, head_dim + 2), row, axis=1)
 
-    return lax.fori_loop(0, tiles.total, one_tile, out)
+    return lax.fori_loop(0, total, one_tile, out)
