@@ -21,17 +21,17 @@ from .layout import (
 )
 from .page_copy.api import copy_pages, gather_pages, scatter_pages
 from .ragged_paged_attention.api import ragged_paged_attention
-from .ragged_paged_attention.plan import attention_plan, attention_plan_size
+from .ragged_paged_attention.plan import AttentionPlanner, attention_planner
 from .sharded import MeshOps
 
 __all__ = [
     "KV_WRITE_IMPLEMENTATIONS",
+    "AttentionPlanner",
     "LAYOUTS",
     "MeshOps",
     "Pool",
     "QuantPool",
-    "attention_plan",
-    "attention_plan_size",
+    "attention_planner",
     "canonical_row",
     "copy_pages",
     "gather_pages",

@@ -49,7 +49,8 @@ class JaxExecutor:
         self._logprobs = [False] * max_num_seqs
         self.tiers = Tiers(kv, mesh, host_bytes)
         self.state = init_state(kv, max_num_seqs, spec.vocab_size, mesh)
-        self._layouts = {s: self._layout(s) for s in self.shapes}
+        self._planners = {s: _planner(spec, kv, s, mesh.size, attention_impl) for s in self.shapes}
+        self._layouts = {s: BatchLayout(s, len(kv.groups), self._pages_per_seq, p.size) for s, p in self._planners.items()}
         self.steps = _compile_steps(spec, kv, mesh, params, self.state, self._layouts, attention_impl, progress)
         self._vocab = spec.vocab_size
         self._admit_op = _compile_admit(self.state, mesh)
@@ -77,10 +78,6 @@ class JaxExecutor:
     def host_bytes_held(self) -> int:
         """Bytes of host memory the host tier holds, pages under way included."""
         return self.tiers.bytes_held()
-
-    def _layout(self, shape: BatchShape) -> BatchLayout:
-        words = ops.attention_plan_size(shape.tokens, shape.seqs, self._pages_per_seq)
-        return BatchLayout(shape, len(self.kv.groups), self._pages_per_seq, words)
 
     def _admit(self, admit: Admit) -> None:
         values = sampling.columns_for(admit.params, admit.seed, admit.child)
@@ -117,8 +114,7 @@ class JaxExecutor:
         b["page_table"][:, :n] = tables[:, slots]
         if b["attention_plan"].size:
             for g, group in enumerate(self.kv.groups):
-                b["attention_plan"][g] = ops.attention_plan(
-                    lens, ends, tokens=shape.tokens, seqs=shape.seqs, pages=self._pages_per_seq, window=group.window)
+                b["attention_plan"][g] = self._planners[shape](lens, ends, b["page_table"][g, :n], group.window)
         b["prompt_targets"][:] = -1
         for i, c in enumerate(chunks):
             if targets := _prompt_targets(c):
@@ -140,6 +136,13 @@ class JaxExecutor:
             b[name][rows:] = 1.0
         b["flags"][:rows] |= np.where(b["row_position"][:rows] < self._ban_until[row_slots], BAN_STOP_IDS, 0)
         return buffer
+
+
+def _planner(spec: ModelSpec, kv: KVSpec, shape: BatchShape, tp: int, impl: str) -> ops.AttentionPlanner:
+    group = kv.groups[0]  # groups differ in windows only
+    return ops.attention_planner(
+        impl, tokens=shape.tokens, seqs=shape.seqs, q_heads=spec.num_heads // tp, kv_heads=group.kv_heads // tp,
+        head_dim=group.head_dim, page_size=kv.page_size, kv_dtype=group.dtype, max_q_len=1 if shape.decode else None)
 
 
 class Handle:

@@ -8,10 +8,12 @@ import jax
 
 from ..dispatch import dispatch
 from ..layout import Pool, QuantPool, canonical_row, logical_dtype, pool_dims
-from . import mosaic_tpu, ref, xla
+from . import mosaic_gpu, mosaic_tpu, ref, xla
 
-GATHER = {"xla": xla.gather_pages, "ref": ref.gather_pages, "mosaic_tpu": mosaic_tpu.gather_pages}
-SCATTER = {"xla": xla.scatter_pages, "ref": ref.scatter_pages, "mosaic_tpu": mosaic_tpu.scatter_pages}
+GATHER = {"xla": xla.gather_pages, "ref": ref.gather_pages, "mosaic_gpu": mosaic_gpu.gather_pages,
+          "mosaic_tpu": mosaic_tpu.gather_pages}
+SCATTER = {"xla": xla.scatter_pages, "ref": ref.scatter_pages, "mosaic_gpu": mosaic_gpu.scatter_pages,
+           "mosaic_tpu": mosaic_tpu.scatter_pages}
 COPY = {"xla": xla.copy_pages, "ref": ref.copy_pages, "mosaic_tpu": mosaic_tpu.copy_pages}
 
 Pools = Sequence[Pool]

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from ..dispatch import dispatch
 from ..layout import Pool, pool_dims
 from . import mosaic_tpu, ref, xla
+from .mosaic_gpu import entry as mosaic_gpu
 from .params import AttentionParams
 
 IMPLEMENTATIONS = {  # best first for "auto": the Mosaic kernels come before XLA once a result on hardware is committed
     "xla": xla.ragged_paged_attention,
     "ref": ref.ragged_paged_attention,
+    "mosaic_gpu": mosaic_gpu.ragged_paged_attention,
     "mosaic_tpu": mosaic_tpu.ragged_paged_attention,
 }
 
@@ -46,7 +48,7 @@ def ragged_paged_attention(
     pages that no query can see may hold anything. window: a query at p sees keys at positions > p - window.
     soft_cap: scores become cap * tanh(scores / cap). sinks: [Hq] a logit per head added to the softmax denominator.
     max_q_len: a static promise about the batch; 1 (only decodes) saves compiling the rest.
-    plan: what `attention_plan` made for this batch and window, or None.
+    plan: what an `attention_planner` made for this batch and window, or None.
     return_mass: "page" or "token": also return where the attention went, what heavy-hitter policies (H2O, Scissorhands,
     SnapKV) need.
     Returns [T, Hq, D] in q's dtype, padding rows 0; with return_lse also [T, Hq] float32, the natural log of the softmax

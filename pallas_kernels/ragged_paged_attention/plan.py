@@ -1,25 +1,45 @@
 """The host's half of an attention call: what an implementation wants worked out before the step; rides in its buffer.
 
-Empty today: the XLA loops derive their work lists inside the jit, once per step, which costs less than sending them.
+The XLA and TPU kernels derive their work lists inside the jit, once per step. The Hopper kernel takes a balanced list from the
+host, which also sees the prefixes that decodes share (FlashInfer's split of plan and run).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-
-def attention_plan_size(tokens: int, seqs: int, pages: int) -> int:
-    """int32 entries of a plan for a batch of T tokens, S sequences and P pages per sequence; static. 0: no plan needed."""
-    del tokens, seqs, pages
-    return 0
+from .mosaic_gpu.plan import PlanSpec, make_plan, plan_size, plan_spec
 
 
-def attention_plan(
-    q_lens: Sequence[int] | np.ndarray, kv_lens: Sequence[int] | np.ndarray, *, tokens: int, seqs: int, pages: int,
-    window: int | None = None,
-) -> np.ndarray:
-    """The plan of one batch and window: int32 [attention_plan_size(tokens, seqs, pages)]."""
-    del q_lens, kv_lens, window
-    return np.zeros(attention_plan_size(tokens, seqs, pages), np.int32)
+@dataclass(frozen=True)
+class AttentionPlanner:
+    """Plans for batches of one static shape. ``size``: int32 entries of a plan, 0 where none is wanted."""
+
+    spec: PlanSpec | None = None
+    page_size: int = 0
+
+    @property
+    def size(self) -> int:
+        return 0 if self.spec is None else plan_size(self.spec)
+
+    def __call__(
+        self, q_lens: np.ndarray, kv_lens: np.ndarray, page_table: np.ndarray, window: int | None = None
+    ) -> np.ndarray:
+        """int32 [size], from int32 [n], [n] and [n, P] of n <= S sequences."""
+        if self.spec is None:
+            return np.zeros(0, np.int32)
+        return make_plan(self.spec, q_lens, kv_lens, page_table=page_table, page_size=self.page_size, window=window)
+
+
+def attention_planner(
+    impl: str, *, tokens: int, seqs: int, q_heads: int, kv_heads: int, head_dim: int, page_size: int, kv_dtype: str,
+    max_q_len: int | None,
+) -> AttentionPlanner:
+    """The planner of calls with T tokens and S sequences; heads are those of one device."""
+    if impl != "mosaic_gpu":
+        return AttentionPlanner()
+    spec = plan_spec(tokens, seqs, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
+                     kv_dtype=kv_dtype, max_q_len=1 if tokens == 1 else max_q_len)
+    return AttentionPlanner(spec, page_size)

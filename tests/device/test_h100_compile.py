@@ -55,7 +55,7 @@ def compile_step(mesh: Mesh, dtype: str, shape: BatchShape, pages: int):
     groups = kv_groups(spec, tp, dtype)
     platform = "cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu"
     kv = KVSpec(groups, (pages,) * len(groups), 16, ops.resolve_layout("auto"))
-    layout = BatchLayout(shape, len(groups), 256, ops.attention_plan_size(shape.tokens, shape.seqs, 256))
+    layout = BatchLayout(shape, len(groups), 256, 0)
     whole = NamedSharding(mesh, PartitionSpec())
     shardings = state_shardings(kv, mesh)
     params = tuple(jax.ShapeDtypeStruct(d.shape, d.dtype, sharding=s)

@@ -249,5 +249,9 @@ def test_bad_arguments(change, message):
 
 
 def test_plan_has_its_static_size():
-    plan = pk.attention_plan([1, 5], [3, 9], tokens=8, seqs=4, pages=4, window=None)
-    assert plan.dtype == np.int32 and plan.shape == (pk.attention_plan_size(8, 4, 4),)
+    shape = dict(tokens=8, seqs=4, q_heads=8, kv_heads=2, head_dim=128, page_size=16, kv_dtype="bfloat16", max_q_len=None)
+    table = np.zeros((2, 4), np.int32)
+    for impl, wanted in (("mosaic_gpu", True), ("xla", False), ("auto", False)):
+        planner = pk.attention_planner(impl, **shape)
+        plan = planner(np.array([1, 5]), np.array([3, 9]), table)
+        assert plan.dtype == np.int32 and plan.shape == (planner.size,) and (planner.size > 0) == wanted

@@ -250,7 +250,7 @@ def compile_step(config: dict, mesh: Mesh, shape: BatchShape, pages: int):
     spec = models.spec_from_config(config, "bfloat16", tp=tp, out_first=False)
     groups = kv_groups(spec, tp, "bfloat16")
     kv = KVSpec(groups, (pages,) * len(groups), page_size, "head_major")
-    layout = BatchLayout(shape, len(groups), columns, ops.attention_plan_size(shape.tokens, shape.seqs, columns))
+    layout = BatchLayout(shape, len(groups), columns, 0)
     whole, shardings = NamedSharding(mesh, PartitionSpec()), state_shardings(kv, mesh)
     params = tuple(jax.ShapeDtypeStruct(d.shape, d.dtype, sharding=s)
                    for d, s in zip(models.weight_table(spec), param_shardings(spec, mesh)))

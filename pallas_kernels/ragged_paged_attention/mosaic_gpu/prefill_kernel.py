@@ -1,0 +1,188 @@
+"""The prefill kernel on Hopper: FlashAttention-3's schedule over pages, in Mosaic GPU.
+
+A block of threads per multiprocessor walks the jobs (see `prefill_jobs`) of all groups of query heads. A job is two tiles of 64
+query rows, one per consumer warpgroup; a tile packs `pack` query heads of one KV head with 64 / pack tokens each, so that
+short chunks fill it. One producer warpgroup with few registers brings keys and values by TMA, page by page, into rings of
+stages, and runs ahead into the next job. Scores live in registers: wgmma, online softmax in base 2, wgmma with the weights
+as register operand. The consumers take turns ("ping-pong"): one multiplies while the other one exponentiates. Blocks that no
+query sees are skipped; only those on the diagonal and at the window's edge are masked.
+
+Keys and values that do not exist may be NaN, and 0 * NaN is NaN: in the block where a sequence ends (or its window starts)
+the first consumer overwrites such values with zeros in shared memory.
+
+With `interpret` the two products go through jnp.dot: the interpreter of jax 0.10.2 has neither transposed references
+(TransposeTransform), nor register operands of wgmma, nor run_state. Everything else runs as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .prefill_jobs import FIELDS
+from .prefill_tuning import PrefillBlocks
+
+TILE = 64  # rows of a wgmma
+CONSUMERS, PRODUCER = 2, 2
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 32
+EMPTY = -1e30  # highest score of no scores: finite, so that differences are
+LOG2E = math.log2(math.e)
+I32 = jnp.int32
+
+
+class PrefillShape(NamedTuple):
+    """All static facts. heads: query heads; pack: of them in a tile; columns: of a swizzled tile in shared memory."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    num_pages: int
+    pack: int
+    columns: int
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    blocks: PrefillBlocks
+    interpret: bool
+
+    @property
+    def tokens(self) -> int:
+        """Of a tile."""
+        return TILE // self.pack
+
+    @property
+    def groups(self) -> int:
+        """Groups of query heads that share a tile."""
+        return self.heads // self.pack
+
+    @property
+    def span(self) -> int:
+        """Keys of one TMA copy."""
+        return min(self.page_size, self.blocks.keys)
+
+
+def prefill_kernel(
+    shape: PrefillShape, q: jax.Array, pool: jax.Array, page_table: jax.Array, total: jax.Array, jobs: jax.Array,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """q: [R, Hq, D] packed; pool: [N * 2 * Hkv, ps, D]; page_table: [S, P]; total: [1], jobs: [J, 6], see `Jobs`.
+
+    Returns out [R, Hq, D], defined in the rows of jobs, and lse [J, Hq / pack, 2, 64] float32, whose last axes are a
+    job's tiles and their rows, heads before tokens.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    dim, (keys, stages, own_output, ctas), dtype = shape.head_dim, shape.blocks, q.dtype
+    layout = (plgpu.TilingTransform((8, shape.columns)), plgpu.SwizzleTransform(shape.columns * dtype.itemsize))
+    tiles = plgpu.SMEM((CONSUMERS, TILE, dim), dtype, transforms=layout)
+    ring = plgpu.SMEM((stages, keys, dim), dtype, transforms=layout)
+    ready = plgpu.Barrier(num_arrivals=keys // shape.span, num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
+    scratch = dict(
+        q_tiles=tiles, k_ring=ring, v_ring=ring, lse_rows=plgpu.SMEM((CONSUMERS, TILE), jnp.float32),
+        q_ready=plgpu.Barrier(num_arrivals=shape.pack, num_barriers=CONSUMERS),
+        k_ready=ready, v_ready=ready, k_free=free, v_free=free,
+        turn=plgpu.Barrier(num_arrivals=CONSUMERS), cleaned=plgpu.Barrier(num_arrivals=1),
+    )
+    if own_output:
+        scratch["out_tiles"] = tiles
+    return plgpu.kernel(
+        lambda *refs, **memory: _body(shape, *refs, **memory),
+        out_type=(jax.ShapeDtypeStruct(q.shape, dtype),
+                  jax.ShapeDtypeStruct((jobs.shape[0], shape.groups, CONSUMERS, TILE), jnp.float32)),
+        grid=(min(ctas, jobs.shape[0] * shape.groups),), grid_names=("cta",), num_threads=CONSUMERS + 1, thread_name="wg",
+        scratch_types=scratch, interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )(q, pool, page_table, total, jobs)
+
+
+class Job(NamedTuple):
+    """int32 scalars. row: packed; position: of the first query; blocks `begin` <= i < `end` hold keys that it sees."""
+
+    number: jax.Array
+    group: jax.Array
+    row: jax.Array
+    rows: jax.Array
+    seq: jax.Array
+    position: jax.Array
+    first: jax.Array
+    kv_len: jax.Array
+    begin: jax.Array
+    end: jax.Array
+
+
+def _body(shape, q, pool, table, total, jobs, out, lse, **memory) -> None:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    wg = lax.axis_index("wg")
+    cta, ctas = lax.axis_index("cta"), min(shape.blocks.ctas, jobs.shape[0] * shape.groups)
+
+    def mine() -> jax.Array:
+        """How many jobs this thread block has. Each role reads it for itself: shared, it would be spilled."""
+        return lax.div(total[0] * shape.groups - cta + ctas - 1, ctas)
+
+    def job_of(i: jax.Array) -> Job:
+        work = cta + i * ctas
+        number = lax.div(work, shape.groups)
+        row, rows, seq, position, first, kv_len = (jobs[number, field] for field in range(FIELDS))
+        begin = jnp.zeros_like(position)
+        if shape.window is not None:
+            begin = lax.div(jnp.maximum(position - shape.window + 1, 0), shape.blocks.keys)
+        end = lax.div(position + rows + shape.blocks.keys - 1, shape.blocks.keys)
+        return Job(number, lax.rem(work, shape.groups), row, rows, seq, position, first, kv_len, begin, end)
+
+    @pl.when(wg == PRODUCER)
+    def _produce():
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        done = lax.fori_loop(0, mine(), lambda i, done: _bring(shape, job_of(i), done, pool, table, memory), jnp.int32(0))
+
+        @pl.loop(jnp.maximum(done - shape.blocks.stages, 0), done)
+        def _(count):  # leave no phase of a barrier unobserved
+            for ring in ("k_free", "v_free"):
+                plgpu.barrier_wait(memory[ring].at[lax.rem(count, shape.blocks.stages)])
+
+    @pl.when(wg < CONSUMERS)
+    def _consume():
+        from .prefill_consumer import consume
+
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        consume(shape, wg, mine(), job_of, q, out, lse, **memory)
+
+
+def _bring(shape: PrefillShape, job: Job, done: jax.Array, pool, table, memory) -> jax.Array:
+    """Copy the job's blocks into the rings, as stages come free. done: blocks brought before; returns those after."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    keys, stages = shape.blocks.keys, shape.blocks.stages
+    last = lax.div(job.kv_len - 1, shape.page_size)
+    low = lax.div(job.first, shape.page_size)
+    kv_head = lax.div(job.group, shape.groups // shape.kv_heads)
+
+    def block(i: jax.Array, _: None) -> None:
+        count = done + i - job.begin
+        slot = lax.rem(count, stages)
+        places = []
+        for part in range(keys // shape.span):
+            key = i * keys + part * shape.span
+            page = table[job.seq, jnp.clip(lax.div(key, shape.page_size), low, last)]
+            row = jnp.clip(page, 0, shape.num_pages - 1) * (2 * shape.kv_heads) + kv_head
+            offset = pl.multiple_of(lax.rem(key, shape.page_size), shape.span)
+            places.append((row, offset, pl.ds(part * shape.span, shape.span)))
+        for value, ring in enumerate(("k", "v")):
+            @pl.when(count >= stages)
+            def _(ring=ring):
+                plgpu.barrier_wait(memory[f"{ring}_free"].at[slot])
+
+            for row, offset, to in places:
+                source = pool.at[row + value * shape.kv_heads, pl.ds(offset, shape.span)]
+                plgpu.copy_gmem_to_smem(source, memory[f"{ring}_ring"].at[slot, to], memory[f"{ring}_ready"].at[slot])
+
+    lax.fori_loop(job.begin, job.end, block, None)
+    return done + job.end - job.begin

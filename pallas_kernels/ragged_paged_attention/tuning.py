@@ -1,0 +1,49 @@
+"""Block sizes of the decode kernel on Hopper, as data.
+
+Not tuned on hardware: chosen by what compiles for an H100 without spills and within its shared memory, and by arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """A GPU: streaming multiprocessors, and bytes of shared memory that one block may ask for and one SM has."""
+
+    name: str
+    sms: int
+    block_smem: int
+    sm_smem: int
+
+
+class DecodeTuning(NamedTuple):
+    """block_keys: keys per pipeline stage (a multiple of 64); stages: blocks of keys and values in flight; ctas_per_sm:
+    thread blocks meant to share an SM, whose waits then overlap."""
+
+    block_keys: int
+    stages: int
+    ctas_per_sm: int
+
+
+CHIPS = {"h100": Chip("h100", 132, 232_448, 233_472)}
+
+_NARROW = {64: DecodeTuning(64, 4, 2), 96: DecodeTuning(64, 3, 2), 128: DecodeTuning(64, 3, 2)}  # one byte per number
+# (chip, head_dim, page size or None for any, KV dtype or None for any): the most particular counts
+DECODE: dict[tuple[str, int, int | None, str | None], DecodeTuning] = {
+    **{("h100", dim, None, dtype): t for dim, t in _NARROW.items() for dtype in ("int8", "float8_e4m3fn")},
+    ("h100", 64, None, None): DecodeTuning(64, 4, 2),
+    ("h100", 80, None, None): DecodeTuning(64, 3, 2),
+    ("h100", 96, None, None): DecodeTuning(64, 2, 2),
+    ("h100", 128, None, None): DecodeTuning(64, 2, 2),
+    ("h100", 256, None, None): DecodeTuning(64, 3, 1),
+}
+
+
+def decode_tuning(chip: Chip, head_dim: int, page_size: int, kv_dtype: str) -> DecodeTuning:
+    """NotImplementedError for a head dimension without an entry."""
+    for key in ((chip.name, head_dim, page_size, kv_dtype), (chip.name, head_dim, page_size, None),
+                (chip.name, head_dim, None, kv_dtype), (chip.name, head_dim, None, None)):
+        if key in DECODE:
+            return DECODE[key]
+    raise NotImplementedError(f"no decode tuning for {chip.name} with head_dim {head_dim}")

@@ -1,0 +1,87 @@
+"""The Hopper page moves interpreted on CPU against the definition, and what they refuse."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("absl")  # undeclared dependency of Pallas Mosaic GPU in jax 0.10
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races, reset_gpu_interpret_mode_state
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+import pallas_kernels as pk
+from pallas_kernels.page_copy import mosaic_gpu
+
+from .paged import to_pool
+
+L, N, PS, HKV, D = 2, 5, 8, 2, 16
+layouts = pytest.mark.parametrize("layout", pk.LAYOUTS)
+dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_interpreter():
+    yield
+    reset_gpu_interpret_mode_state()
+
+
+@pytest.fixture
+def small_machine(monkeypatch):
+    """Two thread blocks per layer, so that each moves several pieces, and a ring shorter than that."""
+    monkeypatch.setattr(mosaic_gpu, "SMS", L)
+    monkeypatch.setattr(mosaic_gpu, "MAX_STAGES", 3)
+    monkeypatch.setattr(mosaic_gpu, "PIECE_BYTES", 256)
+
+
+def pages_of(dtype, seed=0):
+    """[L, N, 2, ps, Hkv, D]"""
+    return np.random.default_rng(seed).normal(size=(L, N, 2, PS, HKV, D)).astype(jnp.dtype(dtype))
+
+
+def pools_of(pages, layout):
+    return tuple(jnp.asarray(to_pool(p, layout)) for p in pages)
+
+
+@layouts
+@dtypes
+def test_gather(small_machine, layout, dtype):
+    pages = pages_of(dtype)
+    run = jax.jit(functools.partial(mosaic_gpu.gather_pages, layout=layout, interpret=InterpretGPUParams(detect_races=True)))
+    data = run(pools_of(pages, layout), jnp.array([4, 0, 4, 99], jnp.int32))
+    assert data.shape == (4, L, 2, PS, HKV, D) and data.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(data[:3]), pages[:, [4, 0, 4]].swapaxes(0, 1))
+    assert not get_races().races_found
+
+
+@layouts
+@dtypes
+def test_scatter_drops_pages_outside(small_machine, layout, dtype):
+    pages, new = pages_of(dtype), pages_of(dtype, seed=1)
+    run = jax.jit(functools.partial(mosaic_gpu.scatter_pages, layout=layout, interpret=InterpretGPUParams()))
+    got = run(pools_of(pages, layout), jnp.array([2, N, 4, -1], jnp.int32), jnp.asarray(new[:, :4].swapaxes(0, 1)))
+    pages[:, [2, 4]] = new[:, [0, 2]]
+    for pool, want in zip(got, pages, strict=True):
+        np.testing.assert_array_equal(np.asarray(pool), to_pool(want, layout))
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, message",
+    [
+        ((4, 2, 1, 8, 12), "float16", "head_dim=12 of float16"),
+        ((4, 2, 1, 8, 512), "float16", "head_dim=512"),
+        ((4, 2, 1, 3, 8), "float16", "page_size=3"),
+    ],
+)
+def test_refusals_name_the_reason(shape, dtype, message):
+    with pytest.raises(NotImplementedError, match=message):
+        mosaic_gpu.gather_pages((jnp.zeros(shape, dtype),), jnp.zeros(1, jnp.int32), layout="head_major")
+
+
+def test_quantised_and_empty_are_refused():
+    pool = pk.zero_pool("head_major", 4, 8, 1, 16, "int8", "cpu")
+    with pytest.raises(NotImplementedError, match="quantised"):
+        mosaic_gpu.gather_pages((pool,), jnp.zeros(1, jnp.int32), layout="head_major")
+    with pytest.raises(NotImplementedError, match="no pages"):
+        mosaic_gpu.gather_pages((jnp.zeros((4, 2, 1, 8, 16)),), jnp.zeros(0, jnp.int32), layout="head_major")
