@@ -5,6 +5,7 @@ nvidia-cuda-nvcc-cu12`, versions as jax. Skipped without it, unless JAXKV_REQUIR
 """
 
 import os
+import re
 from dataclasses import replace
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -48,14 +49,22 @@ def h100_mesh(gpus: int) -> Mesh:
     return Mesh(np.array(topology.devices), ("tp",))
 
 
-def compile_step(mesh: Mesh, dtype: str, shape: BatchShape, pages: int):
+def compile_step(
+    mesh: Mesh, dtype: str, shape: BatchShape, pages: int, config: dict = LLAMA, windows: bool = True, impl: str = "auto",
+    slots: int = 64,
+):
+    """The compiled step and the bytes of a device's pools."""
     tp = mesh.size
-    spec = models.spec_from_config(LLAMA, dtype, tp=tp, out_first=mesh.devices.flat[0].platform == "cpu")
-    spec = replace(spec, windows=(None, 512, None, 512))
+    spec = models.spec_from_config(config, dtype, tp=tp, out_first=mesh.devices.flat[0].platform == "cpu")
+    if windows:
+        spec = replace(spec, windows=(None, 512) * (spec.num_layers // 2))
     groups = kv_groups(spec, tp, dtype)
     platform = "cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu"
     kv = KVSpec(groups, (pages,) * len(groups), 16, ops.resolve_layout("auto"))
-    layout = BatchLayout(shape, len(groups), 256, 0)
+    planner = ops.attention_planner(
+        impl, tokens=shape.tokens, seqs=shape.seqs, q_heads=spec.num_heads // tp, kv_heads=groups[0].kv_heads // tp,
+        head_dim=spec.head_dim, page_size=16, kv_dtype=dtype, max_q_len=1 if shape.decode else None)
+    layout = BatchLayout(shape, len(groups), 256, planner.size)
     whole = NamedSharding(mesh, PartitionSpec())
     shardings = state_shardings(kv, mesh)
     params = tuple(jax.ShapeDtypeStruct(d.shape, d.dtype, sharding=s)
@@ -68,7 +77,7 @@ def compile_step(mesh: Mesh, dtype: str, shape: BatchShape, pages: int):
     state = EngineState(pools, jax.ShapeDtypeStruct((64,), jnp.int32, sharding=whole), sampler)
     buffer = jax.ShapeDtypeStruct((layout.words,), jnp.int32, sharding=whole)
     with jax.set_mesh(mesh):
-        step = jax.jit(build_step(spec, kv, layout, mesh), donate_argnums=1, out_shardings=(shardings, whole))
+        step = jax.jit(build_step(spec, kv, layout, mesh, impl), donate_argnums=1, out_shardings=(shardings, whole))
         compiled = step.lower(params, state, buffer).compile()
     pool_bytes = sum(int(np.prod(p.shape)) * p.dtype.itemsize for row in pools for p in row) // tp
     return compiled, pool_bytes
@@ -91,3 +100,26 @@ def test_four_devices_reduce_twice_per_layer_and_gather_nothing_of_the_pool():
     text = compiled.as_text()
     assert "all-reduce" in text
     assert compiled.memory_analysis().temp_size_in_bytes < pool / 4
+
+
+LLAMA_8B = LLAMA | dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+                        intermediate_size=14336, vocab_size=128256)
+LLAMA_70B = LLAMA_8B | dict(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, intermediate_size=28672)
+
+
+@pytest.mark.parametrize("shape", [BatchShape(64, 64, 64, decode=True), BatchShape(2048, 64, 64)], ids=["decode", "mixed"])
+@pytest.mark.parametrize("config, gpus", [(LLAMA_8B, 1), (LLAMA_70B, 8)], ids=["8b", "70b"])
+def test_whole_step_with_our_kernels(config, gpus, shape):
+    """Llama-3-8B on one H100 and 70B on eight: our kernels are in it, KV and weights stay where they are."""
+    pages = 16384  # 262,144 tokens
+    compiled, pool = compile_step(h100_mesh(gpus), "bfloat16", shape, pages, config, windows=False, impl="mosaic_gpu")
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    layers = config["num_hidden_layers"]
+    per_layer = 2 if shape.decode else 3  # decode and merge; a mixed step also prefills
+    assert text.count("custom_call_target=\"mosaic_gpu_v2\"") == per_layer * layers
+    weights = memory.argument_size_in_bytes - pool
+    assert memory.alias_size_in_bytes >= pool and memory.argument_size_in_bytes < 80e9
+    largest_weight = config["vocab_size"] * config["hidden_size"] * 2 / gpus
+    assert memory.temp_size_in_bytes < min(weights, pool) / 8 + largest_weight / 4, "no pool-sized or weight-sized temporary"
+    kinds = set(re.findall(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", text))
+    assert ("all-reduce" in kinds) == (gpus > 1) and (gpus > 1 or not kinds)
