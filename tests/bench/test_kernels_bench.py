@@ -1,0 +1,233 @@
+"""The kernel benchmark's arithmetic by hand, its targets on made-up rows, its timing, and one tiny run from end to end."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from bench import kernels, roofline, tune
+from bench.kernel_cases import CACHE_BYTES, attention, dense, difference, make_case
+from bench.kernel_peers import peers
+from bench.page_moves import Sizes, moves
+from bench.roofline import TARGETS, Limits, Target, Work, attention_work, bound, judge, kind_of, losses, token_bytes
+from bench.timing import Candidate, time_together
+from pallas_kernels.arg_specs import BATCHES, MODELS, BatchSpec, HeadSpec
+
+HEADS = HeadSpec(q_heads=32, kv_heads=8, head_dim=128, layers=32)
+SMALL = HeadSpec(q_heads=4, kv_heads=2, head_dim=16, layers=2)
+
+
+def test_bytes_of_a_token():
+    assert token_bytes(HEADS, "bfloat16") == 4096  # 2 (keys, values) * 8 heads * 128 * 2 bytes
+    assert token_bytes(HEADS, "float32") == 8192
+    assert token_bytes(HEADS, "int8") == token_bytes(HEADS, "float8_e4m3fn") == 2 * 8 * (128 + 4)  # and a float32 scale
+
+
+@pytest.mark.parametrize(
+    "batch, tokens, flops",
+    [
+        (BatchSpec((1,) * 32, (4096,) * 32), 131072, 4 * 32 * 4095.5 * 128 * 32),
+        (BatchSpec((8192,), (8192,)), 8192, 4 * 8192 * 8192 * 128 * 32 / 2),  # causal: half
+        (BatchSpec((100,), (300,)), 300, 4 * (100 * 200 + 100 * 100 / 2) * 128 * 32),  # 200 keys of before, then causal
+        (BatchSpec((1, 1, 1), (96, 96, 96), shared=64), 64 + 3 * 32, 4 * 3 * 95.5 * 128 * 32),  # common pages once
+    ],
+    ids=["decode", "prefill", "chunk", "shared"],
+)
+def test_work_of_attention(batch, tokens, flops):
+    assert attention_work(batch, HEADS, "bfloat16") == Work(tokens * 4096, flops)
+
+
+def test_what_limits_a_call():
+    limits = Limits(copy=1e12, matmul={"bfloat16": 4e14})
+    assert bound(Work(2 * 10**9, 1e11), limits, "bfloat16") == ("memory", 2e-3)
+    assert bound(Work(10**6, 8e12), limits, "bfloat16") == ("compute", 2e-2)
+
+
+def test_kinds():
+    assert [kind_of(BATCHES[name]) for name in ("decode-32x4k", "decode-64-shared-8k", "prefill-8k", "mixed-64")] == [
+        "decode", "shared", "prefill", "mixed"]
+    assert BATCHES["decode-256x32k"] == BatchSpec((1,) * 256, (32768,) * 256) and len(BATCHES["mixed-64"].kv_lens) == 65
+
+
+def row(kind, shape, batch, context, impl="xla", ours=True, head_dim=128, **figures):
+    return dict(kind=kind, shape=shape, impl=impl, ours=ours, batch=batch, context=context, head_dim=head_dim, **figures)
+
+
+def test_targets_speak_of_the_right_rows_and_take_our_fastest():
+    decode = [t for t in TARGETS if t.platform == "gpu" and t.kind == "decode"]
+    rows = [
+        row("decode", "32x4k", 32, 4096, copy_share=0.5),
+        row("decode", "32x4k", 32, 4096, impl="mosaic_gpu", copy_share=0.93),
+        row("decode", "32x4k", 32, 4096, impl="other", ours=False, copy_share=0.99),
+        row("decode", "128x32k", 128, 32768, copy_share=0.89),
+        row("decode", "8x32k", 8, 32768, copy_share=0.1),  # no target speaks of it
+        row("decode", "1x32k", 1, 32768, copy_share=0.75),
+        row("decode", "256x1k", 256, 1024),
+    ]
+    got = {(v.shape, v.value, v.least): v.verdict for v in judge(rows, "gpu", tuple(decode))}
+    assert got == {("32x4k", 0.93, 0.9): "met", ("128x32k", 0.89, 0.9): "missed", ("1x32k", 0.75, 0.75): "met"}
+
+
+def test_targets_of_other_devices_and_without_rows():
+    verdicts = judge([row("prefill", "p", 1, 2048, head_dim=64, speed_vs_torch=0.7)], "cpu")
+    assert {v.verdict for v in verdicts if "copy" in v.target or "matmul" in v.target} == {"not on this device"}
+    assert [v.verdict for v in verdicts if v.target.startswith("prefill within")] == ["met"]
+    assert [v.verdict for v in verdicts if v.target.startswith("decode ahead")] == ["not measured"]
+    only128 = Target("t", "cpu", "prefill", "x", 1.0, head_dim=128)
+    assert judge([row("prefill", "p", 1, 2048, head_dim=64, x=2.0)], "cpu", (only128,))[0].verdict == "not measured"
+
+
+@pytest.mark.parametrize("medians, best, verdict", [(1.2, 1.1, "met"), (0.8, 0.9, "missed"), (2.0, 0.5, "unclear")])
+def test_a_busy_machine_decides_nothing(medians, best, verdict):
+    made = row("decode", "d", 8, 512, speed_vs_torch=medians, speed_vs_torch_best=best)
+    assert [v.verdict for v in judge([made], "cpu") if v.shape] == [verdict]
+
+
+def test_losses_are_counted_against_the_fastest_of_ours():
+    rows = [
+        row("decode", "a", 1, 1, seconds=2.0), row("decode", "a", 1, 1, impl="fast", seconds=1.0),
+        row("decode", "a", 1, 1, impl="peer", ours=False, seconds=0.5),
+        row("decode", "a", 1, 1, impl="slow peer", ours=False, seconds=1.5),
+        row("decode", "b", 1, 1, impl="refused"), row("decode", "b", 1, 1, impl="peer", ours=False, seconds=0.5),
+    ]
+    assert losses(rows) == [{"kind": "decode", "shape": "a", "peer": "peer", "times": 2.0}]
+
+
+def test_time_is_per_call_and_samples_take_turns(monkeypatch):
+    now, order = [0.0], []
+    monkeypatch.setattr("bench.timing.time.perf_counter", lambda: now[0])
+
+    def candidate(name, seconds, calls):
+        def run():
+            now[0] += seconds
+            order.append(name)
+
+        return Candidate(run, lambda _: None, calls)
+
+    times = time_together({"a": candidate("a", 0.02, 2), "b": candidate("b", 3.0, 1)}, samples=7, sample_s=0.04)
+    assert times["a"].median == pytest.approx(0.01) and times["a"].samples == 7
+    assert times["b"].median == pytest.approx(3.0) and times["b"].samples == 1  # slow: no more than it takes
+    assert order[4:] == ["a", "a", "b", *["a"] * 12]  # after a warm-up and a trial of each
+
+
+def test_a_case_and_its_dense_form_are_the_same_batch():
+    batch = BatchSpec((1, 1), (40, 33), shared=32)
+    case = make_case("x", batch, SMALL, platform="cpu", dtype="float32", kv_dtype="float32")
+    assert (np.asarray(case.tables[0, :, :2]) == np.asarray(case.tables[0, 0, :2])).all()
+    run, first = attention(case, "xla")
+    k, v = (np.asarray(x) for x in dense(case, 0, 0))  # [S, Hkv, longest, D]
+    want = np.zeros_like(first)
+    for s, n in enumerate(batch.kv_lens):
+        for h in range(SMALL.q_heads):
+            weights = np.exp(k[s, h // 2, :n] @ np.asarray(case.q[s, h]) * case.scale)
+            want[s, h] = weights @ v[s, h // 2, :n] / weights.sum()
+    assert difference(first, want) < 1e-4
+    last, masses, again = run.run()
+    assert (again == first).all() and (last == first).all() and not masses
+
+
+def test_turns_read_other_pages(monkeypatch):
+    monkeypatch.setitem(CACHE_BYTES, "cpu", 60_000)
+    case = make_case("x", BatchSpec((1, 1), (40, 33)), SMALL, platform="cpu", dtype="float32", kv_dtype="float32")
+    assert len(case.tables) == math.ceil(60_000 / (73 * token_bytes(SMALL, "float32"))) == 4
+    pages = [set(np.asarray(t).ravel()[:5]) for t in case.tables]
+    assert not set.intersection(*pages) and case.pools[0].shape[0] == 4 * 6
+    run, _ = attention(case, "xla", "page")
+    out, (mass,), _ = run.run()
+    assert out.shape == case.q.shape and float(mass.sum()) == pytest.approx(2 * SMALL.q_heads, rel=1e-4)
+    with pytest.raises(RuntimeError, match="not registered: no_such"):
+        attention(case, "no_such")
+
+
+def test_a_difference_is_relative_to_its_row_and_sees_nan():
+    want = np.stack([np.full((1, 4), 1e-3), np.full((1, 4), 10.0)])
+    assert difference(want * [[[1.1]], [[1.0]]], want) == pytest.approx(0.1, rel=1e-3)
+    assert difference(np.full_like(want, np.nan), want) == math.inf
+
+
+def test_moves_are_checked_and_counted():
+    sizes = Sizes(SMALL, "float32", 4, 2, 16, (6,), (3,), turns=2)
+    made = {(m.kind, m.shape): (m, m.make()) for m in moves(sizes, "cpu", ["xla"])}
+    assert set(made) == {("kv_write", "6 tokens"), ("page_copy", "gather 3 pages"), ("page_copy", "scatter 3 pages"),
+                         ("tier", "3 pages to host"), ("tier", "3 pages to device")}
+    page = 2 * 2 * 4 * 16 * 4 * 2  # keys and values, heads, tokens, channels, bytes, layers
+    assert {k: m.bytes for k, (m, _) in made.items()} == {
+        ("kv_write", "6 tokens"): 2 * 6 * 2 * 2 * 16 * 4, ("page_copy", "gather 3 pages"): 2 * 3 * page,
+        ("page_copy", "scatter 3 pages"): 2 * 3 * page, ("tier", "3 pages to host"): 3 * page,
+        ("tier", "3 pages to device"): 3 * page}
+    with pytest.raises(RuntimeError, match="not registered"):
+        next(m for m in moves(sizes, "cpu", ["gone"])).make()
+
+
+@pytest.mark.parametrize("batch", [BatchSpec((1, 1), (50, 50)), BatchSpec((5, 1, 9), (30, 40, 9))], ids=["decode", "mixed"])
+def test_pytorch_agrees_with_us(batch):
+    pytest.importorskip("torch", exc_type=ImportError)
+    case = make_case("x", batch, SMALL, platform="cpu", dtype="float32", kv_dtype="float32")
+    want, ran = attention(case, "xla")[1], []
+    for peer in peers("cpu"):
+        if peer.absent is None:
+            try:
+                prepared = peer.prepare(case)
+            except NotImplementedError:
+                continue
+            ran.append(peer.name)
+            assert difference(prepared.first(), want) < 1e-4, peer.name
+            prepared.candidate.run()
+    assert {"torch sdpa gqa", "torch sdpa repeated"} <= set(ran) and len(ran) == 2 + (max(batch.q_lens) == 1)
+
+
+def test_absent_peers_say_why():
+    absent = {p.name: p.absent for p in peers("cpu") if not p.name.startswith("torch sdpa")}
+    assert set(absent) == {"torch flex", "flashinfer", "jax paged_attention", "cudnn"} and all(absent.values())
+
+
+def test_one_tiny_run(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out.json"
+    monkeypatch.setattr("bench.limits.measure_limits", lambda platform: Limits(1e10, {"float32": 1e11, "bfloat16": 1e11}))
+    monkeypatch.setattr("sys.argv", ["kernels", "--setup", "tiny", "--samples", "1", "--skip-tests", "--json", str(path),
+                                     "--only", "decode,decode-quantised,tier"])
+    assert kernels.main() == 0
+    document = json.loads(path.read_text())
+    assert {"command", "device", "jax", "python", "driver", "commit", "limits", "rows", "targets", "losses", "absent",
+            "skipped", "tests"} <= set(document)
+    assert document["skipped"] == [] and {r["kind"] for r in document["rows"]} == {
+        "decode", "decode-quantised", "tier"}
+    for r in document["rows"]:
+        assert r["status"] == "ok" and r["low"] <= r["seconds"] <= r["high"], r
+        assert r["gb_s"] == pytest.approx(r["bytes"] / r["seconds"] / 1e9)
+        assert r["copy_share"] == pytest.approx(r["bytes"] / r["seconds"] / 1e10)
+    decode = next(r for r in document["rows"] if r["kind"] == "decode" and r["ours"])
+    assert decode["bytes"] == 200 * token_bytes(MODELS["default"], "float32") and decode["bound"] == "memory"
+    assert {v["target"] for v in document["targets"]} == {t.name for t in roofline.TARGETS}
+    printed = capsys.readouterr().out
+    assert "Shapes where a peer is faster" in printed and "not on this device" in printed
+
+
+def test_an_unknown_kind_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["kernels", "--only", "decode,nonsense"])
+    with pytest.raises(SystemExit):
+        kernels.main()
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_tuning_keeps_what_is_faster_and_lists_what_fails():
+    table = {"row": 1}
+
+    def time_it():
+        if table["row"] == 3:
+            raise RuntimeError("refused: three")
+        return {"a": 1.0 / table["row"], "b": 4.0 / table["row"]}
+
+    using = lambda value: tune.entry(table, "row", value)  # noqa: E731
+    found = tune.try_all({"two": 2, "three": 3, "four": 4}, using, time_it, time_it())
+    assert [(f["candidate"], f["score"]) for f in found] == [("four", 0.25), ("two", 0.5), ("three", None)]
+    assert found[-1]["reason"] == "refused: three" and table == {"row": 1}
+    with tune.entry(table, "new", 5):
+        assert table == {"row": 1, "new": 5}
+    assert table == {"row": 1}
+
+
+def test_tuning_the_kernels_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune", "decode"])
+    assert tune.main() == 2 and capsys.readouterr().err.count("\n") == 1
