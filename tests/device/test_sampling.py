@@ -4,14 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
 
 from jaxkv.device import sampling
 from jaxkv.device.sampling import SamplingColumns, columns_for
-from jaxkv.device.sampling.argmax import argmax_rows
 from jaxkv.device.sampling.noise import exponential, row_keys, token_bits
-from jaxkv.device.sampling.truncation import best_in_nucleus, lowest_kept
 from jaxkv.types import MAX_LOGPROBS, Admit, SamplingParams
 
 B = 4  # slots
@@ -49,21 +45,7 @@ def admitted(state, slot, params, prompt=(), output=(), stop_ids=(), piece=4):
     return state
 
 
-# -- argmax and greedy --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("vocab", [1, 5, 127, 128, 129, 700])
-def test_argmax_takes_the_lowest_index_among_equals(vocab):
-    x = np.random.default_rng(vocab).integers(0, 4, (9, vocab)).astype(np.float32)
-    x[0], x[1], x[2] = -np.inf, 0, np.inf
-    np.testing.assert_array_equal(jax.jit(argmax_rows)(x), np.argmax(x, axis=1))
-
-
-def test_argmax_with_nan_stays_in_the_vocabulary():
-    x = np.random.default_rng(0).normal(size=(3, 130)).astype(np.float32)
-    x[0], x[1, 129], x[2, 3] = np.nan, np.nan, np.nan
-    index = np.asarray(jax.jit(argmax_rows)(x))
-    assert np.all((index >= 0) & (index < 130))
+# -- greedy -------------------------------------------------------------------------------------------------------
 
 
 def test_temperature_zero_is_greedy_whatever_else_is_set():
@@ -105,6 +87,15 @@ def test_noise_is_the_same_bits_in_any_batch():
     for i in range(8):
         one = jax.jit(exponential, static_argnums=1)(keys(seed[i : i + 1], child[i : i + 1], position[i : i + 1]), 501)
         np.testing.assert_array_equal(np.asarray(whole)[i], np.asarray(one)[0])
+
+
+def test_row_keys_are_those_of_jax_random():
+    seed, child, position = np.array([3, -1, 2**40 + 7, -(2**63), 0]), np.array([0, 1, 2**31 - 1, 5, 0]), np.arange(5) * 999
+    for i, row in enumerate(np.asarray(keys(seed, child, position))):
+        words = np.array([seed[i] & 0xFFFFFFFF, seed[i] >> 32 & 0xFFFFFFFF], np.uint32)
+        key = jax.random.wrap_key_data(words, impl="threefry2x32")
+        want = jax.random.fold_in(jax.random.fold_in(key, child[i]), position[i])
+        np.testing.assert_array_equal(row, jax.random.key_data(want))
 
 
 def test_noise_depends_on_every_part_of_its_key():
@@ -184,32 +175,6 @@ def test_samples_follow_the_distribution(params):
     assert chi < freedom + 4 * np.sqrt(2 * freedom) + 4
 
 
-@jax.jit
-def kept_set(z, top_k, top_p, min_p):
-    """Which of V tokens are kept, by asking for each whether it wins when it has the best race, [V] of V rows."""
-    vocab = z.shape[0]
-    rows, full = jnp.broadcast_to(z, (vocab, vocab)), lambda a: jnp.broadcast_to(a, (vocab,))
-    cut = lowest_kept(rows, full(top_k), full(min_p))
-    race = jnp.where(rows >= cut[:, None], jnp.exp(rows) + 10.0 * jnp.eye(vocab), -1.0)
-    return best_in_nucleus(race, rows, cut, full(top_p)) == jnp.arange(vocab)
-
-
-@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 7, 90, 160]), st.sampled_from([1, 2, 8, 1000]),
-       st.integers(0, 200), st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999, 1.0]), st.sampled_from([0.0, 1e-4, 0.1, 1.0]))
-def test_kept_tokens_equal_a_sort_based_reference(seed, vocab, levels, top_k, top_p, min_p):
-    """Few levels: many ties, with -inf; one level: all equal; top_k from off to past V, past the head too."""
-    rng = np.random.default_rng(seed)
-    z = -(rng.integers(0, levels, vocab) / max(levels / 8, 1)).astype(np.float32)
-    z -= z.max()
-    z[(rng.random(vocab) < 0.2) & (z < 0)] = -np.inf
-    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
-    assume(np.all(np.abs(np.exp(z) - min_p) > 1e-6) or min_p == 1.0)
-    p, margin = reference_probabilities(z, params)
-    assume(margin > 1e-5)
-    got = np.asarray(kept_set(z, np.int32(top_k), np.float32(top_p), np.float32(min_p)))
-    np.testing.assert_array_equal(got[np.isfinite(z)], (p > 0)[np.isfinite(z)])
-
-
 def test_the_winner_is_the_best_race_among_the_kept():
     """Truncation only ever removes tokens: what wins untruncated and is kept still wins."""
     logits = (np.random.default_rng(1).normal(size=(64, 300)) * 3).astype(np.float32)
@@ -222,6 +187,17 @@ def test_the_winner_is_the_best_race_among_the_kept():
         inside = kept[np.arange(64), free]
         assert 5 < inside.sum() < 64
         np.testing.assert_array_equal(cut[inside], free[inside])
+
+
+def test_sampled_and_greedy_rows_with_penalties_share_a_batch():
+    """Greedy rows race on what penalties left of their logits, whether or not another row is random."""
+    logits = np.random.default_rng(4).normal(size=(3, LARGE)).astype(np.float32)
+    logits[:2, 3], logits[:2, 8] = 9.0, 8.5
+    params = SamplingParams(temperature=0.0, presence_penalty=1.0)
+    state = admitted(sampling.init_sampler_state(B, LARGE), 2, params, (1,), (3,))
+    rows = [{"params": params, "slot": 2}, {"params": SamplingParams(temperature=0.0)}]
+    assert sample(logits[:2], rows, state)[0].tolist() == [8, 3]
+    assert sample(logits, rows + [{"params": SamplingParams(top_p=0.5)}], state)[0][:2].tolist() == [8, 3]
 
 
 def test_a_row_samples_the_same_alone_and_in_company():

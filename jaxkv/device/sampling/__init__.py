@@ -1,11 +1,11 @@
 """Sampling inside the step: pure functions from logits to tokens and log-probabilities.
 
-slots.py       what the device remembers of a sequence (token history, biases, stop ids) and the penalties made of it
-sampler.py     the choice of a token: order of operations, greedy and random
-truncation.py  top-k, top-p and min-p without a sort
-argmax.py      the fast argmax
-noise.py       random numbers that depend on (seed, child, position, token) and nothing else
-logprobs.py    log-probabilities of sampled and of prompt tokens
+slots.py     what the device remembers of a sequence (token history, biases, stop ids) and the penalties made of it
+sampler.py   the choice of a token: order of operations, greedy and random
+noise.py     random numbers that depend on (seed, child, position, token) and nothing else
+logprobs.py  log-probabilities of sampled and of prompt tokens
+
+Top-k, top-p, min-p and the choice among what they keep are ``pallas_kernels.sampling``.
 """
 
 from jaxkv.device.sampling.logprobs import TokenLogprobs, prompt_logprobs, token_logprobs

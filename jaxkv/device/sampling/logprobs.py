@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxkv.types import MAX_LOGPROBS
+from pallas_kernels.sampling.rows import largest_rows, sum_rows
 
 
 class TokenLogprobs(NamedTuple):
@@ -32,8 +33,8 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array) -> TokenLogprobs:
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)
     best = jnp.max(logits, axis=1, keepdims=True)
     log_total = best + jnp.log(jnp.sum(jnp.exp(logits - best), axis=1, keepdims=True))
-    rank = 1 + jnp.sum((logits > chosen).astype(jnp.int32), axis=1)
-    values, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[1]))
+    rank = 1 + sum_rows((logits > chosen).astype(jnp.int32))
+    values, ids = largest_rows(logits, min(MAX_LOGPROBS, logits.shape[1]))
     missing = ((0, 0), (0, MAX_LOGPROBS - values.shape[1]))
     return TokenLogprobs((chosen - log_total)[:, 0], rank, jnp.pad(ids, missing, constant_values=-1),
                          jnp.pad(values - log_total, missing, constant_values=-jnp.inf))

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxkv.device.sampling.argmax import argmax_rows
 from jaxkv.device.sampling.logprobs import TokenLogprobs, empty_logprobs, token_logprobs
 from jaxkv.device.sampling.noise import exponential, row_keys
 from jaxkv.device.sampling.slots import SamplerState, adjust_logits, count_outputs
-from jaxkv.device.sampling.truncation import best_in_nucleus, lowest_kept
 from jaxkv.types import SamplingParams
+from pallas_kernels.sampling.api import truncated_argmax
+from pallas_kernels.sampling.rows import any_of, argmax_rows
 
 USES_SLOT_STATE = 1  # bits of SamplingColumns.flags
 BAN_STOP_IDS = 2
@@ -68,27 +68,30 @@ def sample(
     random = active & (columns.temperature >= _GREEDY_BELOW)
     slot = jnp.where(stateful, columns.slot, slots)
 
-    def choose() -> jax.Array:
-        adjusted = lax.cond(jnp.any(stateful), lambda: adjust_logits(
-            logits, state, slot, columns.flags & BAN_STOP_IDS != 0, columns.repetition_penalty,
-            columns.presence_penalty, columns.frequency_penalty), lambda: logits)
-        return lax.cond(jnp.any(random), lambda: _choose_randomly(adjusted, columns, random),
-                        lambda: argmax_rows(adjusted))
+    any_stateful, any_random, wants = any_of(stateful, random, active & (columns.flags & WANTS_LOGPROBS != 0))
 
-    tokens = lax.cond(jnp.any(stateful | random), choose, lambda: argmax_rows(logits))
-    wants = jnp.any(active & (columns.flags & WANTS_LOGPROBS != 0))
+    def choose() -> jax.Array:
+        inverse = jnp.where(random, 1.0 / jnp.maximum(columns.temperature, _GREEDY_BELOW), 1.0)
+        z = lax.cond(any_stateful, lambda: _relative(adjust_logits(  # no branch returns logits: that would copy them
+            logits, state, slot, columns.flags & BAN_STOP_IDS != 0, columns.repetition_penalty,
+            columns.presence_penalty, columns.frequency_penalty), inverse), lambda: _relative(logits, inverse))
+        return lax.cond(any_random, lambda: _choose_randomly(z, columns, random), lambda: argmax_rows(z))
+
+    tokens = lax.cond(any_stateful | any_random, choose, lambda: argmax_rows(logits))
     logprobs = lax.cond(wants, lambda: token_logprobs(logits, tokens), lambda: empty_logprobs(tokens.shape[0]))
     return tokens, count_outputs(state, slot, tokens), logprobs
 
 
-def _choose_randomly(logits: jax.Array, columns: SamplingColumns, random: jax.Array) -> jax.Array:
-    """Random rows by an exponential race, argmax of p / noise (Gumbel with one logarithm less), others greedy."""
+def _relative(logits: jax.Array, inverse_temperature: jax.Array) -> jax.Array:
+    """Log-probabilities up to a constant, f32 [R, V]: 0 for the likeliest token, else below."""
     limit = jnp.finfo(jnp.float32).max  # infinities become finite where they would make inf - inf
     best = jnp.clip(jnp.max(logits, axis=1, keepdims=True), -limit, limit)
-    z = (jnp.minimum(logits, limit) - best) * (1.0 / jnp.maximum(columns.temperature, _GREEDY_BELOW))[:, None]
-    top_p = jnp.where(random, columns.top_p, 1.0)  # greedy rows ask for no truncation
-    cut = lowest_kept(z, jnp.where(random, columns.top_k, 0), columns.min_p)
+    return (jnp.minimum(logits, limit) - best) * inverse_temperature[:, None]
+
+
+def _choose_randomly(z: jax.Array, columns: SamplingColumns, random: jax.Array) -> jax.Array:
+    """Random rows by an exponential race, argmax of p / noise (Gumbel with one logarithm less), others greedy."""
     keys = row_keys(columns.seed_lo, columns.seed_hi, columns.child, columns.position)
-    race = jnp.where(z >= cut[:, None], jnp.exp(z) / exponential(keys, logits.shape[1]), -1.0)
-    race = jnp.where(random[:, None], race, logits)
-    return lax.cond(jnp.any(top_p < 1.0), lambda: best_in_nucleus(race, z, cut, top_p), lambda: argmax_rows(race))
+    race = jnp.where(random[:, None], jnp.exp(z) / exponential(keys, z.shape[1]), z)
+    return truncated_argmax(race, z, jnp.where(random, columns.top_k, 0), jnp.where(random, columns.top_p, 1.0),
+                            jnp.where(random, columns.min_p, 0.0))

@@ -1,0 +1,1 @@
+"""Choosing tokens out of a truncated distribution."""
