@@ -1,8 +1,11 @@
-"""Strict numerics for every test: four virtual CPU devices, no implicit promotion, warnings are errors."""
+"""Strict numerics for every test: four virtual CPU devices, no implicit promotion, warnings are errors.
+
+JAXKV_TEST_PLATFORM=gpu leaves the GPU in: for the tests marked so, which are skipped without one.
+"""
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = {"gpu": "cuda,cpu"}.get(os.environ.get("JAXKV_TEST_PLATFORM", ""), "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
