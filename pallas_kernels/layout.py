@@ -101,9 +101,10 @@ def kv_head_axis(layout: str) -> int:
 def pool_dims(pool: Pool, layout: str) -> PoolDims:
     """Dimensions of a pool; ValueError with its shape if it is not one."""
     axes = _axes(layout)
-    known, values = KV_DTYPES, pool
+    values = pool.values if isinstance(pool, QuantPool) else pool
+    known: tuple[str, ...] = KV_DTYPES
     if isinstance(pool, QuantPool):
-        known, values = QUANT_DTYPES, pool.values
+        known = QUANT_DTYPES
         if pool.scales.shape != values.shape[:-1] or pool.scales.dtype != "float32":
             raise ValueError(f"scales must be float32 {values.shape[:-1]}, got {pool.scales.dtype} {pool.scales.shape}")
     if values.ndim != 5 or values.shape[1 + axes[0]] != 2:

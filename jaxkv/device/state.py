@@ -54,7 +54,9 @@ def state_shardings(kv: KVSpec, mesh: Mesh) -> Any:
     """The sharding of every leaf of an ``EngineState``, in its structure."""
     whole = NamedSharding(mesh, PartitionSpec())
     sampler = jax.tree.map(lambda _: whole, jax.eval_shape(lambda: init_sampler_state(1, 1)))
-    return EngineState(jax.tree.map(lambda x: x.sharding, pool_structs(kv, mesh)), whole, sampler)
+    pools: Any = jax.tree.map(lambda x: x.sharding, pool_structs(kv, mesh))
+    last_tokens: Any = whole
+    return EngineState(pools, last_tokens, sampler)
 
 
 def init_state(kv: KVSpec, slots: int, vocab: int, mesh: Mesh) -> EngineState:

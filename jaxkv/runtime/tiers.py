@@ -72,7 +72,7 @@ class Tiers:
                 groups[g] = self._op(g, "copy", batch)(groups[g], sources, self._targets(g, batch))
         return tuple(groups)
 
-    def _demote(self, g: int, pools: tuple[jax.Array, ...], moves: list[PageMove]) -> None:
+    def _demote(self, g: int, pools: tuple[ops.Pool, ...], moves: list[PageMove]) -> None:
         need = len(moves) * self._page_bytes[g]
         while self._leaving and self.bytes_held() + need > self.host_bytes:
             self._leaving[0][1].block_until_ready()
@@ -82,7 +82,7 @@ class Tiers:
             self.host[g, number] = page
         self._held += need
 
-    def _promote(self, g: int, pools: tuple[jax.Array, ...], moves: list[PageMove]) -> tuple[jax.Array, ...]:
+    def _promote(self, g: int, pools: tuple[ops.Pool, ...], moves: list[PageMove]) -> tuple[ops.Pool, ...]:
         pages = [self.host[g, m.src[1]] for m in moves]
         copies = jax.device_put(pages, self._on_device)
         for m, page, copy in zip(moves, pages, copies):

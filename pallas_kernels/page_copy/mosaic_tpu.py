@@ -82,7 +82,7 @@ def _take(pools: tuple[Pool, ...], pages: jax.Array) -> Pool:
 
 def _put(pools: tuple[Pool, ...], pages: jax.Array, staged: Pool) -> tuple[Pool, ...]:
     if not isinstance(staged, QuantPool):
-        return _scatter(pools, pages, staged)
+        return _scatter(pools, pages, staged)  # type: ignore[arg-type]  # pools are as `staged` is
     parts = (_scatter(tuple(pool[i] for pool in pools), pages, staged[i]) for i in range(2))
     return tuple(map(QuantPool, *parts))
 

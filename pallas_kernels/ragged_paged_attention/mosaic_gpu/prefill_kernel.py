@@ -83,7 +83,7 @@ def prefill_kernel(
     ring = plgpu.SMEM((stages, keys, dim), dtype, transforms=layout)
     ready = plgpu.Barrier(num_arrivals=keys // shape.span, num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
-    scratch = dict(
+    scratch: dict[str, Any] = dict(
         q_tiles=tiles, k_ring=ring, v_ring=ring, lse_rows=plgpu.SMEM((CONSUMERS, TILE), jnp.float32),
         q_ready=plgpu.Barrier(num_arrivals=shape.pack, num_barriers=CONSUMERS),
         k_ready=ready, v_ready=ready, k_free=free, v_free=free,

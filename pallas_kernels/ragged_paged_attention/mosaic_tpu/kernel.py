@@ -97,8 +97,8 @@ def attend(
     )(*scalars, *inputs)
 
 
-def _program(static: Static, quantised: bool, has_prior: bool, *refs: Any) -> None:
-    tiles, table, refs = Tiles(*refs[:7]), refs[7], list(refs[8:])
+def _program(static: Static, quantised: bool, has_prior: bool, *arguments: Any) -> None:
+    tiles, table, refs = Tiles(*arguments[:7]), arguments[7], list(arguments[8:])
     q_hbm, pool = refs.pop(0), refs.pop(0)
     scales = refs.pop(0) if quantised else None
     del refs[: 2 * has_prior]
