@@ -76,7 +76,7 @@ _OPTIONS = (
     _Option("kv_cache_dtype", "text", "dtype of the KV cache; auto: that of the model; int8, fp8_e4m3: quantised, approximate",
             choices=KV_CACHE_DTYPES),
     _Option("kv_layout", "text", "physical layout of the KV pool"),
-    _Option("attention_impl", "text", "attention kernels; auto: the best that is proven on the platform",
+    _Option("attention_impl", "text", "kernels of attention and KV write; auto: the best that is proven on the platform",
             choices=ATTENTION_IMPLS),
     _Option("seed", "int", "seed of the requests that bring none"),
     _Option("skip_tokenizer_init", "switch", "token ids in, token ids out"),

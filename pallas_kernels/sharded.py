@@ -40,7 +40,7 @@ class MeshOps:
 
     @property
     def page_spec(self) -> P:
-        """PartitionSpec of canonical pages [n, L, 2, ps, Hkv, D]."""
+        """PartitionSpec of canonical pages [n, L, 2, ps, Hkv, C]."""
         return P(None, None, None, None, AXIS)
 
     def kv_write(

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import CacheConfig, EngineConfig, SchedConfig
 from jaxkv.device import models
+from jaxkv.device.batch import step_sizes
 from jaxkv.device.sharding import param_shardings
 from jaxkv.device.spec import KVSpec, ModelSpec, kv_groups
 from jaxkv.runtime.engine import Engine
@@ -62,8 +63,7 @@ def engine(
     num_pages, num_host = (pages,) * len(groups), (host_pages,) * len(groups)
     controller = CacheController(groups, PAGE, num_pages, num_host, policy, "test", prefix_caching)
     capacity = Capacity(num_pages, 1, num_host, 1)
-    sizes = tuple(sorted({s.tokens for s in run.shapes if not s.decode}))
-    scheduler = Scheduler(config.sched, controller, MAX_LEN, step_sizes=sizes)
+    scheduler = Scheduler(config.sched, controller, MAX_LEN, step_sizes=step_sizes(run.shapes))
     return Engine(config, scheduler, run, model_name="test", max_model_len=MAX_LEN, vocab_size=CONFIG["vocab_size"],
                   capacity=capacity)
 

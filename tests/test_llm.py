@@ -235,3 +235,15 @@ def test_without_tokenizer(model_dir):
         assert not llm.engine.has_work
     with pytest.raises(RuntimeError, match="shut down"):
         llm.generate([5])
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(attention_impl="mosaic_tpu"), "needs a TPU, but the devices are cpu"),
+    (dict(attention_impl="mosaic_gpu"), "needs a GPU"),
+    (dict(attention_impl="triton"), "attention_impl must be one of auto, xla"),
+    (dict(kv_cache_dtype="int3"), "kv_cache_dtype must be one of auto, bfloat16"),
+    (dict(kv_layout="columns"), "kv_layout: layout must be one of"),
+])
+def test_kernels_and_caches_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(**options)

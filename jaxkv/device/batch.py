@@ -117,6 +117,14 @@ def batch_shapes(max_seqs: int, max_tokens: int) -> tuple[BatchShape, ...]:
     return tuple(sorted(shapes, key=lambda s: (not s.decode, s.tokens, s.rows)))
 
 
+def step_sizes(shapes: tuple[BatchShape, ...]) -> tuple[int, ...]:
+    """Token counts that steps with prompts are padded to, ascending. Shapes of few logit rows count only where those of all
+    rows begin as small as 128 tokens: elsewhere many decodes would be padded to far more than such a size."""
+    mixed = [s for s in shapes if not s.decode]
+    wide = [s.tokens for s in mixed if s.rows == max(m.rows for m in mixed)]
+    return tuple(sorted({s.tokens for s in mixed} if min(wide) <= 128 else set(wide)))
+
+
 def choose_shape(shapes: tuple[BatchShape, ...], tokens: int, seqs: int, rows: int) -> BatchShape:
     """The first (smallest) shape that holds a step; a decode shape needs one token per sequence."""
     for s in shapes:

@@ -32,7 +32,7 @@ class Rope:
 class ModelSpec:
     """Everything ``forward`` needs to know besides the weights.
 
-    Activations, and the KV cache with them, are in ``dtype``; weights are stored in ``weight_dtype``; norms, RoPE,
+    Activations, and the KV cache unless told otherwise, are in ``dtype``; weights are stored in ``weight_dtype``; norms, RoPE,
     softmax and logits are float32. ``tp`` is the number of mesh devices the weights are laid out for: fused leaves are
     blocked by it and KV heads repeated for it, see ``models.table``.
     """

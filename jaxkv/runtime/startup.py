@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -14,7 +16,7 @@ from tqdm import tqdm
 import pallas_kernels as ops
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import ConfigError, EngineConfig
-from jaxkv.device.batch import batch_shapes
+from jaxkv.device.batch import batch_shapes, step_sizes
 from jaxkv.device.spec import KVSpec, kv_groups
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.executor import JaxExecutor
@@ -29,6 +31,13 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     start = time.perf_counter()
     use_compile_cache()
     mesh = make_mesh(config.mesh.tensor_parallel_size)
+    impl, platform = config.model.attention_impl, mesh.devices.flat[0].platform
+    if impl.startswith("mosaic_") and impl != f"mosaic_{platform}":
+        raise ConfigError(f"attention_impl {impl} needs a {impl[-3:].upper()}, but the devices are {platform}")
+    try:
+        layout = ops.resolve_layout(config.cache.kv_layout)
+    except ValueError as error:
+        raise ConfigError(f"kv_layout: {error}") from None
     model = load_model(config.model.model, mesh, dtype=config.model.dtype, load_format=config.model.load_format,
                        seed=config.seed)
     tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
@@ -41,22 +50,19 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
         host_kv_memory=cache.host_kv_memory, free_device=free_device_memory(list(mesh.devices.flat)),
         free_host=free_host_memory(),
         shared=mesh.devices.flat[0].platform == "cpu")
-    layout = ops.resolve_layout(cache.kv_layout)
     kv = KVSpec(groups, capacity.num_pages, cache.page_size, layout)
     controller = CacheController(
         groups, cache.page_size, capacity.num_pages, capacity.num_host_pages, cache.eviction_policy,
         root_salt=f"{model.fingerprint}/{layout}/{cache.page_size}/{kv_dtype}",
         enable_prefix_caching=cache.enable_prefix_caching)
     shapes = batch_shapes(sched.max_num_seqs, sched.max_num_batched_tokens)
-    sizes = sorted({s.tokens for s in shapes if not s.decode})
-    scheduler = Scheduler(sched, controller, max_model_len, step_sizes=tuple(sizes))
+    scheduler = Scheduler(sched, controller, max_model_len, step_sizes=step_sizes(shapes))
     loaded = time.perf_counter()
-    with tqdm(desc="compiling steps", unit="", disable=not show_progress, leave=False) as bar:
+    with tqdm(desc="compiling steps", unit="", disable=not show_progress, leave=False) as bar, _refusals(impl):
         executor = JaxExecutor(
             model.spec, model.params, kv, mesh, max_num_seqs=sched.max_num_seqs,
             max_num_batched_tokens=sched.max_num_batched_tokens, max_model_len=max_model_len,
-            host_bytes=capacity.host_bytes, attention_impl=config.model.attention_impl,
-            progress=lambda done, total: _advance(bar, done, total))
+            host_bytes=capacity.host_bytes, attention_impl=impl, progress=lambda done, total: _advance(bar, done, total))
     compiled = time.perf_counter()
     description = describe(config, model, mesh, kv, capacity, executor, loaded - start, compiled - loaded)
     return Engine(config, scheduler, executor, model_name=model.name, max_model_len=max_model_len,
@@ -116,6 +122,27 @@ def describe(
         f"kernels: {_kernels()}",
         f"{len(executor.shapes)} step executables, ready in {compile_seconds:.1f} s",
     )
+
+
+@contextlib.contextmanager
+def _refusals(impl: str) -> Iterator[None]:
+    """Kernels that refuse the model or the cache end the start in one line, which gives their reasons."""
+    try:
+        yield
+    except (NotImplementedError, ExceptionGroup) as error:
+        reasons = list(_leaves(error))
+        if not all(isinstance(reason, NotImplementedError) for reason in reasons):
+            raise
+        text = "; ".join(dict.fromkeys(map(str, reasons)))
+        raise ConfigError(f"attention_impl {impl} cannot serve this: {text}") from None
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
 
 
 def _kernels() -> str:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxkv.device.batch import FIELDS, BatchLayout, BatchShape, batch_shapes, choose_shape
+from jaxkv.device.batch import FIELDS, BatchLayout, BatchShape, batch_shapes, choose_shape, step_sizes
 
 
 def test_buffer_round_trip_through_the_jit():
@@ -48,3 +48,8 @@ def test_the_default_configuration_decodes_small_batches_tightly():
 def test_a_step_that_no_shape_holds_is_a_broken_invariant():
     with pytest.raises(AssertionError, match="no batch shape"):
         choose_shape(batch_shapes(4, 16), 17, 1, 1)
+
+
+def test_sizes_the_scheduler_may_aim_at():
+    assert step_sizes(batch_shapes(64, 2048)) == (16, 32, 64, 128, 256, 512, 1024, 1536, 2048)
+    assert min(step_sizes(batch_shapes(256, 4096))) > 256, "with many sequences only the shapes that hold all of them"

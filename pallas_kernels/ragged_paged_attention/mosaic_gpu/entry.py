@@ -19,6 +19,7 @@ from .decode import decode_partials
 from .mass import token_mass
 from .merge import merge_partials
 from .plan import TILE_ROWS, Plan, PlanSpec, device_plan, plan_spec, unpack
+from .prefill import prefill_attention
 from .shape import LOG2E, DecodeShape
 
 
@@ -45,8 +46,6 @@ def ragged_paged_attention(
     pool = jax.tree.map(from_storage, pool)
     out, lse = _decode(shape, made, q, pool, page_table)
     if spec.prefill:
-        from .prefill import prefill_attention
-
         chunk = prefill_attention(q, pool, page_table, kv_lens, cu_q_lens, made.prefill, params=params._replace(mass=None),
                                   interpret=interpret)
         short = (made.token_slot >= 0)[:, None]

@@ -11,7 +11,8 @@ from ...layout import Pool, QuantPool, from_storage, pool_dims
 from ..params import AttentionParams
 from .plan import PREFILL_ROWS
 from .prefill_jobs import make_jobs
-from .prefill_kernel import CONSUMERS, TILE, PrefillShape, prefill_kernel
+from .prefill_kernel import prefill_kernel
+from .prefill_shape import CONSUMERS, TILE, PrefillShape
 from .prefill_tuning import PrefillBlocks, blocks_for
 
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .prefill_kernel import EMPTY, I32, LOG2E, TILE, Job, PrefillShape
+from ...lazy import LazyModule
+from .prefill_shape import EMPTY, I32, LOG2E, TILE, Job, PrefillShape
 
+plgpu = LazyModule("jax.experimental.pallas.mosaic_gpu")
 State = tuple[jax.Array, jax.Array, jax.Array]  # weighted values [64, D], highest score and sum of weights [64]
 
 

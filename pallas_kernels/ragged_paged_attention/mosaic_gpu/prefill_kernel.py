@@ -16,54 +16,15 @@ With `interpret` the two products go through jnp.dot: the interpreter of jax 0.1
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .prefill_consumer import consume
 from .prefill_jobs import FIELDS
-from .prefill_tuning import PrefillBlocks
-
-TILE = 64  # rows of a wgmma
-CONSUMERS, PRODUCER = 2, 2
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 32
-EMPTY = -1e30  # highest score of no scores: finite, so that differences are
-LOG2E = math.log2(math.e)
-I32 = jnp.int32
-
-
-class PrefillShape(NamedTuple):
-    """All static facts. heads: query heads; pack: of them in a tile; columns: of a swizzled tile in shared memory."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    page_size: int
-    num_pages: int
-    pack: int
-    columns: int
-    scale: float
-    window: int | None
-    soft_cap: float | None
-    blocks: PrefillBlocks
-    interpret: bool
-
-    @property
-    def tokens(self) -> int:
-        """Of a tile."""
-        return TILE // self.pack
-
-    @property
-    def groups(self) -> int:
-        """Groups of query heads that share a tile."""
-        return self.heads // self.pack
-
-    @property
-    def span(self) -> int:
-        """Keys of one TMA copy."""
-        return min(self.page_size, self.blocks.keys)
+from .prefill_shape import CONSUMER_REGISTERS, CONSUMERS, PRODUCER, PRODUCER_REGISTERS, TILE, Job, PrefillShape
 
 
 def prefill_kernel(
@@ -101,21 +62,6 @@ def prefill_kernel(
     )(q, pool, page_table, total, jobs)
 
 
-class Job(NamedTuple):
-    """int32 scalars. row: packed; position: of the first query; blocks `begin` <= i < `end` hold keys that it sees."""
-
-    number: jax.Array
-    group: jax.Array
-    row: jax.Array
-    rows: jax.Array
-    seq: jax.Array
-    position: jax.Array
-    first: jax.Array
-    kv_len: jax.Array
-    begin: jax.Array
-    end: jax.Array
-
-
 def _body(shape, q, pool, table, total, jobs, out, lse, **memory) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -149,8 +95,6 @@ def _body(shape, q, pool, table, total, jobs, out, lse, **memory) -> None:
 
     @pl.when(wg < CONSUMERS)
     def _consume():
-        from .prefill_consumer import consume
-
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         consume(shape, wg, mine(), job_of, q, out, lse, **memory)
 

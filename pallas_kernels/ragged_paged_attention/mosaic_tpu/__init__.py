@@ -1,6 +1,6 @@
 """Ragged paged attention on TPU, as Pallas kernels over a head_major pool.
 
-This file says which calls they serve; Mosaic is imported when the first one comes.
+This file says which calls they serve.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import jax
 
 from ...layout import Pool, QuantPool, pool_dims
 from ..params import AttentionParams
+from .entry import run
 
 
 def ragged_paged_attention(
@@ -25,8 +26,6 @@ def ragged_paged_attention(
     """See `api.ragged_paged_attention`; `plan` is not used. NotImplementedError: what `_check` refuses."""
     del plan
     _check(q, pool, params)
-    from .entry import run
-
     return run(q, pool, page_table, kv_lens, cu_q_lens, sinks, params)
 
 

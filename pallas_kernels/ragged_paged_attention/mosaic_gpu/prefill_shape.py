@@ -1,0 +1,65 @@
+"""The static facts of a prefill kernel, and what a job is: shared by `prefill_kernel` and `prefill_consumer`."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .prefill_tuning import PrefillBlocks
+
+TILE = 64  # rows of a wgmma
+CONSUMERS, PRODUCER = 2, 2
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 32
+EMPTY = -1e30  # highest score of no scores: finite, so that differences are
+LOG2E = math.log2(math.e)
+I32 = jnp.int32
+
+
+class PrefillShape(NamedTuple):
+    """All static facts. heads: query heads; pack: of them in a tile; columns: of a swizzled tile in shared memory."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    num_pages: int
+    pack: int
+    columns: int
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    blocks: PrefillBlocks
+    interpret: bool
+
+    @property
+    def tokens(self) -> int:
+        """Of a tile."""
+        return TILE // self.pack
+
+    @property
+    def groups(self) -> int:
+        """Groups of query heads that share a tile."""
+        return self.heads // self.pack
+
+    @property
+    def span(self) -> int:
+        """Keys of one TMA copy."""
+        return min(self.page_size, self.blocks.keys)
+
+
+class Job(NamedTuple):
+    """int32 scalars. row: packed; position: of the first query; blocks `begin` <= i < `end` hold keys that it sees."""
+
+    number: jax.Array
+    group: jax.Array
+    row: jax.Array
+    rows: jax.Array
+    seq: jax.Array
+    position: jax.Array
+    first: jax.Array
+    kv_len: jax.Array
+    begin: jax.Array
+    end: jax.Array
