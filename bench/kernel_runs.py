@@ -111,15 +111,7 @@ class Bench:
         """Ours and the peers', one shape."""
         case = self.case(shape, self.setup.dtype)
         work, ready, errors, refused = attention_work(case.batch, case.heads, case.kv_dtype), {}, {}, {}
-        want = None
-        for name in self.names:
-            try:
-                ready[name], first = attention(case, name)
-            except RuntimeError as error:
-                refused[name] = str(error)
-                continue
-            want = first if want is None else want
-            errors[name] = difference(first, want)
+        want = self.prepare(case, "", ready, errors, refused)
         ours = set(ready)
         for peer in self.peers if want is not None else ():
             try:
@@ -138,6 +130,19 @@ class Bench:
             if timing or name in self.names or not refused.get(name, "refused").startswith("refused"):
                 self.row(kind_of(case.batch), shape, name, work, case=case, ours=name in self.names, timing=timing,
                          status=refused.get(name, "ok"), error=errors.get(name), **more)
+
+    def prepare(self, case: Case, prefix: str, ready: dict[str, Any], errors: dict[str, float], refused: dict[str, str]) -> Any:
+        """Our implementations under `prefix` + name; the first one's output, which the others are compared with."""
+        want = None
+        for name in self.names:
+            try:
+                ready[prefix + name], first = attention(case, name)
+            except RuntimeError as error:
+                refused[prefix + name] = str(error)
+                continue
+            want = first if want is None else want
+            errors[prefix + name] = difference(first, want)
+        return want
 
     @staticmethod
     def drop_wrong(case: Any, ready: dict[str, Any], errors: dict[str, float], refused: dict[str, str]) -> None:
@@ -161,16 +166,7 @@ class Bench:
         errors: dict[str, float] = {}
         refused: dict[str, str] = {}
         for kv, case in cases.items():
-            want = None
-            for name in self.names:
-                key = f"{kv} {name}"
-                try:
-                    ready[key], first = attention(case, name)
-                except RuntimeError as error:
-                    refused[key] = str(error)
-                    continue
-                want = first if want is None else want
-                errors[key] = difference(first, want)
+            self.prepare(case, f"{kv} ", ready, errors, refused)
             self.drop_wrong(case, ready, errors, refused)
         times = self.time(ready)
         base = [t for key, t in times.items() if key.startswith("bfloat16 ")]

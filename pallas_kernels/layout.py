@@ -19,8 +19,8 @@ KV_DTYPES = ("float32", "bfloat16", "float16")
 QUANT_DTYPES = ("int8", "float8_e4m3fn")
 SCALE_BYTES = 4
 
-# axes of the page (after the page number) in canonical order (kv, ps, Hkv, D)
 _BITS = {"bfloat16": jnp.dtype(jnp.uint16), "float8_e4m3fn": jnp.dtype(jnp.uint8)}  # how CPU stores them
+# axes of the page (after the page number) in canonical order (kv, ps, Hkv, D)
 _PAGE_AXES = {"token_major": (1, 0, 2, 3), "head_major": (0, 2, 1, 3)}
 
 

@@ -48,8 +48,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     capacity = plan_capacity(
         groups, cache.page_size, sched, max_model_len, kv_cache_memory=cache.kv_cache_memory,
         host_kv_memory=cache.host_kv_memory, free_device=free_device_memory(list(mesh.devices.flat)),
-        free_host=free_host_memory(),
-        shared=mesh.devices.flat[0].platform == "cpu")
+        free_host=free_host_memory(), shared=platform == "cpu")
     kv = KVSpec(groups, capacity.num_pages, cache.page_size, layout)
     controller = CacheController(
         groups, cache.page_size, capacity.num_pages, capacity.num_host_pages, cache.eviction_policy,
@@ -68,7 +67,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     return Engine(config, scheduler, executor, model_name=model.name, max_model_len=max_model_len,
                   vocab_size=model.spec.vocab_size, tokenizer=tokenizer, weight_bytes=model.nbytes, capacity=capacity,
                   eos_ids=eos_token_ids(model.directory, tokenizer), description=description,
-                  info={"model": model.name, "dtype": model.spec.dtype, "platform": mesh.devices.flat[0].platform,
+                  info={"model": model.name, "dtype": model.spec.dtype, "platform": platform,
                         "kv_layout": layout, "kv_cache_dtype": kv_dtype, "eviction_policy": cache.eviction_policy,
                         "kernels": _kernels()})
 

@@ -183,8 +183,6 @@ class Scheduler:
             if length == 0:
                 break
             del waiting[index]
-            if not waiting:
-                length -= excess_tokens(self._budget - left + length, length - 1, self._step_sizes)
             left -= length
             admits.append(self._enter(seq))
             chunks.append(self._schedule(seq, length, plan_id))
@@ -195,6 +193,8 @@ class Scheduler:
         cache = self.cache
         cache.acquire(seq, plan_id)
         length = chunk_length(seq, left)
+        if len(self._waiting) == 1:
+            length -= excess_tokens(self._budget - left + length, length - 1, self._step_sizes)
         if not self._whole or seq.num_scheduled + length == len(seq.tokens):
             others = len(self._running)
             fits = not others or fits_beside(cache, seq, others, self._budget)

@@ -6,7 +6,7 @@ context. Rows are worked on in up to three ways:
   * groups  - decodes that start with the same pages read those together, once: `_tiles`;
   * chunks  - tiles of the queries of one sequence with more of them: `_tiles`, a loop over tiles, inside it one over blocks.
 The work lists are computed inside the jit: they depend on no layer, so XLA's CSE leaves one copy per step, and the host has
-nothing to plan. They hold one short row for each of at most (rows / tile + S) tiles and S * P * ps / KEYS blocks.
+nothing to plan. They hold one short row for each of at most (rows / tile + S) tiles and S * P * ps / SINGLE_KEYS blocks.
 
 Constants were chosen by CPU time at 12 query and 4 KV heads of 64. Keys and values are multiplied in float32 whatever they
 are stored in, because XLA:CPU is slow at 16-bit products of few rows.

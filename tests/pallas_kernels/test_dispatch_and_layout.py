@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels as pk
+from jaxkv.config import ATTENTION_IMPLS
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.ragged_paged_attention.api import IMPLEMENTATIONS
 
 
 def refuse(x):
@@ -34,6 +36,10 @@ def test_nobody_left():
     assert [e.__notes__ for e in caught.value.exceptions] == [["implementation 'a' of op"], ["implementation 'b' of op"]]
     with pytest.raises(ExceptionGroup):
         dispatch("op", {"a": refuse, "b": lambda x: x}, "a", 7)
+
+
+def test_the_option_names_every_implementation_of_attention():
+    assert set(ATTENTION_IMPLS) == {"auto", *IMPLEMENTATIONS}
 
 
 def test_pool_shapes():

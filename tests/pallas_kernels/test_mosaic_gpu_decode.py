@@ -100,8 +100,6 @@ def test_an_empty_batch():
 
 
 def test_longer_sequences_keep_what_the_prefill_kernel_gave(monkeypatch):
-    from pallas_kernels.ragged_paged_attention.mosaic_gpu import prefill
-
     asked = []
 
     def other(q, pool, page_table, kv_lens, cu_q_lens, tiles, *, params, interpret):
@@ -111,7 +109,7 @@ def test_longer_sequences_keep_what_the_prefill_kernel_gave(monkeypatch):
         mine = jnp.zeros(q.shape[0], bool).at[rows].set(True)[:, None]
         return jnp.where(mine[..., None], out, jnp.nan), jnp.where(mine, lse, jnp.nan)
 
-    monkeypatch.setattr(prefill, "prefill_attention", other)
+    monkeypatch.setattr(entry, "prefill_attention", other)
     case = make_case([1, 20, 2], [33, 50, 70], heads=(4, 1), head_dim=64, dtype="float16")
     sinks = np.array([0.5, -1.0, 2.0, 0.0], np.float32)
     check(case, attend(case, sinks=sinks, max_q_len=None)[:2], scale=0.3, sinks=sinks)
