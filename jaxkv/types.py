@@ -21,6 +21,7 @@ class Tier(IntEnum):
 
     HBM = 0
     HOST = 1
+    DISK = 2
 
 
 class Kind(IntEnum):
@@ -198,6 +199,8 @@ class Sequence:
     num_matched: int = 0  # those that were there when the sequence was admitted last
     num_settled: int = 0  # num_scheduled before the latest chunk: later positions may not have been submitted yet
     dirty: list[int] = field(default_factory=list)  # [group] first page index the device's table does not know yet
+    waits: list[Any] = field(default_factory=list)  # loads that bring pages of its prefix; left when it enters a slot
+    looked_up: bool = False  # whether its prefix was asked for since it began to wait
 
     @property
     def num_tokens(self) -> int:
@@ -221,12 +224,57 @@ class PageMove:
 
     A HOST source that is ``last`` is dropped after the move; ``dst`` None drops a HOST page that nobody reads. As drops
     keep their place in the order, a later move of the same plan may write the host page number that was freed.
+    DISK pages have no number: as a source (of a ``Fetch``) it is an index into ``Fetch.keys``, as a destination an
+    index into ``StepPlan.saves``.
     """
 
     group: int
     src: tuple[Tier, int]
     dst: tuple[Tier, int] | None
     last: bool = False
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PageMove:
+        place = lambda pair: pair and (Tier(pair[0]), pair[1])  # noqa: E731
+        return cls(data["group"], place(data["src"]), place(data["dst"]), data["last"])
+
+
+@dataclass(frozen=True, slots=True)
+class PageKey:
+    """Name of a page's content: the digest of the path that ends with it, and its own tokens, compared on a read."""
+
+    digest: str  # hexadecimal
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PageKey:
+        return cls(data["digest"], tuple(data["tokens"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Pages to bring to the device while steps go on: ``moves`` from HOST or DISK to HBM pages that nothing reads yet.
+
+    A fetch fills staging memory only. Once it arrived, a later plan lists it under ``landings``, and its pages are valid
+    for everything in that plan.
+    """
+
+    id: int
+    moves: tuple[PageMove, ...]
+    keys: tuple[PageKey, ...] = ()  # what to read from disk
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Fetch:
+        return cls(data["id"], tuple(map(PageMove.from_dict, data["moves"])), tuple(map(PageKey.from_dict, data["keys"])))
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """How a fetch ended. Not ``ok``: failed or too slow, and its pages will never come."""
+
+    fetch_id: int
+    ok: bool = True
+    seconds: float = 0.0  # from its start on the engine's clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,10 +307,13 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step does. A value: it can be logged, compared, sent and replayed."""
+    """What one step does, in the order of its fields. A value: it can be logged, compared, sent and replayed."""
 
     id: int
+    landings: tuple[tuple[int, bool], ...] = ()  # (fetch that arrived, whether its pages are still wanted)
     moves: tuple[PageMove, ...] = ()
+    saves: tuple[PageKey, ...] = ()  # pages that moves to DISK make up, one of every group
+    fetches: tuple[Fetch, ...] = ()  # to start
     admits: tuple[Admit, ...] = ()
     chunks: tuple[Chunk, ...] = ()
 
@@ -277,12 +328,12 @@ class StepPlan:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> StepPlan:
         """The plan ``to_dict`` wrote, also after a JSON round trip."""
-        def place(pair: list[int]) -> tuple[Tier, int]:
-            return Tier(pair[0]), pair[1]
-
         return cls(
             id=data["id"],
-            moves=tuple(PageMove(m["group"], place(m["src"]), m["dst"] and place(m["dst"]), m["last"]) for m in data["moves"]),
+            landings=tuple((fetch_id, wanted) for fetch_id, wanted in data["landings"]),
+            moves=tuple(map(PageMove.from_dict, data["moves"])),
+            saves=tuple(map(PageKey.from_dict, data["saves"])),
+            fetches=tuple(map(Fetch.from_dict, data["fetches"])),
             admits=tuple(Admit(**{**a, "params": SamplingParams(**a["params"]), "tokens": tuple(a["tokens"]),
                                   "stop_ids": tuple(a["stop_ids"])}) for a in data["admits"]),
             chunks=tuple(Chunk(**{**c, "tokens": tuple(c["tokens"]),
@@ -320,6 +371,14 @@ class TokenEvent:
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_token: int | None = None
     num_cached: int = 0
+
+
+class DiskIndex(Protocol):
+    """What the cache asks of the disk tier."""
+
+    def match(self, keys: list[bytes]) -> int:
+        """How many leading pages of a path, given by their digests, are on disk."""
+        ...
 
 
 class StepHandle(Protocol):

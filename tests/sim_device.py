@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-from jaxkv.types import Chunk, KVGroup, PageMove, Request, StepPlan, StepResult, Tier
+from jaxkv.types import Chunk, Fetch, KVGroup, PageKey, PageMove, Request, StepPlan, StepResult, Tier
 
 Page = list[int | None]  # [page_size] prefix id of each slot, None: never written
 
@@ -35,7 +35,11 @@ class SimDevice:
         self.hbm: list[list[Page]] = [[[None] * page_size for _ in range(n)] for n in num_pages]
         self.host: list[dict[int, Page]] = [{} for _ in groups]
         self.computed: dict[str, int] = {}  # request id -> tokens that steps have run for it
-        self.num_moves: dict[str, int] = {"demote": 0, "promote": 0, "drop": 0, "copy hbm": 0, "copy host": 0}
+        self.num_moves: dict[str, int] = {"demote": 0, "promote": 0, "drop": 0, "copy hbm": 0, "copy host": 0,
+                                         "fetch host": 0, "fetch disk": 0, "save": 0}
+        self.disk: dict[str, dict[int, Page]] = {}  # digest -> page of each group
+        self.staged: dict[int, list[tuple[PageMove, Page]]] = {}
+        self.started: list[int] = []  # fetches, oldest first: tests say how each ends
         self._prefixes: dict[tuple[int, int], int] = {}
         self._roots: dict[str, int] = {}
         self._requests: dict[str, Request] = {}
@@ -82,8 +86,12 @@ class SimDevice:
 
     def apply(self, plan: StepPlan) -> StepResult:
         """Run one plan. Raises AssertionError where a real device would have read something wrong."""
+        for fetch_id, wanted in plan.landings:
+            self._land(fetch_id, wanted)
         for move in plan.moves:
-            self._move(move)
+            self._move(move, plan.saves)
+        for fetch in plan.fetches:
+            self._start(fetch)
         for admit in plan.admits:
             self._slots[admit.slot] = _Slot(admit.request_id, len(self.groups))
         self._write(plan.chunks)
@@ -91,7 +99,32 @@ class SimDevice:
             self._read(chunk)
         return StepResult(tuple(self._sampled(chunk) for chunk in plan.chunks))
 
-    def _move(self, move: PageMove) -> None:
+    def _start(self, fetch: Fetch) -> None:
+        """Copy what the fetch reads: pages do not change on the way."""
+        contents = []
+        for move in fetch.moves:
+            tier, page = move.src
+            assert move.dst and move.dst[0] == Tier.HBM and move.last == (tier == Tier.HOST)
+            contents.append(list(self.host[move.group][page]) if tier == Tier.HOST
+                            else self.disk[fetch.keys[page].digest][move.group])
+        assert fetch.id not in self.staged
+        self.staged[fetch.id] = list(zip(fetch.moves, contents))
+        self.started.append(fetch.id)
+
+    def _land(self, fetch_id: int, wanted: bool) -> None:
+        for move, content in self.staged.pop(fetch_id):
+            if wanted:
+                self.num_moves["fetch host" if move.last else "fetch disk"] += 1
+                self.hbm[move.group][move.dst[1]] = list(content)
+                if move.last:
+                    del self.host[move.group][move.src[1]]
+
+    def match(self, keys: list[bytes]) -> int:
+        """As the disk tier would say."""
+        missing = (i for i, key in enumerate(keys) if len(self.disk.get(key.hex(), ())) < len(self.groups))
+        return next(missing, len(keys))
+
+    def _move(self, move: PageMove, saves: tuple[PageKey, ...]) -> None:
         (tier, page), dst, host = move.src, move.dst, self.host[move.group]
         if tier == Tier.HOST:
             assert page in host, f"{move}: the host page holds nothing"
@@ -100,6 +133,10 @@ class SimDevice:
         content = list(host[page] if tier == Tier.HOST else self.hbm[move.group][page])
         if tier == Tier.HOST and (move.last or dst is None):
             del host[page]
+        if dst is not None and dst[0] == Tier.DISK:
+            self.disk.setdefault(saves[dst[1]].digest, {})[move.group] = content
+            self.num_moves["save"] += 1
+            return
         if dst is None:
             assert tier == Tier.HOST, f"{move}: only HOST pages are dropped by a move"
             self.num_moves["drop"] += 1

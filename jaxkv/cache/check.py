@@ -7,21 +7,22 @@ from __future__ import annotations
 
 from collections import Counter
 
+from jaxkv.cache.loads import Load
 from jaxkv.cache.pages import WindowPool
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.trie import Node, Root, Trie, encode
 from jaxkv.types import Kind, Sequence, Tier
 
 
-def check(store: PageStore, sequences: list[Sequence]) -> None:
-    """``sequences``: those acquired and not released. AssertionError names what is broken."""
+def check(store: PageStore, sequences: list[Sequence], loads: list[Load]) -> None:
+    """``sequences``: those acquired and not released; ``loads``: those not ended. AssertionError names what is broken."""
     _check_tree(store.trie)
-    _check_marks(store, sequences)
+    _check_marks(store, sequences, loads)
     for seq in sequences:
         if seq.node is not None:
             _check_sequence(store, seq)
     for g in range(len(store.hbm)):
-        _check_pages(store, g, sequences)
+        _check_pages(store, g, sequences, loads)
 
 
 def _check_tree(trie: Trie) -> None:
@@ -42,11 +43,10 @@ def _check_tree(trie: Trie) -> None:
             assert all(len(pages) == len(child) for pages in child.pages)
 
 
-def _check_marks(store: PageStore, sequences: list[Sequence]) -> None:
+def _check_marks(store: PageStore, sequences: list[Sequence], loads: list[Load]) -> None:
     """References, idle count, the node index and what the policies know."""
     refs: Counter[int] = Counter()
-    for seq in sequences:
-        node = seq.node
+    for node in [*(seq.node for seq in sequences), *(load.end for load in loads)]:
         while node is not None:
             refs[id(node)] += 1
             node = node.parent
@@ -54,6 +54,7 @@ def _check_marks(store: PageStore, sequences: list[Sequence]) -> None:
     for node in [*store.trie.roots.values(), *nodes]:
         assert node.refs == refs[id(node)], f"node at {node.start}: {node.refs} references, {refs[id(node)]} holders"
         assert not (store.trie.partial(node) and node.refs > 1), "a leaf has one writer"
+        assert node.load is None or (node.load in loads and node in node.load.nodes), "what brings the node has ended"
     assert store.nodes == {node.key: node for node in nodes}
     assert store.idle == sum(len(node) for node in nodes if node.tier is Tier.HBM and not node.refs)
     assert store.host_capacity or all(node.tier is Tier.HBM for node in nodes), "a HOST node without a host tier"
@@ -83,7 +84,7 @@ def _check_sequence(store: PageStore, seq: Sequence) -> None:
         assert all(page < 0 for page in pages[:first]) and all(page >= 0 for page in pages[first:])
 
 
-def _check_pages(store: PageStore, group: int, sequences: list[Sequence]) -> None:
+def _check_pages(store: PageStore, group: int, sequences: list[Sequence], loads: list[Load]) -> None:
     """Every page of one group is free, private to one sequence or owned by one node."""
     pool, host = store.hbm[group], store.host[group]
     owner: dict[Tier, dict[int, Node]] = {tier: {} for tier in Tier}
@@ -99,10 +100,14 @@ def _check_pages(store: PageStore, group: int, sequences: list[Sequence]) -> Non
         shared = -(-seq.num_published // store.page_size)
         private += [page for page in seq.pages[group][shared:] if page >= 0]
         users.update(page for page in seq.pages[group][:shared] if page >= 0)
+    coming = []
+    for load in loads:
+        users.update(page for g, page in load.shared if g == group)
+        coming += [page for g, page in load.host_pages if g == group]
     assert sorted([*pool.free_pages(), *owner[Tier.HBM], *private]) == list(range(pool.capacity)), \
         f"group {group}: free, private and trie pages are not the pool"
-    assert sorted([*host.free_pages(), *owner[Tier.HOST]]) == list(range(host.capacity)), \
-        f"group {group}: free and trie pages are not the host pool"
+    assert sorted([*host.free_pages(), *owner[Tier.HOST], *coming]) == list(range(host.capacity)), \
+        f"group {group}: free, trie and leaving pages are not the host pool"
     if isinstance(pool, WindowPool):
         assert pool.owner == owner[Tier.HBM]
         assert all(pool.users[page] == users[page] for page in pool.owner)

@@ -2,13 +2,14 @@
 
 Owns the cache side of a ``Sequence`` (pages, path, how much of it is published). Owns no order between sequences and
 no device: every effect is a page number in ``Sequence.pages`` or a ``PageMove``. The tree is in ``trie``, who holds
-what in ``store``, eviction and moves in ``tiering``, the choice of a prefix in ``hit``, publication in ``publish``.
+what in ``store``, eviction and moves in ``tiering``, the choice of a prefix in ``hit``, publication in ``publish``, what
+is under way while steps go on in ``prefetch`` and ``loads``.
 
 A page is private to a running sequence until ``publish`` gives it to the trie; the sequence then pins the path (from
 ``Sequence.node`` up to the root) and goes on reading it. ``release`` publishes what is left and unpins: preemption is
 release, coming back is a hit.
 
-Rules for one plan, which ``take_moves`` ends. The scheduler keeps the first two, this file the others:
+Rules for one plan, which ``take_transfers`` ends. The scheduler keeps the first two, this file the others:
   1. ``grow`` comes before a chunk; ``publish`` after ``num_scheduled`` was advanced, before the chunk copies page rows.
   2. A sequence with a chunk in the plan is not released before the plan ends.
   3. Moves run before the step, so a page that this very plan computes (``Node.born``) may be shared but not copied.
@@ -19,28 +20,43 @@ Rules for one plan, which ``take_moves`` ends. The scheduler keeps the first two
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 from jaxkv.cache.check import check
-from jaxkv.cache.hit import find_hit
+from jaxkv.cache.hit import Use, find_hit
+from jaxkv.cache.loads import Load, Loader
+from jaxkv.cache.prefetch import Prefetcher
 from jaxkv.cache.publish import Publisher
 from jaxkv.cache.stats import CacheStats
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
 from jaxkv.cache.trie import Node, Source, Trie
-from jaxkv.types import KVGroup, PageMove, Sequence, Tier
+from jaxkv.types import Arrival, DiskIndex, Fetch, KVGroup, PageKey, PageMove, Sequence, Tier
 
 SETTLED = sys.maxsize  # every position was computed by an earlier plan
+
+
+class Transfers(NamedTuple):
+    """What a plan does to pages besides its step: see ``StepPlan``."""
+
+    landings: tuple[tuple[int, bool], ...]
+    moves: tuple[PageMove, ...]
+    saves: tuple[PageKey, ...]
+    fetches: tuple[Fetch, ...]
 
 
 class CacheController:
     """Decides which KV pages are where. Sizes are in pages, one entry per KV group.
 
     ``root_salt`` names all that KV depends on besides tokens and namespace: model fingerprint, layout, adapter.
+    ``disk``: the tier below the host's, if there is one; it gets what the others drop and, with ``save_on_reuse``, what
+    was used a second time. ``fetch_pages``: most pages of a fetch, two of which are under way at once.
     """
 
     def __init__(self, groups: tuple[KVGroup, ...], page_size: int, num_pages: tuple[int, ...],
                  num_host_pages: tuple[int, ...], policy: str = "lfu", root_salt: str = "",
-                 enable_prefix_caching: bool = True) -> None:
+                 enable_prefix_caching: bool = True, disk: DiskIndex | None = None, save_on_reuse: bool = True,
+                 fetch_pages: int = 64) -> None:
         self.groups = groups
         self.page_size = page_size
         self.num_pages = num_pages
@@ -48,8 +64,11 @@ class CacheController:
         self.enable_prefix_caching = enable_prefix_caching
         self.trie = Trie(page_size, root_salt)
         self.store = PageStore(self.trie, groups, num_pages, num_host_pages, policy)
-        self._tiering = Tiering(self.store)
+        self._tiering = Tiering(self.store, disk is not None)
         self._publisher = Publisher(self.store, self._tiering)
+        self._loader = Loader(self.store, fetch_pages)
+        self._prefetcher = Prefetcher(self.store, self._tiering, self._loader, disk)
+        self._save_on_reuse = save_on_reuse and disk is not None
         self._windows = [(g, group.window) for g, group in enumerate(groups) if group.window is not None]
 
     # ---- what there is
@@ -67,22 +86,54 @@ class CacheController:
         return {Tier.HBM: tuple(pool.used for pool in self.store.hbm),
                 Tier.HOST: tuple(pool.used for pool in self.store.host)}
 
-    def take_moves(self) -> tuple[PageMove, ...]:
-        """The moves of the plan under construction, in the order they must run. Ends the plan."""
-        moves = tuple(self.store.moves)
+    @property
+    def loading(self) -> bool:
+        """Whether pages are under way: an ``arrived`` will follow."""
+        return self._loader.busy
+
+    def take_transfers(self) -> Transfers:
+        """What the plan under construction does to pages, each kind in the order it must run. Ends the plan."""
+        landings, fetches = self._loader.take()
+        moves, saves = tuple(self.store.moves), tuple(self.store.saves)
         self.store.moves.clear()
-        return moves
+        self.store.saves.clear()
+        return Transfers(landings, moves, saves, fetches)
 
     def check(self, sequences: list[Sequence]) -> None:
         """Recompute all ownership; ``sequences``: those acquired and not released. AssertionError if it is broken."""
-        check(self.store, sequences)
+        check(self.store, sequences, self._loader.loads)
+
+    # ---- a sequence waits
+
+    def prefetch(self, seq: Sequence, plan_id: int, spare: int, cold: bool = True) -> bool:
+        """Begin to bring the prefix of a waiting sequence to HBM, leaving ``spare`` pages of every group to others.
+
+        Not ``cold``: only if a part is on disk, as ``acquire`` will bring the rest. True: the sequence has pages on the
+        way, or kept for it, (``Sequence.waits``) until ``leave`` is called.
+        """
+        return self.enable_prefix_caching and self._prefetcher.prefetch(seq, plan_id, spare, cold)
+
+    def leave(self, seq: Sequence) -> None:
+        """A sequence that waits for pages enters, or gives up."""
+        for load in seq.waits:
+            self._loader.leave(load)
+        seq.waits = []
+
+    def arrived(self, arrival: Arrival) -> Load | None:
+        """Learn how a fetch ended. A load that failed is returned: whoever waits for one that is ``failed`` must
+        ``leave``, then it is to be buried."""
+        return self._loader.arrived(arrival)
+
+    def bury(self, load: Load) -> None:
+        """Forget the pages of a failed load."""
+        self._loader.bury(load)
 
     # ---- a sequence enters
 
-    def acquire(self, seq: Sequence, plan_id: int) -> int:
+    def acquire(self, seq: Sequence, plan_id: int, cold: bool = True) -> int:
         """Start a sequence on the longest cached prefix of its first ``match_limit`` tokens, and return its length.
 
-        Pins the path, brings its HOST pages back, copies a partly matching page into a private one, and sets ``pages``,
+        Pins the path, brings its HOST pages back in this very plan (not ``cold``: does without), copies a partly matching page into a private one, and sets ``pages``,
         ``num_scheduled`` and ``dirty``. It never fails: where room is missing for the copy or for all the HOST pages
         the match is shorter, and a match of 0 needs no room. What the caller cannot ``grow`` afterwards, it releases.
         """
@@ -94,7 +145,7 @@ class CacheController:
         if not self.enable_prefix_caching:
             return 0
         store, stats = self.store, self.store.stats
-        hit = find_hit(store, seq, plan_id)
+        hit = find_hit(store, seq, plan_id, Use.COLD if cold else Use.HOT)
         source, node = hit.source, hit.path[-1]
         keep = hit.pages - store.first_page(node)
         if keep < len(node):
@@ -107,7 +158,7 @@ class CacheController:
             self._protect(source, True)
         room = self._tiering.reserve(hit.need)
         assert room, "find_hit chose a prefix that there is no room for"
-        self._enter(seq, path)
+        self._enter(seq, path, plan_id)
         seq.num_published = seq.num_matched = hit.pages * self.page_size
         seq.num_scheduled = seq.num_settled = seq.num_matched + (source.tokens if source else 0)
         if source:
@@ -133,12 +184,14 @@ class CacheController:
                         pool.share(page)
         return path
 
-    def _enter(self, seq: Sequence, path: list[Node]) -> None:
+    def _enter(self, seq: Sequence, path: list[Node], plan_id: int) -> None:
         """Bring a pinned path into HBM, count the use and give the sequence the pages."""
         for node in path:
             if node.tier is Tier.HOST:
                 self.store.stats.host_hit_tokens += len(node) * self.page_size
-                self._tiering.promote(node, seq.first)
+                self._tiering.promote(node, seq.first, None)
+            elif self._save_on_reuse:
+                self._tiering.save(node, plan_id)
             self.store.policies[Tier.HBM].touch(node.key)
             for mine, pages in zip(seq.pages, node.pages, strict=True):
                 mine += pages

@@ -5,6 +5,7 @@ Reads the trie and the store, changes neither.
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 from jaxkv.cache.store import PageStore
@@ -22,15 +23,28 @@ class Hit(NamedTuple):
     need: list[int]  # [group] HBM pages that it takes: HOST pages in sight and the copy
 
 
-def find_hit(store: PageStore, seq: Sequence, plan_id: int) -> Hit:
-    """The longest usable prefix of ``seq.tokens[:seq.match_limit]``; in the worst case of length 0.
+class Use(IntEnum):
+    """Which nodes a hit may use."""
+
+    HOT = 0  # those in HBM
+    COLD = 1  # and those in the host tier
+    COMING = 2  # and those under way
+
+
+def find_hit(store: PageStore, seq: Sequence, plan_id: int, use: Use, spare: int = 0) -> Hit:
+    """The longest usable prefix of ``seq.tokens[:seq.match_limit]``; in the worst case of length 0. What may still come
+    has no part of a page.
 
     A page that plan ``plan_id`` itself computes is no source of a copy. A window group must hold every page that the
-    next position sees. All HBM pages taken must be free, or idle once the path is pinned.
+    next position sees. All HBM pages taken must be free, or idle once the path is pinned, and ``spare`` more of each group.
     """
     root = store.trie.root(seq.request.namespace)
     path, pages, sources = store.trie.match(root, encode(seq.tokens[:seq.match_limit]))
-    source = next((s for s in sources if s.ready(plan_id, store.page_size)), None)
+    for node in path[1:]:
+        if use is not Use.COMING and node.load is not None or use is Use.HOT and node.tier is not Tier.HBM:
+            pages, sources = store.first_page(node), []
+            break
+    source = next((s for s in sources if s.ready(plan_id, store.page_size) and use is not Use.COMING), None)
     while True:
         tokens = pages * store.page_size + (source.tokens if source else 0)
         hit = Hit(path, pages, source, store.first_visible(tokens), [])
@@ -39,7 +53,7 @@ def find_hit(store: PageStore, seq: Sequence, plan_id: int) -> Hit:
             pages, source = hole, None
             continue
         hit.need.extend(_need(store, hit))
-        short = _shortage(store, hit)
+        short = spare - room_beside(store, hit) if any(hit.need) else 0
         if short <= 0:
             break
         if source:
@@ -80,21 +94,19 @@ def _need(store: PageStore, hit: Hit) -> list[int]:
     return need
 
 
-def _shortage(store: PageStore, hit: Hit) -> int:
-    """Pages by which the hit exceeds what can be made free once it is pinned, in the worst group."""
-    if not any(hit.need):
-        return 0
+def room_beside(store: PageStore, hit: Hit) -> int:
+    """Pages that can be made free once the hit is pinned and has what it needs, in the worst group; negative: it misses."""
     warm = [node for node in hit.path[1:] if node.tier is Tier.HBM]
     source = hit.source if hit.source and hit.source.node.tier is Tier.HBM else None
     pinned = sum(max(0, min(hit.pages - store.first_page(node), len(node))) for node in warm if not node.refs)
     if source and not source.node.refs:
         pinned += len(source.node) - source.page  # of a node cut by the match, the part above the source is counted
-    short = max((hit.need[g] + pinned - store.available(g) for g in store.full), default=0)
+    room = [store.available(g) - hit.need[g] - pinned for g in store.full]
     for g in store.windows:
         users = store.window_pool(g).users
         seen = [page for node in warm for start in [store.first_page(node)]
                 for page in node.pages[g][max(0, hit.first[g] - start):max(0, hit.pages - start)]]
         if source:
             seen.append(source.node.pages[g][source.page])
-        short = max(short, hit.need[g] + sum(not users[page] for page in seen) - store.available(g))
-    return short
+        room.append(store.available(g) - hit.need[g] - sum(not users[page] for page in seen))
+    return min(room)

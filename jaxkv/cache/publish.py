@@ -36,7 +36,7 @@ class Publisher:
             count = common_tokens(child.data, data) // size
             if child.tier is Tier.HBM:
                 count = min(count, (settled - at) // size)
-            if count <= 0:
+            if count <= 0 or child.load is not None:
                 return
             if count < len(child):
                 child = store.split(child, count)

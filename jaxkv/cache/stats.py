@@ -12,11 +12,15 @@ class CacheStats:
     query_tokens: int = 0  # tokens of sequences at admission, the one that always runs included
     hit_tokens: int = 0  # those found in any tier
     host_hit_tokens: int = 0  # those found in the host tier
+    disk_hit_tokens: int = 0  # those found on disk
     demotions: int = 0  # pages HBM -> HOST
     promotions: int = 0  # pages HOST -> HBM
     evictions: int = 0  # pages dropped for room: their KV is lost
     holes: int = 0  # pages of one window group dropped for room
     partial_copies: int = 0  # pages copied because a match ended inside
+    loads: int = 0  # sequences whose pages came while others ran
+    failed_loads: int = 0  # those whose pages did not come: computed instead
+    saves: int = 0  # pages handed to the disk tier
     splits: int = 0
     claims: int = 0  # ANSWER nodes that became PROMPT
     swaps: int = 0  # pages computed twice: the trie's page replaced the sequence's

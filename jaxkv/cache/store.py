@@ -14,7 +14,7 @@ from jaxkv.cache.eviction import POLICIES
 from jaxkv.cache.pages import PagePool, WindowPool
 from jaxkv.cache.stats import CacheStats
 from jaxkv.cache.trie import Node, Trie
-from jaxkv.types import Kind, KVGroup, PageMove, Tier
+from jaxkv.types import Kind, KVGroup, PageKey, PageMove, Tier
 
 
 class PageStore:
@@ -38,6 +38,7 @@ class PageStore:
         self.nodes: dict[bytes, Node] = {}  # by Node.key
         self.idle = 0  # pages (of every full group) of HBM nodes that nobody uses
         self.moves: list[PageMove] = []
+        self.saves: list[PageKey] = []
 
     def window_pool(self, group: int) -> WindowPool:
         pool = self.hbm[group]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxkv.cache.loads import Load
 from jaxkv.cache.pages import WindowPool
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.trie import Node
@@ -23,10 +24,11 @@ from jaxkv.types import PageMove, Tier
 
 
 class Tiering:
-    """Moves nodes between the tiers of ``store``."""
+    """Moves nodes between the tiers of ``store``; with ``disk``, what they drop is handed to the disk tier."""
 
-    def __init__(self, store: PageStore) -> None:
+    def __init__(self, store: PageStore, disk: bool) -> None:
         self._store = store
+        self._disk = disk
 
     def reserve(self, need: Sequence[int]) -> bool:
         """Make room for ``need[group]`` pages in every group; False, and nothing changed, if that is impossible."""
@@ -56,8 +58,32 @@ class Tiering:
         if self._host_room(node):
             self._demote(node)
         else:
-            store.stats.evictions += len(node)
-            store.discard(node)
+            self._drop(node)
+
+    def _drop(self, node: Node) -> None:
+        """Forget a node, which the disk tier may remember, and everything below it."""
+        self._store.stats.evictions += len(node)
+        if self._disk:
+            below = [node]
+            for node in below:
+                below.extend(node.children.values())
+                self.save(node, -1)
+        self._store.discard(below[0] if self._disk else node)
+
+    def save(self, node: Node, plan_id: int) -> None:
+        """Hand the full pages of a node to the disk tier, once; none that plan ``plan_id`` computes or that a window
+        group has lost."""
+        store, size = self._store, self._store.trie.page_bytes
+        if node.load is not None or node.born == plan_id:
+            return
+        for i in range(node.saved, len(node.data) // size):
+            if all(pages[i] >= 0 for pages in node.pages):
+                tokens = memoryview(node.data[i * size:(i + 1) * size]).cast("i")
+                store.moves += [PageMove(g, (node.tier, pages[i]), (Tier.DISK, len(store.saves)))
+                                for g, pages in enumerate(node.pages)]
+                store.saves.append(PageKey(node.digests[i].hex(), tuple(tokens)))
+        store.stats.saves += max(0, len(node.data) // size - node.saved)
+        node.saved = max(node.saved, len(node.data) // size)
 
     def _host_room(self, node: Node) -> bool:
         """Make room in the host tier for all pages of ``node``, dropping host nodes by policy."""
@@ -72,8 +98,7 @@ class Tiering:
             victim = store.nodes[key]
             if len(victim) > short:
                 store.split(victim, len(victim) - short)
-            store.stats.evictions += len(victim)
-            store.discard(victim)
+            self._drop(victim)
         return True
 
     def _demote(self, node: Node) -> None:
@@ -113,10 +138,11 @@ class Tiering:
 
     # ---- back to HBM
 
-    def promote(self, node: Node, first: Sequence[int]) -> None:
+    def promote(self, node: Node, first: Sequence[int], load: Load | None) -> None:
         """Bring a HOST node back for the one sequence that has pinned it; room was reserved.
 
-        Of window group g only pages from index ``first[g]`` of the path come, earlier ones are dropped.
+        Of window group g only pages from index ``first[g]`` of the path come, earlier ones are dropped. They come with
+        ``load``, or, without one, before the step of this very plan.
         """
         store = self._store
         start = store.first_page(node)
@@ -130,10 +156,19 @@ class Tiering:
                     pages[i] = -1
                     continue
                 pages[i] = pool.take()
-                store.host[g].give(page)
-                store.moves.append(PageMove(g, (Tier.HOST, page), (Tier.HBM, pages[i]), last=True))
+                move = PageMove(g, (Tier.HOST, page), (Tier.HBM, pages[i]), last=True)
+                if load is None:
+                    store.host[g].give(page)
+                    store.moves.append(move)
+                else:
+                    load.moves.append(move)
                 if isinstance(pool, WindowPool):
                     pool.adopt(pages[i], node, 1)
+                    if load is not None:
+                        load.shared.append((g, pages[i]))
+        if load is not None:
+            node.load = load
+            load.nodes.append(node)
         self._to_hbm(node)
         store.stats.promotions += len(node)
 

@@ -19,7 +19,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxkv.types import Kind, Tier
 
@@ -43,7 +43,7 @@ class Node:
     """A run of pages that share a fate: kind, tier and users."""
 
     __slots__ = ("parent", "data", "digests", "start", "kind", "tier", "pages", "refs", "born", "settled", "hot",
-                 "children", "order")
+                 "children", "order", "load", "saved", "moved")
 
     def __init__(self, parent: Node | None, data: bytes, digests: list[bytes], start: int, kind: Kind, tier: Tier,
                  pages: list[list[int]]) -> None:
@@ -60,6 +60,9 @@ class Node:
         self.hot = 0  # children in HBM
         self.children: dict[bytes, Node] = {}  # by the encoded tokens of their first page
         self.order: list[bytes] = []  # keys of children, sorted
+        self.load: Any = None  # what brings its pages, which hold nothing until then
+        self.saved = 0  # leading pages that were handed to the disk tier
+        self.moved = -1  # latest plan that changed its tier
 
     def __len__(self) -> int:
         """Pages."""
@@ -99,7 +102,7 @@ class Source(NamedTuple):
     def ready(self, plan_id: int, page_size: int) -> bool:
         """Whether every group has the page and plan ``plan_id``, whose moves run before its step, only reads it."""
         node = self.node
-        return (node.born != plan_id or node.start + self.page * page_size + self.tokens <= node.settled) \
+        return node.load is None and (node.born != plan_id or node.start + self.page * page_size + self.tokens <= node.settled) \
             and all(pages[self.page] >= 0 for pages in node.pages)
 
 
@@ -218,7 +221,12 @@ class Trie:
         assert parent is not None
         upper = Node(parent, node.data[:at], node.digests[:count], node.start, node.kind, node.tier,
                      [pages[:count] for pages in node.pages])
-        upper.born, upper.settled = node.born, node.settled
+        upper.born, upper.settled, upper.moved = node.born, node.settled, node.moved
+        upper.saved = min(node.saved, count)
+        node.saved -= upper.saved
+        if node.load is not None:
+            upper.load = node.load
+            node.load.nodes.append(upper)
         upper.refs = node.refs
         upper.hot = int(node.tier is Tier.HBM)
         parent.children[node.data[:size]] = upper

@@ -6,10 +6,11 @@ Owns the event format (one JSON object per call). Owns no decision: what is reco
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 from jaxkv.sched.scheduler import Scheduler
-from jaxkv.types import Request, StepPlan, StepResult, TokenEvent
+from jaxkv.types import Arrival, Request, StepPlan, StepResult, TokenEvent
 
 
 class Recorder:
@@ -37,6 +38,10 @@ class Recorder:
         self._sink({"event": "plan", "now": now})
         return self._scheduler.plan(now)
 
+    def arrived(self, arrival: Arrival) -> None:
+        self._sink({"event": "arrived", "arrival": asdict(arrival)})
+        self._scheduler.arrived(arrival)
+
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
         self._sink({"event": "commit", "plan": plan.id, "tokens": result.tokens, "now": now})
         return self._scheduler.commit(plan, result, now)
@@ -61,6 +66,8 @@ def replay(events: Iterable[dict[str, Any]], scheduler: Scheduler) -> list[StepP
             case "commit":
                 result = StepResult(tuple(tuple(tokens) for tokens in event["tokens"]))
                 scheduler.commit(plans[event["plan"]], result, event["now"])
+            case "arrived":
+                scheduler.arrived(Arrival(**event["arrival"]))
             case unknown:
-                raise ValueError(f"event must be add, finish, plan or commit, got {unknown!r}")
+                raise ValueError(f"event must be add, finish, plan, arrived or commit, got {unknown!r}")
     return plans

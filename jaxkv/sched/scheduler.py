@@ -27,8 +27,9 @@ from jaxkv.config import SchedConfig
 from jaxkv.sched.capacity import check_capacity, fits_beside
 from jaxkv.sched.chunking import append_tokens, chunk_length, excess_tokens, take_chunk
 from jaxkv.sched.policy import FCFS, SchedulerPolicy
-from jaxkv.types import Admit, Chunk, Request, Sequence, Status, StepPlan, StepResult, TokenEvent
+from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Status, StepPlan, StepResult, TokenEvent
 
+LOOKAHEAD = 8  # first waiting sequences whose pages are brought although they cannot enter yet
 _RUNNING, _FINISHED = Status.RUNNING, Status.FINISHED
 _key = attrgetter("key")
 
@@ -60,6 +61,7 @@ class Scheduler:
         self._next_plan = 0
         self._num_added = 0
         self._stuck: Sequence | None = None  # did not fit; not tried again until a sequence is released
+        self._ahead: dict[str, Sequence] = {}  # waiting ones that pages are brought for
         self._leading: set[str] = set()  # parents whose siblings wait for child 0's prompt
         self._led: list[str] = []  # those whose child 0 finished its prompt in the latest plan
 
@@ -122,14 +124,24 @@ class Scheduler:
         left, preempted = self._continue(plan_id, chunks, seqs)
         if self._waiting and not preempted:
             self._admit(plan_id, left, chunks, seqs, admits)
-        moves = self.cache.take_moves()
-        if not chunks and not moves:
-            if self._waiting and not self._running and not self._pending:
+        transfers = self.cache.take_transfers()
+        if not chunks and not any(transfers):
+            if self._waiting and not self._running and not self._pending and not self.cache.loading:
                 raise RuntimeError(f"request {self._waiting[0].request.id!r} does not fit into an idle KV pool")
             return None
         self._next_plan += 1
         self._pending.append((plan_id, seqs))
-        return StepPlan(plan_id, moves, tuple(admits), tuple(chunks))
+        return StepPlan(plan_id, *transfers, tuple(admits), tuple(chunks))
+
+    def arrived(self, arrival: Arrival) -> None:
+        """Learn that a fetch ended. Sequences whose pages will not come go without them."""
+        failed = self.cache.arrived(arrival)
+        if failed is not None:
+            for seq in list(self._ahead.values()):
+                if any(load.failed for load in seq.waits):
+                    self._leave_pages(seq)
+            self.cache.bury(failed)
+        self._stuck = None
 
     def _continue(self, plan_id: int, chunks: list[Chunk], seqs: list[Sequence]) -> tuple[int, bool]:
         """Chunks of the running sequences: one token each is theirs, prompts share what the budget has beyond that.
@@ -157,6 +169,8 @@ class Scheduler:
                     length -= excess_tokens(self._budget - left + length - 1, length - 1, self._step_sizes)
                 left -= length - 1
             while not grow(seq, start + length):
+                if self._let_wait():
+                    continue
                 victim = running[-1]
                 self._preempt(victim)
                 preempted = True
@@ -169,14 +183,17 @@ class Scheduler:
         return left, preempted
 
     def _admit(self, plan_id: int, left: int, chunks: list[Chunk], seqs: list[Sequence], admits: list[Admit]) -> None:
-        """First chunks of waiting sequences in order, up to the first that cannot enter; siblings may be passed."""
+        """First chunks of waiting sequences in order, up to the first that cannot enter; siblings may be passed, and
+        those whose pages are on their way. Pages start on their way for the first ``LOOKAHEAD`` that wait."""
         waiting = self._waiting
         index = 0
-        while left > 0 and self._slots and index < len(waiting):
+        while index < len(waiting):
             seq = waiting[index]
-            if seq.in_flight or seq is self._stuck:
+            room = left > 0 and self._slots
+            if seq.in_flight or seq is self._stuck or not room and index >= LOOKAHEAD:
                 break
-            if seq.request.child and seq.request.parent in self._leading and not seq.owes_prompt_logprobs:
+            sibling = seq.request.child and seq.request.parent in self._leading and not seq.owes_prompt_logprobs
+            if sibling or self._awaits_pages(seq, plan_id) or not room:
                 index += 1
                 continue
             length = self._acquire(seq, plan_id, left)
@@ -188,19 +205,44 @@ class Scheduler:
             chunks.append(self._schedule(seq, length, plan_id))
             seqs.append(seq)
 
+    def _awaits_pages(self, seq: Sequence, plan_id: int) -> bool:
+        """Whether pages of a waiting sequence's prefix are on their way; asks for them once. With nothing running they
+        need not go ahead of the sequence, unless they come from the disk."""
+        if not seq.looked_up:
+            seq.looked_up = True
+            if self.cache.prefetch(seq, plan_id, len(self._running), cold=bool(self._running)):
+                self._ahead[seq.request.id] = seq
+        return any(not load.done for load in seq.waits)
+
+    def _leave_pages(self, seq: Sequence) -> None:
+        """The sequence enters, or goes on without the pages that were brought for it."""
+        if self._ahead.pop(seq.request.id, None):
+            self.cache.leave(seq)
+
+    def _let_wait(self) -> bool:
+        """Let go of the pages that were brought for the last sequence that has some; False if there is none."""
+        if not self._ahead:
+            return False
+        self._leave_pages(max(self._ahead.values(), key=_key))
+        return True
+
     def _acquire(self, seq: Sequence, plan_id: int, left: int) -> int:
         """Pages for the cached prefix and the first chunk; the chunk's length, or 0 with nothing held."""
         cache = self.cache
-        cache.acquire(seq, plan_id)
+        cache.acquire(seq, plan_id, cold=not self._running)
+        self._leave_pages(seq)
         length = chunk_length(seq, left)
         if len(self._waiting) == 1:
             length -= excess_tokens(self._budget - left + length, length - 1, self._step_sizes)
         if not self._whole or seq.num_scheduled + length == len(seq.tokens):
             others = len(self._running)
-            fits = not others or fits_beside(cache, seq, others, self._budget)
-            if fits and cache.grow(seq, seq.num_scheduled + length):
-                return length
+            while not others or fits_beside(cache, seq, others, self._budget):
+                if cache.grow(seq, seq.num_scheduled + length):
+                    return length
+                if not self._let_wait():
+                    break
             self._stuck = seq
+            seq.looked_up = False
         cache.release(seq)
         return 0
 
@@ -208,6 +250,7 @@ class Scheduler:
         request = seq.request
         seq.slot = heappop(self._slots)
         seq.status = _RUNNING
+        seq.looked_up = False
         seq.dirty = [0] * len(seq.pages)  # the slot's row belonged to someone else
         if seq.first_admission:
             seq.first_admission = False
@@ -263,6 +306,7 @@ class Scheduler:
             self._leave(seq)
         else:
             _remove(self._waiting, seq)
+            self._leave_pages(seq)
             self._stuck = None
         seq.status = _FINISHED
         seq.finish_reason = reason

@@ -109,7 +109,7 @@ class Harness:
 
     def end_plan(self) -> StepPlan:
         """Run the open plan on the device, commit what is due."""
-        plan = StepPlan(self.plan_id, self.cache.take_moves(), tuple(self.admits), tuple(self.chunks))
+        plan = StepPlan(self.plan_id, *self.cache.take_transfers(), tuple(self.admits), tuple(self.chunks))
         result = self.sim.apply(plan)
         for g, host in enumerate(self.sim.host):
             assert len(host) == self.cache.usage()[Tier.HOST][g], "the tiers disagree about host pages"

@@ -14,7 +14,7 @@ from jaxkv.cache.controller import CacheController
 from jaxkv.config import SchedConfig
 from jaxkv.sched.replay import Recorder
 from jaxkv.sched.scheduler import Scheduler
-from jaxkv.types import KVGroup, Logprobs, Request, SamplingParams, Sequence, Status, StepPlan, StepResult, TokenEvent
+from jaxkv.types import Arrival, DiskIndex, KVGroup, Logprobs, Request, SamplingParams, Sequence, Status, StepPlan, StepResult, TokenEvent
 from tests.sim_device import SimDevice
 
 FULL = (KVGroup((0, 1), 2, 8, "float32"),)
@@ -46,12 +46,16 @@ class Settings:
     max_model_len: int = 64
     caching: bool = True
     step_sizes: tuple[int, ...] = ()
+    disk: bool = False
+    fetch_pages: int = 8
+    delay: int = 2  # steps that a fetch takes
+    failures: int = 0  # every so many fetches one fails; 0: none
 
-    def scheduler(self) -> Scheduler:
+    def scheduler(self, disk: DiskIndex | None = None) -> Scheduler:
         """A fresh scheduler with a fresh cache."""
         count = len(self.groups)
         cache = CacheController(self.groups, self.page_size, (self.pages,) * count, (self.host_pages,) * count,
-                                self.policy, "salt", self.caching)
+                                self.policy, "salt", self.caching, disk, fetch_pages=self.fetch_pages)
         return Scheduler(SchedConfig(self.max_num_seqs, self.budget, self.chunked, self.overlap > 0), cache,
                          self.max_model_len, step_sizes=self.step_sizes)
 
@@ -59,10 +63,13 @@ class Settings:
 class Driver:
     def __init__(self, **settings: Any) -> None:
         s = self.settings = Settings(**settings)
-        self.inner = s.scheduler()
+        self.device = SimDevice(s.groups, s.page_size, (s.pages,) * len(s.groups), (s.host_pages,) * len(s.groups))
+        self.inner = s.scheduler(self.device if s.disk else None)
         self.log: list[dict[str, Any]] = []
         self.scheduler = Recorder(self.inner, self.log.append)
-        self.device = SimDevice(s.groups, s.page_size, (s.pages,) * len(s.groups), (s.host_pages,) * len(s.groups))
+        self.fetched = 0  # fetches that ended
+        self.decodes_while_fetching = 0
+        self._due: deque[tuple[int, float]] = deque()  # fetch, when it ends
         self.plans: list[StepPlan] = []
         self.events: list[TokenEvent] = []
         self.requests: dict[str, Request] = {}
@@ -92,6 +99,12 @@ class Driver:
     def step(self) -> StepPlan | None:
         """Plan, submit, read what is due: an engine has overlap 0 or 1, more shows that nothing depends on it."""
         self.clock += 1.0
+        while self._due and self._due[0][1] <= self.clock:
+            fetch_id, _ = self._due.popleft()
+            self.fetched += 1
+            ok = not self.settings.failures or self.fetched % self.settings.failures > 0
+            self.scheduler.arrived(Arrival(fetch_id, ok, float(self.settings.delay)))
+            self.check()
         before = {seq: seq.in_flight for seq in self.inner._running}
         plan = self.scheduler.plan(self.clock) if self.scheduler.has_work else None
         if plan is not None:
@@ -99,6 +112,8 @@ class Driver:
             self.submitted_before_read += bool(self._unread)
             self._unread.append((plan, self.execute(plan)))
             self.plans.append(plan)
+            self.decodes_while_fetching += bool(self._due) and any(len(c.tokens) == 1 for c in plan.chunks)
+            self._due.extend((fetch.id, self.clock + self.settings.delay) for fetch in plan.fetches)
         keep = self.settings.overlap if plan is not None else 0
         while len(self._unread) > keep:
             self.read()
