@@ -87,6 +87,15 @@ class CacheController:
                 Tier.HOST: tuple(pool.used for pool in self.store.host)}
 
     @property
+    def disk(self) -> DiskIndex | None:
+        """The disk tier, if there is one."""
+        return self._prefetcher.disk
+
+    @disk.setter
+    def disk(self, disk: DiskIndex) -> None:
+        self._prefetcher.disk = disk
+
+    @property
     def loading(self) -> bool:
         """Whether pages are under way: an ``arrived`` will follow."""
         return self._loader.busy
@@ -104,6 +113,10 @@ class CacheController:
         check(self.store, sequences, self._loader.loads)
 
     # ---- a sequence waits
+
+    def keep(self, seq: Sequence, plan_id: int) -> bool:
+        """Keep what HBM has of a waiting sequence's prefix until ``leave`` is called; False: nothing."""
+        return self.enable_prefix_caching and self._prefetcher.keep(seq, plan_id)
 
     def prefetch(self, seq: Sequence, plan_id: int, spare: int, cold: bool = True) -> bool:
         """Begin to bring the prefix of a waiting sequence to HBM, leaving ``spare`` pages of every group to others.

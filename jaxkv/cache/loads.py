@@ -61,9 +61,12 @@ class Loader:
         return bool(self._queue or self._flying)
 
     def begin(self, load: Load, end: Node) -> None:
-        """Queue what ``load`` has collected; the path to ``end`` is pinned, and ``shared`` are shared, for it."""
+        """``load`` keeps the path to ``end``, which is pinned for it, and ``shared``, which are shared for it."""
         load.end = end
         self.loads.append(load)
+
+    def fetch(self, load: Load) -> None:
+        """Queue what ``load`` has collected."""
         from_host = [move for move in load.moves if move.src[0] is Tier.HOST]
         from_disk = [move for move in load.moves if move.src[0] is Tier.DISK]
         size = self._fetch_pages

@@ -23,6 +23,17 @@ class Prefetcher:
         self._loader = loader
         self.disk = disk
 
+    def keep(self, seq: Sequence, plan_id: int) -> bool:
+        """See ``CacheController.keep``."""
+        hit = find_hit(self._store, seq, plan_id, Use.COMING)
+        hot = [node for node in hit.path if node.tier is Tier.HBM]
+        if len(hot) == 1:
+            self._store.trie.prune(hot[0])
+            return False
+        self._store.pin(hot[-1])
+        self._begin(seq, hot, hit.first, Load())
+        return True
+
     def prefetch(self, seq: Sequence, plan_id: int, spare: int, cold: bool) -> bool:
         """See ``CacheController.prefetch``. With less room than the whole prefix takes, a shorter one is brought."""
         store = self._store
@@ -30,35 +41,21 @@ class Prefetcher:
             return False
         hit = find_hit(store, seq, plan_id, Use.COMING, spare)
         data, keys = self._on_disk(seq, hit, spare)
-        if keys or cold and any(node.tier is Tier.HOST for node in hit.path[1:]):
-            self._begin(seq, hit, data, keys)
-        else:
-            seq.waits = list(dict.fromkeys(node.load for node in hit.path[1:] if node.load is not None))
+        if not keys and not (cold and any(node.tier is Tier.HOST for node in hit.path[1:])):
+            for load in dict.fromkeys(node.load for node in hit.path[1:] if node.load is not None):
+                self._wait(seq, load)
             store.trie.prune(hit.path[0])
-        for load in seq.waits:
-            load.users += 1
-        return bool(seq.waits)
-
-    def _begin(self, seq: Sequence, hit: Hit, data: bytes, keys: list[bytes]) -> None:
-        store, load, end = self._store, Load(), hit.path[-1]
+            return bool(seq.waits)
+        end, load = hit.path[-1], Load()
         keep = hit.pages - store.first_page(end)
         if keep < len(end):
-            hit.path[-1] = end = store.split(end, keep)
+            end = store.split(end, keep)
         store.claim(end, len(seq.request.prompt))
         store.pin(end)
-        path: list[Node] = []
-        node: Node | None = end
-        while node is not None and node.parent is not None:
-            path.insert(0, node)
-            node = node.parent
-        seq.waits = [*dict.fromkeys(node.load for node in path if node.load is not None), load]
-        for g in store.windows:
-            for node in path:
-                if node.tier is Tier.HBM:
-                    seen = node.pages[g][max(0, hit.first[g] - store.first_page(node)):]
-                    load.shared += [(g, page) for page in seen if page >= 0]
-        for g, page in load.shared:
-            store.window_pool(g).share(page)
+        path = _path(end)
+        for other in dict.fromkeys(node.load for node in path if node.load is not None):
+            self._wait(seq, other)
+        self._begin(seq, path, hit.first, load)
         room = self._tiering.reserve([need + len(keys) for need in hit.need])
         assert room, "find_hit chose a prefix that there is no room for"
         for node in path:
@@ -66,9 +63,27 @@ class Prefetcher:
                 store.stats.host_hit_tokens += len(node) * store.page_size
                 self._tiering.promote(node, hit.first, load)
         if keys:
-            end = self._attach(end, data, keys, load)
+            load.end = self._attach(end, data, keys, load)
         store.stats.loads += 1
-        self._loader.begin(load, end)
+        self._loader.fetch(load)
+        return True
+
+    def _begin(self, seq: Sequence, path: list[Node], first: list[int], load: Load) -> None:
+        """Make ``load`` keep what is in HBM of a pinned path, of window groups the pages from index ``first[g]`` on."""
+        store = self._store
+        for g in store.windows:
+            for node in path[1:]:
+                if node.tier is Tier.HBM:
+                    load.shared += [(g, page) for page in node.pages[g][max(0, first[g] - store.first_page(node)):] if page >= 0]
+        for g, page in load.shared:
+            store.window_pool(g).share(page)
+        self._loader.begin(load, path[-1])
+        self._wait(seq, load)
+
+    def _wait(self, seq: Sequence, load: Load) -> None:
+        if load not in seq.waits:
+            seq.waits.append(load)
+            load.users += 1
 
     def _on_disk(self, seq: Sequence, hit: Hit, spare: int) -> tuple[bytes, list[bytes]]:
         """Encoded tokens and digests of the pages that the disk tier has after the hit, as far as there is room."""
@@ -100,3 +115,11 @@ class Prefetcher:
             load.moves += [PageMove(g, (Tier.DISK, i), (Tier.HBM, own[i])) for g, own in enumerate(pages)]
         store.stats.disk_hit_tokens += len(keys) * page_size
         return node
+
+
+def _path(node: Node) -> list[Node]:
+    """The nodes from the root to ``node``."""
+    path = [node]
+    while path[-1].parent is not None:
+        path.append(path[-1].parent)
+    return path[::-1]

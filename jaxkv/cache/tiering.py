@@ -20,7 +20,7 @@ from jaxkv.cache.loads import Load
 from jaxkv.cache.pages import WindowPool
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.trie import Node
-from jaxkv.types import PageMove, Tier
+from jaxkv.types import PageKey, PageMove, Tier
 
 
 class Tiering:

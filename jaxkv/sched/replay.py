@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from jaxkv.sched.scheduler import Scheduler
-from jaxkv.types import Arrival, Request, StepPlan, StepResult, TokenEvent
+from jaxkv.types import Arrival, DiskIndex, Request, StepPlan, StepResult, TokenEvent
 
 
 class Recorder:
@@ -22,6 +22,9 @@ class Recorder:
     def __init__(self, scheduler: Scheduler, sink: Callable[[dict[str, Any]], None]) -> None:
         self._scheduler = scheduler
         self._sink = sink
+        cache = scheduler.cache
+        if cache.disk is not None:
+            cache.disk = _Listener(cache.disk, sink)
 
     def add(self, request: Request) -> None:
         self._sink({"event": "add", "request": request.to_dict()})
@@ -50,8 +53,34 @@ class Recorder:
         return getattr(self._scheduler, name)  # counters
 
 
+class _Listener:
+    """A disk tier whose answers are recorded."""
+
+    def __init__(self, disk: DiskIndex, sink: Callable[[dict[str, Any]], None]) -> None:
+        self._disk = disk
+        self._sink = sink
+
+    def match(self, keys: list[bytes]) -> int:
+        pages = self._disk.match(keys)
+        self._sink({"event": "disk", "pages": pages})
+        return pages
+
+
+class RecordedDisk:
+    """The disk tier of a replay: gives the recorded answers in their order."""
+
+    def __init__(self, events: Iterable[dict[str, Any]]) -> None:
+        self._answers = iter([event["pages"] for event in events if event["event"] == "disk"])
+
+    def match(self, keys: list[bytes]) -> int:
+        return next(self._answers)
+
+
 def replay(events: Iterable[dict[str, Any]], scheduler: Scheduler) -> list[StepPlan]:
-    """Feed recorded inputs to a fresh scheduler with a fresh cache of the same settings; the plans it makes."""
+    """Feed recorded inputs to a fresh scheduler with a fresh cache of the same settings; the plans it makes.
+
+    If the cache had a disk tier, the fresh one's is ``RecordedDisk(events)``.
+    """
     plans: list[StepPlan] = []
     for event in events:
         match event["event"]:
@@ -68,6 +97,8 @@ def replay(events: Iterable[dict[str, Any]], scheduler: Scheduler) -> list[StepP
                 scheduler.commit(plans[event["plan"]], result, event["now"])
             case "arrived":
                 scheduler.arrived(Arrival(**event["arrival"]))
+            case "disk":
+                pass  # RecordedDisk gives it
             case unknown:
                 raise ValueError(f"event must be add, finish, plan, arrived or commit, got {unknown!r}")
     return plans

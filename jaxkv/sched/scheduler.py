@@ -186,6 +186,10 @@ class Scheduler:
         """First chunks of waiting sequences in order, up to the first that cannot enter; siblings may be passed, and
         those whose pages are on their way. Pages start on their way for the first ``LOOKAHEAD`` that wait."""
         waiting = self._waiting
+        if len(waiting) > 1:
+            for seq in waiting[:LOOKAHEAD]:
+                if not seq.looked_up and self.cache.keep(seq, plan_id):
+                    self._ahead[seq.request.id] = seq
         index = 0
         while index < len(waiting):
             seq = waiting[index]
@@ -236,8 +240,9 @@ class Scheduler:
             length -= excess_tokens(self._budget - left + length, length - 1, self._step_sizes)
         if not self._whole or seq.num_scheduled + length == len(seq.tokens):
             others = len(self._running)
-            while not others or fits_beside(cache, seq, others, self._budget):
-                if cache.grow(seq, seq.num_scheduled + length):
+            while True:
+                fits = not others or fits_beside(cache, seq, others, self._budget)
+                if fits and cache.grow(seq, seq.num_scheduled + length):
                     return length
                 if not self._let_wait():
                     break

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import SchedConfig
-from jaxkv.sched.replay import Recorder
+from jaxkv.sched.replay import RecordedDisk, Recorder, replay
 from jaxkv.sched.scheduler import Scheduler
 from jaxkv.types import Arrival, DiskIndex, KVGroup, Logprobs, Request, SamplingParams, Sequence, Status, StepPlan, StepResult, TokenEvent
 from tests.sim_device import SimDevice
@@ -106,7 +106,7 @@ class Driver:
             self.scheduler.arrived(Arrival(fetch_id, ok, float(self.settings.delay)))
             self.check()
         before = {seq: seq.in_flight for seq in self.inner._running}
-        plan = self.scheduler.plan(self.clock) if self.scheduler.has_work else None
+        plan = self.scheduler.plan(self.clock) if self.scheduler.has_work or self.inner.cache.loading else None
         if plan is not None:
             self.check_plan(plan, before)
             self.submitted_before_read += bool(self._unread)
@@ -140,10 +140,14 @@ class Driver:
                 self.reasons[event.request_id] = event.finish_reason
         self.check()
 
+    def replayed(self, log: list[dict[str, Any]]) -> list[StepPlan]:
+        """The plans of a fresh scheduler that is fed ``log``."""
+        return replay(log, self.settings.scheduler(RecordedDisk(log) if self.settings.disk else None))
+
     def run(self, max_steps: int = 2000) -> None:
         """Until nothing is left; no progress within ``max_steps`` is a deadlock."""
         for _ in range(max_steps):
-            if not self.scheduler.has_work and not self._unread:
+            if not self.scheduler.has_work and not self._unread and not self._due and not self.inner.cache.loading:
                 break
             self.step()
         assert not self.scheduler.has_work, "requests are stuck"

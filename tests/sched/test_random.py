@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sched_driver import FULL, FULL_AND_WINDOW, Driver, children
 
-from jaxkv.sched.replay import replay
 from jaxkv.types import SamplingParams, StepPlan
 
 MODEL_LEN = 48
@@ -14,7 +13,8 @@ ENGINES = st.fixed_dictionaries({
     "pages": st.sampled_from([12, 13, 15, 18, 100]), "host_pages": st.sampled_from([0, 5, 40]),
     "policy": st.sampled_from(["lfu", "lru", "arc"]), "groups": st.sampled_from([FULL, FULL_AND_WINDOW]),
     "max_num_seqs": st.integers(1, 5), "budget": st.sampled_from([5, 7, 16, MODEL_LEN]),
-    "overlap": st.integers(0, 2), "caching": st.sampled_from([True, True, True, False])})
+    "overlap": st.integers(0, 2), "caching": st.sampled_from([True, True, True, False]), "disk": st.booleans(),
+    "fetch_pages": st.sampled_from([1, 3, 64]), "delay": st.integers(1, 5), "failures": st.sampled_from([0, 0, 2, 3])})
 # prompts are prefixes of few texts, so that they share, diverge and end inside pages
 TEXTS = ([1] * 60, [1] * 6 + [2] * 54, [1, 2, 3, 4, 5, 6, 7] * 9, list(range(20, 80)))
 ARRIVALS = st.fixed_dictionaries({
@@ -64,6 +64,6 @@ def test_everything_finishes_and_is_right(engine, whole, actions):
     assert [driver.inner.cache.available(g) for g in range(len(engine["groups"]))] == \
         [engine["pages"]] * len(engine["groups"])
 
-    plans = replay(json.loads(json.dumps(driver.log)), driver.settings.scheduler())
+    plans = driver.replayed(json.loads(json.dumps(driver.log)))
     assert [p.to_dict() for p in plans] == [p.to_dict() for p in driver.plans]
     assert [StepPlan.from_dict(json.loads(json.dumps(p.to_dict()))) for p in plans] == driver.plans

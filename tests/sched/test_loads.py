@@ -1,0 +1,94 @@
+"""Cold prefixes come back while others run: nobody waits for pages of somebody else, and pages that fail are computed."""
+
+import pytest
+from sched_driver import FULL, FULL_AND_WINDOW, Driver, request
+
+from jaxkv.types import Tier
+
+LONG = {name: [base + i % 30 for i in range(40)] for name, base in (("a", 0), ("b", 100), ("c", 200), ("d", 300))}
+
+
+def chat(driver: Driver) -> None:
+    """Four conversations that do not fit together, then their second turns while another sequence decodes."""
+    for name, prompt in LONG.items():
+        driver.add(request(name, prompt, 4, arrival=driver.clock))
+        driver.run()
+    driver.add(request("busy", [400], 60, arrival=driver.clock))
+    for _ in range(3):
+        driver.step()
+    for name, prompt in LONG.items():
+        driver.add(request(f"{name}+", [*prompt, *driver.tokens[name], 7], 3, arrival=driver.clock))
+    driver.run()
+    driver.check_outputs()
+
+
+@pytest.mark.parametrize("groups", [FULL, FULL_AND_WINDOW], ids=["full", "full+window"])
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("tier", ["host", "disk", "host+disk"])
+def test_decodes_go_on_while_pages_come(tier, overlap, groups):
+    driver = Driver(pages=30 if tier == "host+disk" else 40, host_pages={"host": 60, "disk": 0, "host+disk": 14}[tier], disk="disk" in tier,
+                    overlap=overlap, groups=groups, max_model_len=96, delay=3)
+    chat(driver)
+    moves, stats = driver.device.num_moves, driver.inner.cache.stats
+    assert stats.loads > 0 and not stats.failed_loads and driver.decodes_while_fetching > 3
+    assert (moves["fetch host"] > 0) == ("host" in tier)
+    assert (moves["fetch disk"] > 0) == (moves["save"] > 0) == (stats.disk_hit_tokens > 0) == ("disk" in tier)
+    # while "busy" runs, no step brings pages from below itself
+    busy = [plan for plan in driver.plans if any(c.request_id == "busy" for c in plan.chunks)]
+    assert not [m for plan in busy[1:] for m in plan.moves if m.src[0] is not Tier.HBM and m.dst and m.last]
+    # and "busy" has a token in every plan with chunks from its first to its last
+    first, last = (next(i for i in order if busy[0 if order.step == 1 else -1] is driver.plans[i])
+                   for order in (range(len(driver.plans)), range(len(driver.plans) - 1, -1, -1)))
+    assert all(plan in busy for plan in driver.plans[first:last])
+    assert sum(driver.cached[f"{name}+"] for name in LONG) > 100
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_pages_that_fail_are_computed(tier):
+    driver = Driver(pages=40, host_pages=60 * (tier == "host"), disk=tier == "disk", max_model_len=96, failures=1)
+    chat(driver)
+    stats = driver.inner.cache.stats
+    assert stats.failed_loads > 0 and driver.device.num_moves[f"fetch {tier}"] == 0
+    assert driver.cached["a+"] < 40
+
+
+def test_an_abort_leaves_nothing_behind():
+    driver = Driver(pages=40, host_pages=60, max_model_len=96, delay=5)
+    for name, prompt in LONG.items():
+        driver.add(request(name, prompt, 4, arrival=driver.clock))
+        driver.run()
+    driver.add(request("busy", [400], 30, arrival=driver.clock), request("a+", [*LONG["a"], 9], 3, arrival=driver.clock + 1))
+    while not driver.inner.cache.loading:
+        driver.step()
+    driver.abort("a+")
+    driver.run()
+    assert driver.inner.cache.available(0) == 40 and driver.reasons["busy"] == "length"
+
+
+def test_two_sequences_wait_for_the_same_pages():
+    driver = Driver(pages=40, host_pages=60, max_model_len=96, delay=4)
+    for name, prompt in LONG.items():
+        driver.add(request(name, prompt, 4, arrival=driver.clock))
+        driver.run()
+    before = driver.device.num_moves["fetch host"] + driver.device.num_moves["promote"]
+    driver.add(request("busy", [400], 30, arrival=driver.clock))
+    driver.step()
+    driver.add(*(request(f"a{i}", [*LONG["a"], 90 + i], 3, arrival=driver.clock) for i in range(3)))
+    driver.run()
+    driver.check_outputs()
+    assert driver.device.num_moves["fetch host"] + driver.device.num_moves["promote"] - before <= 11
+    assert [driver.cached[f"a{i}"] for i in range(3)] == [40, 40, 40]
+
+
+def test_another_process_finds_the_disk_warm():
+    one = Driver(pages=40, disk=True, max_model_len=96)
+    chat(one)
+    two = Driver(pages=40, disk=True, max_model_len=96)
+    two.device.disk, two.device._prefixes, two.device._roots = one.device.disk, one.device._prefixes, one.device._roots
+    two.add(request("a", [*LONG["a"], 5], 3))
+    two.run()
+    two.check_outputs()
+    assert two.cached["a"] == 40
+    two.add(request("other tenant", LONG["a"], 3, namespace="x"))
+    two.run()
+    assert two.cached["other tenant"] == 0
