@@ -1,0 +1,162 @@
+"""Which pages are on disk, where, and how much they are used; which segment goes first. Owns no file.
+
+Eviction is by segment, as whole files are what a log can free. A segment's rank is that of LFU with dynamic ageing (LFU-DA,
+Arlitt et al. 2000): the uses of its pages, weighed by size, plus the rank of the segment dropped last. So it needs no clock
+and old uses fade as others leave. Pages in use of the segment that goes may be written again (reinsertion, as in CacheLib's
+Navy, Berg et al. 2020). Every method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from jaxkv.runtime.disk.format import Entry
+
+
+@dataclass(eq=False, slots=True)
+class Segment:
+    """A file of the log. Files are changed by their owner only; ``end`` and ``size`` (bytes) are as last seen."""
+
+    name: str  # names sort by age
+    end: int = 0  # records before this are in the index
+    size: int = 0
+    sealed: bool = False  # complete: it may be dropped
+    heat: float = 0.0  # uses, each weighed by the page's share of a segment
+    rank: float = 0.0  # lowest goes first
+    used_ns: int = 0  # when any process used it last: the file's mtime
+    keys: set[bytes] = field(default_factory=set)
+
+
+@dataclass(eq=False, slots=True)
+class Place:
+    """Where a page lies."""
+
+    segment: Segment
+    entry: Entry
+    uses: int = 0  # since it was written; halved when it is written again
+
+
+class Index:
+    """Pages by key. ``segment_bytes`` is the usual size of a segment."""
+
+    def __init__(self, segment_bytes: int) -> None:
+        self._segment_bytes = segment_bytes
+        self._lock = threading.Lock()
+        self._places: dict[bytes, Place] = {}
+        self._segments: dict[str, Segment] = {}
+        self._used: set[Segment] = set()
+        self._age = 0.0  # rank of the segment dropped last
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def match(self, keys: Sequence[bytes]) -> int:
+        """How many leading keys are there."""
+        return next((n for n, key in enumerate(keys) if key not in self._places), len(keys))
+
+    def find(self, key: bytes) -> Place | None:
+        return self._places.get(key)
+
+    # ---- segments
+
+    def segments(self) -> list[Segment]:
+        """All of them, oldest first."""
+        with self._lock:
+            return sorted(self._segments.values(), key=lambda segment: segment.name)
+
+    def held(self) -> int:
+        """Bytes of all segments."""
+        with self._lock:
+            return sum(segment.size for segment in self._segments.values())
+
+    def segment(self, name: str) -> Segment:
+        """The segment of that name, new if need be."""
+        with self._lock:
+            return self._segments.setdefault(name, Segment(name, rank=self._age))
+
+    def add(self, segment: Segment, entries: Iterable[Entry], uses: dict[bytes, int] | None = None) -> None:
+        """``segment`` holds these pages; of a page that was written twice the copy added last counts.
+
+        ``uses`` of pages that were written again, by key.
+        """
+        with self._lock:
+            for entry in entries:
+                self._drop(entry.key)
+                self._places[entry.key] = Place(segment, entry, (uses or {}).get(entry.key, 0))
+                segment.keys.add(entry.key)
+
+    def forget(self, segment: Segment) -> int:
+        """A segment is gone; how many pages went with it."""
+        with self._lock:
+            self._segments.pop(segment.name, None)
+            self._used.discard(segment)
+            for key in segment.keys:
+                del self._places[key]
+            count = len(segment.keys)
+            segment.keys.clear()
+            return count
+
+    def discard(self, place: Place) -> None:
+        """A page turned out bad; a newer copy of it stays."""
+        with self._lock:
+            if self._places.get(place.entry.key) is place:
+                self._drop(place.entry.key)
+
+    def _drop(self, key: bytes) -> None:
+        place = self._places.pop(key, None)
+        if place is not None:
+            place.segment.keys.discard(key)
+
+    # ---- use and eviction
+
+    def use(self, place: Place) -> None:
+        """A page was read."""
+        with self._lock:
+            place.uses += 1
+            self._warm(place.segment, place.entry.length / self._segment_bytes)
+            self._used.add(place.segment)
+
+    def used_elsewhere(self, segment: Segment, used_ns: int) -> None:
+        """Another process has used pages of a segment; counts as one use of all of it."""
+        with self._lock:
+            segment.used_ns = used_ns
+            self._warm(segment, 1.0)
+
+    def take_used(self) -> list[Segment]:
+        """Segments used since the last call."""
+        with self._lock:
+            used, self._used = self._used, set()
+            return list(used)
+
+    def victim(self) -> Segment | None:
+        """The sealed segment that goes first; ties: unused for longest, then oldest."""
+        with self._lock:
+            sealed = [segment for segment in self._segments.values() if segment.sealed]
+            return min(sealed, key=lambda segment: (segment.rank, segment.used_ns, segment.name), default=None)
+
+    def evict(self, segment: Segment) -> int:
+        """The victim is dropped: the others age; how many pages went with it."""
+        self._age = max(self._age, segment.rank)
+        return self.forget(segment)
+
+    def hot(self, segment: Segment, limit: int) -> list[Place]:
+        """Pages of ``segment`` that were used, most used first, up to ``limit`` bytes."""
+        with self._lock:
+            places = [place for key in segment.keys if (place := self._places[key]).uses]
+        places.sort(key=lambda place: (-place.uses, place.entry.offset))
+        chosen = []
+        for place in places:
+            limit -= place.entry.length
+            if limit < 0:
+                break
+            chosen.append(place)
+        return chosen
+
+    def _warm(self, segment: Segment, share: float) -> None:
+        segment.heat += share
+        segment.rank = self._age + segment.heat

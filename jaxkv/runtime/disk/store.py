@@ -1,0 +1,167 @@
+"""The disk tier as the engine sees it: which pages are there, hand one over, read some back.
+
+A content-addressed store of KV pages beside the trie: a page's key is its path digest, which starts from everything that KV
+depends on (model, layout, dtype, adapter, namespace), so what must not hit cannot. Its tokens are stored and compared too.
+Files are log-structured, as in LFS (Rosenblum and Ousterhout, 1992) and Bitcask: pages are appended to segments in large
+writes, dropped by whole segments, found by an index in memory that the segments restore after a crash.
+
+No call blocks on the disk but ``__init__``, ``flush`` and ``close``, and none raises for what a disk may do: the tier then
+holds less, and ``stats`` says why. Every method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from jaxkv.runtime.disk.directory import Directory
+from jaxkv.runtime.disk.format import HEADER_BYTES, CorruptError, DiskFormat, Layout, Payload, footer_bytes
+from jaxkv.runtime.disk.index import Index, Place
+from jaxkv.runtime.disk.queue import PageQueue
+from jaxkv.runtime.disk.segment import Reader
+from jaxkv.runtime.disk.stats import Counters, DiskError, DiskStats
+from jaxkv.runtime.disk.writer import BackgroundWriter, Limits
+
+log = logging.getLogger("jaxkv.disk")
+
+BATCH_BYTES = 16 << 20
+QUEUE_BYTES = 64 << 20
+BATCHES_PER_SEGMENT = 4
+READERS = 2  # threads
+
+
+class DiskStore:
+    """Pages of ``form`` in the directory ``path``, at most ``capacity_bytes`` of files over all processes that share it.
+
+    ``batch_bytes`` are written at a time; ``queue_bytes`` of handed-over pages are held in memory at most (both grow to hold
+    one page if need be). Other processes' pages are found every ``refresh_s`` seconds; ``retry_s`` after a failed write the
+    next is tried. DiskError, one line, if the path is no directory or cannot be written, or if the capacity is more than the
+    disk has or less than a batch.
+    """
+
+    def __init__(self, path: str | Path, capacity_bytes: int, form: DiskFormat, *, batch_bytes: int = BATCH_BYTES,
+                 queue_bytes: int = QUEUE_BYTES, refresh_s: float = 0.25, retry_s: float = 60.0) -> None:
+        self._layout = Layout(form)
+        batch_bytes = max(batch_bytes, self._layout.page_bytes)
+        least = batch_bytes + HEADER_BYTES + footer_bytes(batch_bytes // self._layout.head_bytes)
+        if capacity_bytes < least:
+            raise DiskError(f"disk KV capacity must be at least {least} bytes, one batch; got {capacity_bytes}")
+        segment_bytes = min(BATCHES_PER_SEGMENT * batch_bytes, max(batch_bytes, capacity_bytes // 8))
+        self._index = Index(segment_bytes)
+        self._counters = Counters()
+        self._directory = Directory(Path(path), self._layout, self._index, self._counters)
+        try:
+            self._recover(capacity_bytes)
+        except OSError as error:
+            self._directory.close()
+            raise DiskError(f"disk KV path {str(path)!r} cannot be used: {error}") from None
+        except DiskError:
+            self._directory.close()
+            raise
+        self._queue = PageQueue(max(queue_bytes, 2 * batch_bytes))
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="jaxkv-disk-reader")
+        self._writer = BackgroundWriter(self._directory, self._layout, self._index, self._queue, self._counters,
+                                        Limits(capacity_bytes, batch_bytes, segment_bytes, refresh_s, retry_s))
+
+    def _recover(self, capacity: int) -> None:
+        start = time.perf_counter()
+        with self._directory.locked():
+            self._directory.refresh(None, orphans=True)
+        room = self._directory.room()
+        if capacity > room:
+            raise DiskError(f"disk KV capacity of {capacity} bytes is more than the disk of "
+                            f"{str(self._directory.path)!r} has free: {room} bytes")
+        log.info("disk KV tier at %s: %d pages in %d segments, %.3f GB of %.3f GB, recovered in %.3f s",
+                 self._directory.path, len(self._index), len(self._index.segments()), self._index.held() / 1e9,
+                 capacity / 1e9, time.perf_counter() - start)
+        count, size = self._directory.foreign()
+        if count:
+            log.info("disk KV path %s also holds %d segments (%.3f GB) of other models or settings: left alone",
+                     self._directory.path, count, size / 1e9)
+
+    def match(self, keys: Sequence[bytes]) -> int:
+        """How many leading keys are on disk, as far as known: a page may be gone, or turn out bad, when it is read."""
+        return self._index.match(keys)
+
+    def put(self, key: bytes, tokens: bytes, payload: Payload) -> bool:
+        """Hands a page over to be written. Its arrays must not change any more. ValueError if it is none of the format.
+
+        False if the page is on disk or on its way already, or is refused (counted): the queue is full or writing fails.
+        """
+        record = self._layout.record(key, tokens, payload)
+        if key in self._index or key in self._queue:
+            return False
+        if self._writer.accepts and self._queue.put(record):
+            return True
+        self._counters.add(refused=1)
+        return False
+
+    def read(self, items: Sequence[tuple[bytes, bytes]]) -> Future[list[Payload]]:
+        """Pages by (key, tokens): those of the leading items that are there and good. The future never fails.
+
+        The arrays are new and the caller's. A page that is damaged or of other tokens is dropped.
+        """
+        try:
+            return self._readers.submit(self._read, list(items))
+        except RuntimeError:  # closed
+            nothing: Future[list[Payload]] = Future()
+            nothing.set_result([])
+            return nothing
+
+    def stats(self) -> DiskStats:
+        return DiskStats(pages=len(self._index), bytes=self._index.held(), segments=len(self._index.segments()),
+                         queued_bytes=self._queue.held, writing=not self._writer.failed, **self._counters.values())
+
+    def flush(self, timeout: float) -> bool:
+        """Waits until what was handed over is written (or lost); False after ``timeout`` seconds."""
+        return self._queue.drain(timeout)
+
+    def close(self, timeout: float = 30.0) -> bool:
+        """Writes what is queued, seals and stops; False if that takes more than ``timeout`` seconds and goes on behind.
+
+        Reads under way end on their own, later ones find nothing. To be called once.
+        """
+        self._readers.shutdown(wait=False)
+        self._queue.close()
+        done = self._writer.join(timeout)
+        if done:
+            self._directory.close()
+        return done
+
+    # ---- reader threads
+
+    def _read(self, items: list[tuple[bytes, bytes]]) -> list[Payload]:
+        pages: list[Payload] = []
+        with Reader(self._directory.path, self._layout) as reader:
+            for key, tokens in items:
+                place = self._index.find(key)
+                page = self._read_page(reader, place, tokens) if place else None
+                if page is None:
+                    self._counters.add(misses=place is None)
+                    break
+                pages.append(page)
+        return pages
+
+    def _read_page(self, reader: Reader, place: Place, tokens: bytes) -> Payload | None:
+        try:
+            stored, payload = reader.read(place.segment.name, place.entry)
+            if stored != tokens:
+                raise CorruptError("other tokens")
+        except FileNotFoundError:  # another process dropped the segment
+            self._counters.add(misses=1)
+        except CorruptError as error:
+            log.warning("disk KV page in %s at %d dropped: %s", place.segment.name, place.entry.offset, error)
+            self._counters.add(corrupt=1)
+        except (OSError, MemoryError) as error:
+            if self._counters.add(read_errors=1):
+                log.warning("disk KV page in %s cannot be read (%s); further read errors are counted only",
+                            place.segment.name, error)
+        else:
+            self._index.use(place)
+            self._counters.add(hits=1, read_bytes=place.entry.length)
+            return payload
+        self._index.discard(place)
+        return None
