@@ -6,6 +6,8 @@ G = Hq / Hkv query heads per KV head. Every op has a folder with ``api.py`` (the
 """
 
 from .dispatch import implementations_in_use
+from .kv_codec.api import decode_pages, encode_pages
+from .kv_codec.spec import CODECS, CodecSpec, codec_spec, encoded_bytes, encoded_shape
 from .kv_write.api import IMPLEMENTATIONS as KV_WRITE_IMPLEMENTATIONS
 from .kv_write.api import kv_write
 from .layout import (
@@ -25,15 +27,22 @@ from .ragged_paged_attention.plan import AttentionPlanner, attention_planner
 from .sharded import MeshOps
 
 __all__ = [
+    "CODECS",
     "KV_WRITE_IMPLEMENTATIONS",
     "AttentionPlanner",
+    "CodecSpec",
     "LAYOUTS",
     "MeshOps",
     "Pool",
     "QuantPool",
     "attention_planner",
     "canonical_row",
+    "codec_spec",
     "copy_pages",
+    "decode_pages",
+    "encode_pages",
+    "encoded_bytes",
+    "encoded_shape",
     "gather_pages",
     "implementations_in_use",
     "kv_head_axis",

@@ -13,7 +13,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
+from .kv_codec.api import decode_pages, encode_pages
+from .kv_codec.spec import CodecSpec
 from .kv_write.api import kv_write
 from .layout import Pool, kv_head_axis
 from .page_copy.api import copy_pages, gather_pages, scatter_pages
@@ -42,6 +45,11 @@ class MeshOps:
     def page_spec(self) -> P:
         """PartitionSpec of canonical pages [n, L, 2, ps, Hkv, C]."""
         return P(None, None, None, None, AXIS)
+
+    @property
+    def encoded_spec(self) -> P:
+        """PartitionSpec of encoded pages [n, Hkv, B]."""
+        return P(None, AXIS)
 
     def kv_write(
         self, pool: Pool, k: jax.Array, v: jax.Array, slots: jax.Array, *, impl: str = "auto"
@@ -106,6 +114,20 @@ class MeshOps:
 
         return self._over(op, (self.pool_spec, P(), P(), P(), P()), self.pool_spec)(
             tuple(pools), src, dst, position_delta, rotate)
+
+    def encode_pages(self, spec: CodecSpec, pages: jax.Array, *, impl: str = "auto") -> jax.Array:
+        """See `pallas_kernels.encode_pages`. Each device encodes its own heads."""
+        op = lambda pages: encode_pages(spec, pages, impl=impl)  # noqa: E731
+        return self._over(op, (self.page_spec,), self.encoded_spec)(pages)
+
+    def decode_pages(
+        self, spec: CodecSpec, encoded: jax.Array, page_shape: Sequence[int], dtype: DTypeLike, *, impl: str = "auto"
+    ) -> jax.Array:
+        """See `pallas_kernels.decode_pages`; `page_shape` counts the heads of all devices."""
+        heads = page_shape[3] // self.mesh.shape[AXIS]
+        local = (*page_shape[:3], heads, *page_shape[4:])
+        op = lambda encoded: decode_pages(spec, encoded, local, dtype, impl=impl)  # noqa: E731
+        return self._over(op, (self.encoded_spec,), self.page_spec)(encoded)
 
     def _over(self, op: Callable[..., Any], in_specs: tuple[P, ...], out_specs: Any) -> Callable[..., Any]:
         if self.mesh.shape[AXIS] == 1:

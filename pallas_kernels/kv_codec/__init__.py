@@ -1,0 +1,1 @@
+"""Smaller pages for the tiers below device memory."""
