@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypedDict
 
 from jaxkv.config import (
     ATTENTION_IMPLS,
+    DISK_WRITES,
     DTYPES,
     EVICTION_POLICIES,
     KV_CACHE_DTYPES,
@@ -38,6 +39,11 @@ class EngineOptions(TypedDict, total=False):
     page_size: int
     kv_cache_memory: int | str | None
     host_kv_memory: int | str | None
+    disk_kv_path: str | None
+    disk_kv_memory: int | str | None
+    disk_kv_write: str
+    disk_kv_required: bool
+    kv_codec: str
     eviction_policy: str
     enable_prefix_caching: bool
     kv_cache_dtype: str
@@ -70,6 +76,13 @@ _OPTIONS = (
     _Option("kv_cache_memory", "size", "KV pool on the device: bytes or with K, M, G (default: from free memory)"),
     _Option("host_kv_memory", "size", "KV tier in host memory: bytes or with K, M, G; 0: none "
                                       "(default: from free memory)"),
+    _Option("disk_kv_path", "text", "directory of a KV tier on disk, which restarts and other processes share (default: none)"),
+    _Option("disk_kv_memory", "size", "size of its files: bytes or with K, M, G (default: 8G)"),
+    _Option("disk_kv_write", "text", "reuse: pages are written when they are used again, and when memory drops them; "
+                                     "evict: only then", choices=DISK_WRITES),
+    _Option("disk_kv_required", "switch", "do not start without the disk tier"),
+    _Option("kv_codec", "text", "form of KV pages in host memory and on disk: exact; int8, int4, mixed (int8, deeper half "
+                                "int4), or a level for each layer with commas between: approximate"),
     _Option("eviction_policy", "text", "which pages leave first", choices=EVICTION_POLICIES),
     _Option("tensor_parallel_size", "int", "devices that share the model"),
     _Option("load_format", "text", "auto: safetensors; dummy: random weights", choices=("auto", "dummy")),

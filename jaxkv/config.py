@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 EVICTION_POLICIES = ("lfu", "lru", "arc")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DISK_WRITES = ("reuse", "evict")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "int8", "fp8_e4m3")
 ATTENTION_IMPLS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu", "ref")
 
@@ -64,6 +65,11 @@ class CacheConfig:
     eviction_policy: str = "lfu"
     enable_prefix_caching: bool = True
     kv_cache_dtype: str = "auto"  # auto: the model's dtype; int8 and fp8_e4m3 with a scale per token and KV head
+    kv_codec: str = "exact"  # form of pages below the device: exact, int8, int4, mixed, or a level for each layer
+    disk_kv_path: str | None = None  # directory of the disk tier; None: no disk tier
+    disk_kv_memory: int | None = None  # bytes of files; None: 8 GiB
+    disk_kv_write: str = "reuse"  # when pages are written: at their second use and when memory drops them, or then only
+    disk_kv_required: bool = False  # a disk tier that cannot start is an error
     kv_layout: str = "auto"  # physical pool layout, a name only pallas_kernels understands
 
     def __post_init__(self) -> None:
@@ -73,6 +79,11 @@ class CacheConfig:
         if self.eviction_policy not in EVICTION_POLICIES:
             raise ConfigError(f"eviction_policy must be one of {', '.join(EVICTION_POLICIES)}, "
                               f"got {self.eviction_policy!r}")
+        _at_least("disk_kv_memory", self.disk_kv_memory, 1)
+        if self.disk_kv_write not in DISK_WRITES:
+            raise ConfigError(f"disk_kv_write must be one of {', '.join(DISK_WRITES)}, got {self.disk_kv_write!r}")
+        if self.disk_kv_path is None and (self.disk_kv_memory is not None or self.disk_kv_required):
+            raise ConfigError("disk_kv_memory and disk_kv_required need disk_kv_path")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ConfigError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {self.kv_cache_dtype!r}")
 

@@ -146,9 +146,10 @@ class CacheController:
     def acquire(self, seq: Sequence, plan_id: int, cold: bool = True) -> int:
         """Start a sequence on the longest cached prefix of its first ``match_limit`` tokens, and return its length.
 
-        Pins the path, brings its HOST pages back in this very plan (not ``cold``: does without), copies a partly matching page into a private one, and sets ``pages``,
-        ``num_scheduled`` and ``dirty``. It never fails: where room is missing for the copy or for all the HOST pages
-        the match is shorter, and a match of 0 needs no room. What the caller cannot ``grow`` afterwards, it releases.
+        Pins the path, brings its HOST pages back in this very plan (not ``cold``: does without them), copies a partly
+        matching page into a private one, and sets ``pages``, ``num_scheduled`` and ``dirty``. It never fails: where room is
+        missing for the copy or for all the HOST pages the match is shorter, and a match of 0 needs no room. What the caller
+        cannot ``grow`` afterwards, it releases.
         """
         seq.pages = [[] for _ in self.groups]
         seq.dirty = [0] * len(self.groups)

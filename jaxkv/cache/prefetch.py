@@ -74,7 +74,8 @@ class Prefetcher:
         for g in store.windows:
             for node in path[1:]:
                 if node.tier is Tier.HBM:
-                    load.shared += [(g, page) for page in node.pages[g][max(0, first[g] - store.first_page(node)):] if page >= 0]
+                    seen = node.pages[g][max(0, first[g] - store.first_page(node)):]
+                    load.shared += [(g, page) for page in seen if page >= 0]
         for g, page in load.shared:
             store.window_pool(g).share(page)
         self._loader.begin(load, path[-1])

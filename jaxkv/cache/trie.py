@@ -102,8 +102,8 @@ class Source(NamedTuple):
     def ready(self, plan_id: int, page_size: int) -> bool:
         """Whether every group has the page and plan ``plan_id``, whose moves run before its step, only reads it."""
         node = self.node
-        return node.load is None and (node.born != plan_id or node.start + self.page * page_size + self.tokens <= node.settled) \
-            and all(pages[self.page] >= 0 for pages in node.pages)
+        done = node.born != plan_id or node.start + self.page * page_size + self.tokens <= node.settled
+        return done and node.load is None and all(pages[self.page] >= 0 for pages in node.pages)
 
 
 class Match(NamedTuple):

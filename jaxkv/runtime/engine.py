@@ -22,6 +22,8 @@ from jaxkv.runtime.outputs import Delta, OutputProcessor
 from jaxkv.sched.scheduler import Scheduler
 from jaxkv.types import MAX_STOP_IDS, Request, SamplingParams, StepHandle, StepPlan, Tier, TokenEvent
 
+IDLE_WAIT_S = 0.01  # longest sleep while nothing but fetches is under way
+
 
 class Engine:
     """Built by ``startup.build_engine``. ``add_request`` and ``abort`` are called between steps, on the engine's thread."""
@@ -35,7 +37,8 @@ class Engine:
         self.config, self.scheduler, self.executor = config, scheduler, executor
         self.model_name, self.max_model_len, self.vocab_size = model_name, max_model_len, vocab_size
         self.tokenizer, self.eos_ids = tokenizer, tuple(eos_ids)
-        self.events: deque[tuple[str, int]] = deque(maxlen=4096)  # ("submit" | "read", plan id), newest last
+        self.events: deque[tuple[str, int]] = deque(maxlen=4096)
+        # ("submit" | "read", plan id) or ("fetch" | "arrived" | "failed", fetch id), newest last
         self.capacity, self.weight_bytes = capacity, weight_bytes
         self.metrics = EngineMetrics(info=dict(info))  # written here only; any thread may read
         cache = scheduler.cache
@@ -100,14 +103,20 @@ class Engine:
     def step(self) -> list[Delta]:
         """One iteration: plan and submit, then learn from the step before (or, without overlap, from this one)."""
         t0 = time.thread_time()
+        for arrival in self.executor.arrivals():
+            self.events.append(("arrived" if arrival.ok else "failed", arrival.fetch_id))
+            self.scheduler.arrived(arrival)
         plan = self.scheduler.plan(self._clock())
         t1 = time.thread_time()
         pending, self._pending = self._pending, None
         if plan is not None:
             self.events.append(("submit", plan.id))
+            self.events.extend(("fetch", fetch.id) for fetch in plan.fetches)
             self._pending = plan, self.executor.submit(plan)
             self.metrics.steps += 1
             self.metrics.computed_tokens += plan.num_tokens
+        elif pending is None:
+            self.executor.wait_for_fetch(IDLE_WAIT_S)
         self.metrics.stage_seconds["plan"] += t1 - t0
         if not self.config.sched.overlap:
             pending, self._pending = self._pending, None

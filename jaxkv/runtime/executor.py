@@ -23,8 +23,10 @@ from jaxkv.device.sampling.sampler import BAN_STOP_IDS
 from jaxkv.device.spec import KVSpec, ModelSpec
 from jaxkv.device.state import EngineState, init_state, state_shardings
 from jaxkv.device.step import StepOutput, build_step
+from jaxkv.runtime.disk import DiskStore
+from jaxkv.runtime.page_ops import PageForm
 from jaxkv.runtime.tiers import Tiers
-from jaxkv.types import Admit, Chunk, Logprobs, StepPlan, StepResult
+from jaxkv.types import Admit, Arrival, Chunk, Logprobs, StepPlan, StepResult
 
 ADMIT_TOKENS = 1024  # tokens of a sequence told to the sampler at once
 _BY_SLOT = [f for f in FIELDS if f.dims == ("R",) and not f.name.startswith("row_")]
@@ -35,7 +37,8 @@ class JaxExecutor:
 
     def __init__(
         self, spec: ModelSpec, params: tuple, kv: KVSpec, mesh: Mesh, *, max_num_seqs: int, max_num_batched_tokens: int,
-        max_model_len: int, host_bytes: int = 0, attention_impl: str = "auto",
+        max_model_len: int, host_bytes: int = 0, attention_impl: str = "auto", form: PageForm | None = None,
+        disk: DiskStore | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.kv, self.slots, self.params = kv, max_num_seqs, params
@@ -47,7 +50,7 @@ class JaxExecutor:
         self._by_slot = {f.name: np.zeros(max_num_seqs, np.dtype(f.dtype)) for f in _BY_SLOT}
         self._ban_until = np.zeros(max_num_seqs, np.int32)  # first position at which stop ids may be sampled
         self._logprobs = [False] * max_num_seqs
-        self.tiers = Tiers(kv, mesh, host_bytes)
+        self.tiers = Tiers(kv, mesh, host_bytes, form or PageForm(kv, mesh), disk)
         self.state = init_state(kv, max_num_seqs, spec.vocab_size, mesh)
         self._planners = {s: _planner(spec, kv, s, mesh.size, attention_impl) for s in self.shapes}
         self._layouts = {s: BatchLayout(s, len(kv.groups), self._pages_per_seq, p.size) for s, p in self._planners.items()}
@@ -56,10 +59,10 @@ class JaxExecutor:
         self._admit_op = _compile_admit(self.state, mesh)
 
     def submit(self, plan: StepPlan) -> Handle:
-        """Enqueues the plan's moves, admissions and step, in this order."""
+        """Enqueues the plan's transfers, admissions and step, in this order."""
         t0 = time.thread_time()
-        if plan.moves:
-            self.state = self.state._replace(pools=self.tiers.apply(self.state.pools, plan.moves))
+        if plan.moves or plan.landings or plan.fetches:
+            self.state = self.state._replace(pools=self.tiers.apply(self.state.pools, plan))
         for admit in plan.admits:
             self._admit(admit)
         t1 = time.thread_time()
@@ -74,6 +77,14 @@ class JaxExecutor:
             self.stage_seconds["dispatch"] += time.thread_time() - t2
         self.stage_seconds["moves"] += t1 - t0
         return Handle(plan, output, [self._logprobs[c.slot] for c in plan.chunks], self.stage_seconds)
+
+    def arrivals(self) -> list[Arrival]:
+        """Fetches that ended since the last call."""
+        return self.tiers.fetches.arrivals()
+
+    def wait_for_fetch(self, seconds: float) -> None:
+        """Sleep until a fetch may have ended."""
+        self.tiers.fetches.wait(seconds)
 
     def host_bytes_held(self) -> int:
         """Bytes of host memory the host tier holds, pages under way included."""

@@ -17,6 +17,7 @@ from jaxkv.types import KVGroup
 CPU_POOL_LIMIT = 4 * 2**30  # a development machine's memory is not ours to fill
 HOST_TIER_LIMIT = 64 * 2**30  # what PJRT pins by default
 STAGING_PAGES = 16  # pages of every group that may be on their way back to the device
+FETCH_PAGES = 64  # pages of one fetch; two are under way at once, in device memory and, if they come from disk, on the host
 
 
 @dataclass(frozen=True)
@@ -58,23 +59,29 @@ def free_host_memory() -> int:
 def plan_capacity(
     groups: Sequence[KVGroup], page_size: int, sched: SchedConfig, max_model_len: int, *,
     kv_cache_memory: int | None, host_kv_memory: int | None, free_device: tuple[int, int], free_host: int, shared: bool = False,
+    host_page_bytes: Sequence[int] | None = None,
 ) -> Capacity:
     """Splits the memory over groups. All groups get pages for the same tokens, but a window group never more than
     twice what its windows can hold at once (half of it remembers windows of prefixes).
 
-    ``shared``: the device's memory is the host's (CPU).
+    ``shared``: the device's memory is the host's (CPU). ``host_page_bytes``: bytes of a page of each group below HBM, if
+    they differ (a KV codec).
     ConfigError: not even one sequence of max_model_len fits, or more memory is asked for than there is.
     """
     free, usual = free_device
     if kv_cache_memory is not None and kv_cache_memory > free:
         raise ConfigError(f"kv_cache_memory is {kv_cache_memory:,} bytes, but only {free:,} are free")
     page_bytes = [g.page_bytes(page_size) for g in groups]
+    below_bytes = list(host_page_bytes or page_bytes)
 
     def split(pages: int) -> tuple[int, ...]:
         return tuple(min(pages, _window_cap(g, page_size, sched)) if g.window else pages for g in groups)
 
     def cost(pages: int) -> int:
         return sum(n * b for n, b in zip(split(pages), page_bytes))
+
+    def host_cost(pages: int) -> int:
+        return sum(n * b for n, b in zip(split(pages), below_bytes))
 
     need = -(-max_model_len // page_size) + 1
     useful = max(need, sched.max_num_seqs * (need - 1))
@@ -91,10 +98,10 @@ def plan_capacity(
     host_budget = host_kv_memory
     if host_budget is None:
         host_budget = min(free_host // 8, HOST_TIER_LIMIT, 2 * cost(pages))
-    host_pages = max(0, _largest(cost, host_budget, host_budget // min(page_bytes)) - STAGING_PAGES)
+    host_pages = max(0, _largest(host_cost, host_budget, host_budget // min(below_bytes)) - STAGING_PAGES)
     if host_kv_memory and not host_pages:
         raise ConfigError(f"host_kv_memory of {host_kv_memory:,} bytes holds no page besides the staging of "
-                          f"{STAGING_PAGES} ({cost(STAGING_PAGES + 1):,} bytes is the least; 0 turns the tier off)")
+                          f"{STAGING_PAGES} ({host_cost(STAGING_PAGES + 1):,} bytes is the least; 0 turns the tier off)")
     return Capacity(split(pages), cost(pages), split(host_pages) if host_pages else (0,) * len(groups),
                     host_budget if host_pages else 0)
 

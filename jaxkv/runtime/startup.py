@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -15,15 +16,20 @@ from tqdm import tqdm
 
 import pallas_kernels as ops
 from jaxkv.cache.controller import CacheController
-from jaxkv.config import ConfigError, EngineConfig
+from jaxkv.config import CacheConfig, ConfigError, EngineConfig
 from jaxkv.device.batch import batch_shapes, step_sizes
 from jaxkv.device.spec import KVSpec, kv_groups
+from jaxkv.runtime.disk import DiskError, DiskFormat, DiskStore
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.executor import JaxExecutor
-from jaxkv.runtime.memory import Capacity, free_device_memory, free_host_memory, plan_capacity
+from jaxkv.runtime.memory import FETCH_PAGES, Capacity, free_device_memory, free_host_memory, plan_capacity
+from jaxkv.runtime.page_ops import PageForm
 from jaxkv.runtime.tokenizer import eos_token_ids, load_tokenizer
 from jaxkv.runtime.weights import LoadedModel, load_model
 from jaxkv.sched.scheduler import Scheduler
+
+log = logging.getLogger("jaxkv")
+DISK_BYTES = 8 * 2**30
 
 
 def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
@@ -45,15 +51,18 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     cache, sched = config.cache, config.sched
     kv_dtype = {"auto": model.spec.dtype, "fp8_e4m3": "float8_e4m3fn"}.get(cache.kv_cache_dtype, cache.kv_cache_dtype)
     groups = kv_groups(model.spec, mesh.size, kv_dtype)
+    form = _page_form(KVSpec(groups, (0,) * len(groups), cache.page_size, layout), mesh, cache.kv_codec)
+    disk = open_disk(cache, form, model.fingerprint)
     capacity = plan_capacity(
         groups, cache.page_size, sched, max_model_len, kv_cache_memory=cache.kv_cache_memory,
         host_kv_memory=cache.host_kv_memory, free_device=free_device_memory(list(mesh.devices.flat)),
-        free_host=free_host_memory(), shared=platform == "cpu")
+        free_host=free_host_memory(), shared=platform == "cpu", host_page_bytes=form.bytes)
     kv = KVSpec(groups, capacity.num_pages, cache.page_size, layout)
     controller = CacheController(
         groups, cache.page_size, capacity.num_pages, capacity.num_host_pages, cache.eviction_policy,
-        root_salt=f"{model.fingerprint}/{layout}/{cache.page_size}/{kv_dtype}",
-        enable_prefix_caching=cache.enable_prefix_caching)
+        root_salt=f"{model.fingerprint}/{cache.page_size}/{kv_dtype}/{cache.kv_codec}",
+        enable_prefix_caching=cache.enable_prefix_caching, disk=disk, save_on_reuse=cache.disk_kv_write == "reuse",
+        fetch_pages=FETCH_PAGES)
     shapes = batch_shapes(sched.max_num_seqs, sched.max_num_batched_tokens)
     scheduler = Scheduler(sched, controller, max_model_len, step_sizes=step_sizes(shapes))
     loaded = time.perf_counter()
@@ -61,7 +70,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
         executor = JaxExecutor(
             model.spec, model.params, kv, mesh, max_num_seqs=sched.max_num_seqs,
             max_num_batched_tokens=sched.max_num_batched_tokens, max_model_len=max_model_len,
-            host_bytes=capacity.host_bytes, attention_impl=impl, progress=lambda done, total: _advance(bar, done, total))
+            host_bytes=capacity.host_bytes, attention_impl=impl, form=form, disk=disk,
+            progress=lambda done, total: _advance(bar, done, total))
     compiled = time.perf_counter()
     description = describe(config, model, mesh, kv, capacity, executor, loaded - start, compiled - loaded)
     return Engine(config, scheduler, executor, model_name=model.name, max_model_len=max_model_len,
@@ -70,6 +80,28 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
                   info={"model": model.name, "dtype": model.spec.dtype, "platform": platform,
                         "kv_layout": layout, "kv_cache_dtype": kv_dtype, "eviction_policy": cache.eviction_policy,
                         "kernels": _kernels()})
+
+
+def _page_form(kv: KVSpec, mesh: Mesh, codec: str) -> PageForm:
+    try:
+        return PageForm(kv, mesh, codec)
+    except ValueError as error:
+        raise ConfigError(f"kv_codec: {error}") from None
+
+
+def open_disk(cache: CacheConfig, form: PageForm, fingerprint: str) -> DiskStore | None:
+    """The disk tier, if there is to be one. What stops it is one line in the log, or a ConfigError if it is required."""
+    if cache.disk_kv_path is None or not cache.enable_prefix_caching:
+        return None
+    pages = tuple((shape, dtype.name) for shape, dtype in form.shapes)
+    try:
+        return DiskStore(cache.disk_kv_path, cache.disk_kv_memory or DISK_BYTES,
+                         DiskFormat(f"{fingerprint}/{cache.kv_codec}", cache.page_size, pages))
+    except DiskError as error:
+        if cache.disk_kv_required:
+            raise
+        log.error("%s; going on without the disk tier", error)
+        return None
 
 
 def make_mesh(tensor_parallel_size: int) -> Mesh:
@@ -116,8 +148,9 @@ def describe(
         f"KV pool (device): {tier(kv.num_pages, capacity.pool_bytes)}",
         f"KV tier (host): {tier(capacity.num_host_pages, capacity.host_bytes)}" if capacity.host_bytes
         else "KV tier (host): none",
+        f"KV tier (disk): {executor.tiers.disk.describe()}" if executor.tiers.disk else "KV tier (disk): none",
         f"eviction: {config.cache.eviction_policy}; prefix cache {'on' if config.cache.enable_prefix_caching else 'off'}",
-        f"pool layout: {kv.layout}, KV dtype: {kv.groups[0].dtype}",
+        f"pool layout: {kv.layout}, KV dtype: {kv.groups[0].dtype}, below the device: {config.cache.kv_codec}",
         f"kernels: {_kernels()}",
         f"{len(executor.shapes)} step executables, ready in {compile_seconds:.1f} s",
     )

@@ -1,9 +1,9 @@
-"""Executes page moves: batches of pages between the HBM pools and host memory, and within the pools.
+"""Executes what a plan does to pages: between the HBM pools and host memory, within the pools, to and from the disk.
 
 Owns the host tier's arrays and the exact count of the bytes it holds. Decides nothing: the CacheController says which
-page goes where and in which order. A host page is one pinned_host array [L, 2, ps, Hkv, C] (canonical layout, sharded
-like the pool), so that dropping a page frees exactly its bytes. Every transfer is enqueued in program order on the
-engine thread; nothing here waits for the device unless host memory would exceed its size.
+page goes where and in which order. A host page is one pinned_host array (``page_ops.PageForm``), so that dropping a page
+frees exactly its bytes. Every transfer is enqueued in program order on the engine thread; nothing here waits for the
+device unless host memory would exceed its size.
 """
 
 from __future__ import annotations
@@ -12,65 +12,124 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 import pallas_kernels as ops
 from jaxkv.device.spec import KVSpec
-from jaxkv.device.state import Pools, page_sharding, pool_structs
-from jaxkv.types import PageMove, Tier
-
-BATCHES = (1, 4, 16)  # pages per transfer; each size compiles once per group and direction
+from jaxkv.device.state import Pools
+from jaxkv.runtime.disk import DiskStore
+from jaxkv.runtime.fetches import Fetches, key_bytes
+from jaxkv.runtime.page_ops import BATCHES, PageForm, compile_page_ops, padded
+from jaxkv.types import PageKey, PageMove, StepPlan, Tier
 
 
 class Tiers:
-    """``apply`` runs a plan's moves on the pools and returns the new pools."""
+    """``apply`` runs the transfers of a plan on the pools and returns the new pools."""
 
-    def __init__(self, kv: KVSpec, mesh: Mesh, host_bytes: int) -> None:
-        self.host: dict[tuple[int, int], jax.Array] = {}  # (group, host page) -> canonical page
+    def __init__(self, kv: KVSpec, mesh: Mesh, host_bytes: int, form: PageForm, disk: DiskStore | None = None) -> None:
+        self.host: dict[tuple[int, int], jax.Array] = {}  # (group, host page) -> page
         self.host_bytes = host_bytes
+        self.disk = disk
         self._kv = kv
-        self._on_device = page_sharding(mesh)
-        self._on_host = page_sharding(mesh, "pinned_host") if host_bytes else None
-        self._page_bytes = [g.page_bytes(kv.page_size) for g in kv.groups]
+        self._on_device = form.sharding()
+        self._on_host = form.sharding("pinned_host") if host_bytes or disk else None
+        self._page_bytes = form.bytes
         self._held = 0
         self._copies: dict[tuple[int, int], jax.Array] = {}  # latest device copy of a host page that stayed
         self._leaving: deque[tuple[jax.Array, jax.Array, int]] = deque()  # (host page, what reads it, bytes) under way
-        self.ops = _compile(kv, mesh)
+        self._saving: dict[int, list[jax.Array]] = {}  # index into the plan's saves -> its pages by group so far
+        self.fetches = Fetches(form.bytes, self._on_device, disk)
+        self.ops = compile_page_ops(kv, mesh, form)
         self.bytes_moved = {(a, b): 0 for a in Tier for b in Tier}
 
     def bytes_held(self) -> int:
-        """Bytes of host memory in use, pages under way to the device included."""
+        """Bytes of host memory that the tier uses, pages under way to the device included."""
         while self._leaving and self._leaving[0][1].is_ready():  # type: ignore[attr-defined]  # mypy: jax's stub lacks it
             self._held -= self._leaving.popleft()[2]
         return self._held
+
+    def disk_staging_bytes(self) -> int:
+        """Bytes of host memory with pages on their way to or from the disk: at most two fetches and the writer's queue."""
+        return self.fetches.host_bytes_held() + (self.disk.queued_bytes if self.disk else 0)
 
     def clear(self) -> None:
         """Forget every host page."""
         self.host.clear()
         self._copies.clear()
         self._leaving.clear()
+        self.fetches.clear()
         self._held = 0
         self.bytes_moved = dict.fromkeys(self.bytes_moved, 0)
 
-    def apply(self, pools: Pools, moves: Iterable[PageMove]) -> Pools:
-        """Runs ``moves`` in order, neighbours of one kind as one batch. A move to nowhere drops a host page."""
+    def apply(self, pools: Pools, plan: StepPlan) -> Pools:
+        """Runs the plan's landings, then its moves in order, neighbours of one kind as one batch, then starts its fetches."""
         groups = list(pools)
-        for batch in _batches(moves):
-            g, src, dst = _kind(batch[0])
-            if dst is None:
-                self._drop(g, batch)
-                continue
-            self.bytes_moved[src, dst] += len(batch) * self._page_bytes[g]
-            if dst == Tier.HOST:
-                self._demote(g, groups[g], batch)
-            elif src == Tier.HOST:
-                groups[g] = self._promote(g, groups[g], batch)
-            else:
-                sources = self._ids(g, batch, [m.src[1] for m in batch])
-                groups[g] = self._op(g, "copy", batch)(groups[g], sources, self._targets(g, batch))
+        for fetch_id, wanted in plan.landings:
+            for moves, pages in self.fetches.land(fetch_id, wanted):
+                for at in range(0, len(moves), BATCHES[-1]):
+                    self._land(groups, moves[at:at + BATCHES[-1]], pages[at:at + BATCHES[-1]])
+        for batch in _batches(self._wanted(plan)):
+            self._move(groups, batch)
+        self._save(plan.saves)
+        for fetch in plan.fetches:
+            self.fetches.start(fetch, self.host)
         return tuple(groups)
+
+    def _move(self, groups: list, batch: list[PageMove]) -> None:
+        g, src, dst = _kind(batch[0])
+        if dst is None:
+            self._drop(g, batch)
+            return
+        self.bytes_moved[src, dst] += len(batch) * self._page_bytes[g]
+        if dst == Tier.HOST:
+            self._demote(g, groups[g], batch)
+        elif dst == Tier.DISK:
+            self._collect(g, groups[g], src, batch)
+        elif src == Tier.HOST:
+            groups[g] = self._promote(g, groups[g], batch)
+        else:
+            sources = self._ids(g, batch, [m.src[1] for m in batch])
+            groups[g] = self._op(g, "copy", batch)(groups[g], sources, self._targets(g, batch))
+
+    def _land(self, groups: list, moves: list[PageMove], pages: list[jax.Array]) -> None:
+        g, src, _ = _kind(moves[0])
+        self.bytes_moved[src, Tier.HBM] += len(moves) * self._page_bytes[g]
+        for m, page in zip(moves, pages):
+            if m.last:
+                self._leaving.append((self.host.pop((g, m.src[1])), page, self._page_bytes[g]))
+                self._copies.pop((g, m.src[1]), None)
+        groups[g] = self._scatter(g, groups[g], moves, pages)
+
+    def _scatter(self, g: int, pools: tuple[ops.Pool, ...], moves: list[PageMove], pages: list[jax.Array]) -> tuple:
+        data = pages + pages[:1] * (padded(len(moves)) - len(moves))
+        return self._op(g, "scatter", moves)(pools, self._targets(g, moves), *data)
+
+    # ---- to the disk
+
+    def _wanted(self, plan: StepPlan) -> Iterator[PageMove]:
+        """The moves without those to a disk that has the page."""
+        disk = self.disk
+        known = {i for i, key in enumerate(plan.saves) if disk is not None and disk.match([bytes.fromhex(key.digest)])}
+        return (m for m in plan.moves if not (m.dst and m.dst[0] == Tier.DISK and m.dst[1] in known))
+
+    def _collect(self, g: int, pools: tuple[ops.Pool, ...], src: Tier, moves: list[PageMove]) -> None:
+        if src == Tier.HOST:
+            pages = [self.host[g, m.src[1]] for m in moves]
+        else:
+            gathered = self._op(g, "gather", moves)(pools, self._ids(g, moves, [m.src[1] for m in moves]))
+            pages = jax.device_put(list(gathered[: len(moves)]), self._on_host)
+        for number, page in zip(_destinations(moves), pages):
+            self._saving.setdefault(number, []).append(page)
+
+    def _save(self, saves: tuple[PageKey, ...]) -> None:
+        """Hand complete pages to the disk tier's writer, which waits for their transfers and may refuse them."""
+        for number, pages in self._saving.items():
+            assert self.disk is not None
+            self.disk.put(*key_bytes(saves[number]), tuple(pages))
+        self._saving.clear()
+
+    # ---- to and from the host
 
     def _demote(self, g: int, pools: tuple[ops.Pool, ...], moves: list[PageMove]) -> None:
         need = len(moves) * self._page_bytes[g]
@@ -92,8 +151,7 @@ class Tiers:
                 self._leaving.append((page, copy, self._page_bytes[g]))
             else:
                 self._copies[g, m.src[1]] = copy
-        data = copies + copies[:1] * (_padded(len(moves)) - len(moves))
-        return self._op(g, "scatter", moves)(pools, self._targets(g, moves), *data)
+        return self._scatter(g, pools, moves, copies)
 
     def _drop(self, g: int, moves: list[PageMove]) -> None:
         for m in moves:  # a transfer from or into the page may still be under way
@@ -101,14 +159,14 @@ class Tiers:
             self._leaving.append((page, self._copies.pop((g, m.src[1]), page), self._page_bytes[g]))
 
     def _op(self, g: int, name: str, moves: list[PageMove]) -> Callable:
-        return self.ops[g, name, _padded(len(moves))]
+        return self.ops[g, name, padded(len(moves))]
 
     def _targets(self, g: int, moves: list[PageMove]) -> np.ndarray:
         return self._ids(g, moves, _destinations(moves))
 
     def _ids(self, g: int, moves: list[PageMove], pages: list[int]) -> np.ndarray:
         """Page numbers padded to the batch size with one that no pool has."""
-        return np.array(pages + [self._kv.num_pages[g]] * (_padded(len(moves)) - len(moves)), np.int32)
+        return np.array(pages + [self._kv.num_pages[g]] * (padded(len(moves)) - len(moves)), np.int32)
 
 
 def _destinations(moves: list[PageMove]) -> list[int]:
@@ -134,37 +192,3 @@ def _batches(moves: Iterable[PageMove]) -> Iterator[list[PageMove]]:
             written.add(move.dst)
     if batch:
         yield batch
-
-
-def _padded(n: int) -> int:
-    return next(size for size in BATCHES if size >= n)
-
-
-def _compile(kv: KVSpec, mesh: Mesh) -> dict[tuple[int, str, int], Callable]:
-    """(group, operation, batch size) -> executable; pools are donated where they change."""
-    structs = pool_structs(kv, mesh)
-    whole, page_at = NamedSharding(mesh, PartitionSpec()), page_sharding(mesh)
-    mesh_ops = ops.MeshOps(mesh, kv.layout)
-    out: dict[tuple[int, str, int], Callable] = {}
-    for g, (group, pools) in enumerate(zip(kv.groups, structs)):
-        width, dtype = ops.canonical_row(group.dtype, group.head_dim)
-        page = jax.ShapeDtypeStruct((len(group.layers), 2, kv.page_size, group.kv_heads, width), dtype, sharding=page_at)
-        pools_at = jax.tree.map(lambda x: x.sharding, pools)
-
-        def gather(pools, pages):
-            return tuple(mesh_ops.gather_pages(pools, pages))
-
-        def scatter(pools, pages, *data):
-            return mesh_ops.scatter_pages(pools, pages, jnp.stack(data))
-
-        def copy(pools, src, dst):
-            return mesh_ops.copy_pages(pools, src, dst)
-
-        for n in BATCHES:
-            ids = jax.ShapeDtypeStruct((n,), jnp.int32, sharding=whole)
-            jobs = {"gather": (jax.jit(gather, out_shardings=(page_at,) * n), (ids,)),
-                    "scatter": (jax.jit(scatter, donate_argnums=0, out_shardings=pools_at), (ids, *[page] * n)),
-                    "copy": (jax.jit(copy, donate_argnums=0, out_shardings=pools_at), (ids, ids))}
-            for name, (fn, args) in jobs.items():
-                out[g, name, n] = fn.lower(pools, *args).compile()
-    return out

@@ -26,8 +26,9 @@ def chat(driver: Driver) -> None:
 @pytest.mark.parametrize("overlap", [0, 1])
 @pytest.mark.parametrize("tier", ["host", "disk", "host+disk"])
 def test_decodes_go_on_while_pages_come(tier, overlap, groups):
-    driver = Driver(pages=30 if tier == "host+disk" else 40, host_pages={"host": 60, "disk": 0, "host+disk": 14}[tier], disk="disk" in tier,
-                    overlap=overlap, groups=groups, max_model_len=96, delay=3)
+    pages, host_pages = {"host": (40, 60), "disk": (40, 0), "host+disk": (30, 14)}[tier]
+    driver = Driver(pages=pages, host_pages=host_pages, disk="disk" in tier, overlap=overlap, groups=groups,
+                    max_model_len=96, delay=3)
     chat(driver)
     moves, stats = driver.device.num_moves, driver.inner.cache.stats
     assert stats.loads > 0 and not stats.failed_loads and driver.decodes_while_fetching > 3

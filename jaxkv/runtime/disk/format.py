@@ -28,7 +28,9 @@ VERSION = 1
 HEADER_BYTES = 4096
 ALIGN = 64  # bytes: records and pages begin at multiples, so that arrays over them are aligned for any dtype
 
-Payload = tuple[np.ndarray | None, ...]  # by KV group: canonical page [L, 2, ps, Hkv, C], encoded page [bytes] uint8, or none
+# By KV group an array: canonical page [L, 2, ps, Hkv, C] or encoded page [bytes] uint8; or None. What is to be written may be
+# a jax.Array on its way to the host: only the writer's thread looks inside.
+Payload = tuple[Any, ...]
 
 _HEADER = Struct("<8sIIQ")  # magic, version, bytes of JSON, checksum of the JSON
 _FIXED = Struct(f"<4sI{DIGEST_BYTES}sQ")  # magic, bytes of tokens, key, checksum of the payload

@@ -1,0 +1,92 @@
+"""The executables that move pages, and the form pages have below HBM.
+
+Owns that form: canonical pages [L, 2, ps, Hkv, C] of a group, or [Hkv, B] bytes if a lossy KV codec is on, which the
+device encodes before a page leaves it and decodes when it comes back, so that every link moves the small form. Both are
+sharded like the pool, over KV heads: each device moves its own part of a page over its own link.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import pallas_kernels as ops
+from jaxkv.device.spec import KVSpec
+from jaxkv.device.state import page_sharding, pool_structs
+
+BATCHES = (1, 4, 16)  # pages per call; each size compiles once per group and operation
+
+
+class PageForm:
+    """Shape, dtype and sharding of one page of each KV group below HBM. ValueError for a codec that KV or model refuse."""
+
+    def __init__(self, kv: KVSpec, mesh: Mesh, codec: str = "exact") -> None:
+        layers = sum(len(group.layers) for group in kv.groups)
+        self.codecs = [ops.codec_spec(codec, layers, group.layers) for group in kv.groups]
+        self.lossy = any(level != "exact" for spec in self.codecs for level in spec.levels)
+        self.canonical: list[tuple[int, ...]] = []
+        self.shapes: list[tuple[tuple[int, ...], jnp.dtype]] = []
+        for group, spec in zip(kv.groups, self.codecs):
+            width, dtype = ops.canonical_row(group.dtype, group.head_dim)
+            page = (len(group.layers), 2, kv.page_size, group.kv_heads, width)
+            encoded = ops.encoded_shape(spec, page, group.dtype)
+            self.canonical.append(page)
+            self.shapes.append((encoded, jnp.dtype("uint8")) if self.lossy else (page, jnp.dtype(dtype)))
+        self.bytes = [math.prod(shape) * dtype.itemsize for shape, dtype in self.shapes]
+        self._mesh = mesh
+
+    def sharding(self, memory_kind: str | None = None) -> NamedSharding:
+        if self.lossy:
+            return NamedSharding(self._mesh, PartitionSpec("tp"), memory_kind=memory_kind)
+        return page_sharding(self._mesh, memory_kind)
+
+
+def padded(n: int) -> int:
+    """The batch size that ``n`` pages take."""
+    return next(size for size in BATCHES if size >= n)
+
+
+def compile_page_ops(kv: KVSpec, mesh: Mesh, form: PageForm) -> dict[tuple[int, str, int], Callable]:
+    """(group, operation, batch size) -> executable; pools are donated where they change.
+
+    "gather": pools, page numbers [n] -> n pages of ``form``; "scatter": pools, numbers, n pages -> pools; "copy": pools,
+    sources, destinations -> pools.
+    """
+    out: dict[tuple[int, str, int], Callable] = {}
+    whole, page_at = NamedSharding(mesh, PartitionSpec()), form.sharding()
+    for g, pools in enumerate(pool_structs(kv, mesh)):
+        gather, scatter, copy = _page_functions(kv, mesh, form, g)
+        page = jax.ShapeDtypeStruct(*form.shapes[g], sharding=page_at)
+        pools_at = jax.tree.map(lambda x: x.sharding, pools)
+        for n in BATCHES:
+            ids = jax.ShapeDtypeStruct((n,), jnp.int32, sharding=whole)
+            jobs = {"gather": (jax.jit(gather, out_shardings=(page_at,) * n), (ids,)),
+                    "scatter": (jax.jit(scatter, donate_argnums=0, out_shardings=pools_at), (ids, *[page] * n)),
+                    "copy": (jax.jit(copy, donate_argnums=0, out_shardings=pools_at), (ids, ids))}
+            for name, (fn, args) in jobs.items():
+                out[g, name, n] = fn.lower(pools, *args).compile()
+    return out
+
+
+def _page_functions(kv: KVSpec, mesh: Mesh, form: PageForm, g: int) -> tuple[Callable, Callable, Callable]:
+    mesh_ops, spec = ops.MeshOps(mesh, kv.layout), form.codecs[g]
+
+    def gather(pools: Any, pages: jax.Array) -> tuple:
+        data = mesh_ops.gather_pages(pools, pages)
+        return tuple(mesh_ops.encode_pages(spec, data) if form.lossy else data)
+
+    def scatter(pools: Any, pages: jax.Array, *data: jax.Array) -> Any:
+        stack = jnp.stack(data)
+        if form.lossy:
+            stack = mesh_ops.decode_pages(spec, stack, form.canonical[g], kv.groups[g].dtype)
+        return mesh_ops.scatter_pages(pools, pages, stack)
+
+    def copy(pools: Any, src: jax.Array, dst: jax.Array) -> Any:
+        return mesh_ops.copy_pages(pools, src, dst)
+
+    return gather, scatter, copy
