@@ -200,6 +200,7 @@ class Sequence:
     num_settled: int = 0  # num_scheduled before the latest chunk: later positions may not have been submitted yet
     dirty: list[int] = field(default_factory=list)  # [group] first page index the device's table does not know yet
     waits: list[Any] = field(default_factory=list)  # loads that bring pages of its prefix; left when it enters a slot
+    rest: list[int] = field(default_factory=list)  # [group] pages it will need besides those that wait for it
     looked_up: bool = False  # whether its prefix was asked for since it began to wait
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+from jaxkv.cache.pages import WindowPool
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.trie import Node, Source, encode
 from jaxkv.types import Sequence, Tier
@@ -31,12 +32,12 @@ class Use(IntEnum):
     COMING = 2  # and those under way
 
 
-def find_hit(store: PageStore, seq: Sequence, plan_id: int, use: Use, spare: int = 0) -> Hit:
+def find_hit(store: PageStore, seq: Sequence, plan_id: int, use: Use) -> Hit:
     """The longest usable prefix of ``seq.tokens[:seq.match_limit]``; in the worst case of length 0. What may still come
     has no part of a page.
 
     A page that plan ``plan_id`` itself computes is no source of a copy. A window group must hold every page that the
-    next position sees. All HBM pages taken must be free, or idle once the path is pinned, and ``spare`` more of each group.
+    next position sees. All HBM pages taken must be free, or idle once the path is pinned.
     """
     root = store.trie.root(seq.request.namespace)
     path, pages, sources = store.trie.match(root, encode(seq.tokens[:seq.match_limit]))
@@ -53,7 +54,7 @@ def find_hit(store: PageStore, seq: Sequence, plan_id: int, use: Use, spare: int
             pages, source = hole, None
             continue
         hit.need.extend(_need(store, hit))
-        short = spare - room_beside(store, hit) if any(hit.need) else 0
+        short = -min(room_beside(store, hit)) if any(hit.need) else 0
         if short <= 0:
             break
         if source:
@@ -94,19 +95,21 @@ def _need(store: PageStore, hit: Hit) -> list[int]:
     return need
 
 
-def room_beside(store: PageStore, hit: Hit) -> int:
-    """Pages that can be made free once the hit is pinned and has what it needs, in the worst group; negative: it misses."""
+def room_beside(store: PageStore, hit: Hit) -> list[int]:
+    """[group] pages that can be made free once the hit is pinned and has what it needs; negative: so many it lacks."""
     warm = [node for node in hit.path[1:] if node.tier is Tier.HBM]
     source = hit.source if hit.source and hit.source.node.tier is Tier.HBM else None
     pinned = sum(max(0, min(hit.pages - store.first_page(node), len(node))) for node in warm if not node.refs)
     if source and not source.node.refs:
         pinned += len(source.node) - source.page  # of a node cut by the match, the part above the source is counted
-    room = [store.available(g) - hit.need[g] - pinned for g in store.full]
-    for g in store.windows:
-        users = store.window_pool(g).users
+    room = []
+    for g, pool in enumerate(store.hbm):
+        if not isinstance(pool, WindowPool):
+            room.append(store.available(g) - hit.need[g] - pinned)
+            continue
         seen = [page for node in warm for start in [store.first_page(node)]
                 for page in node.pages[g][max(0, hit.first[g] - start):max(0, hit.pages - start)]]
         if source:
             seen.append(source.node.pages[g][source.page])
-        room.append(store.available(g) - hit.need[g] - sum(not users[page] for page in seen))
-    return min(room)
+        room.append(store.available(g) - hit.need[g] - sum(not pool.users[page] for page in seen))
+    return room

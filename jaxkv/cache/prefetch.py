@@ -26,21 +26,24 @@ class Prefetcher:
     def keep(self, seq: Sequence, plan_id: int) -> bool:
         """See ``CacheController.keep``."""
         hit = find_hit(self._store, seq, plan_id, Use.COMING)
-        hot = [node for node in hit.path if node.tier is Tier.HBM]
-        if len(hot) == 1:
-            self._store.trie.prune(hot[0])
+        if len(hit.path) == 1:
+            self._store.trie.prune(hit.path[0])
             return False
-        self._store.pin(hot[-1])
-        self._begin(seq, hot, hit.first, Load())
+        self._store.pin(hit.path[-1])
+        self._begin(seq, hit.path, hit.first, Load())
         return True
 
-    def prefetch(self, seq: Sequence, plan_id: int, spare: int, cold: bool) -> bool:
-        """See ``CacheController.prefetch``. With less room than the whole prefix takes, a shorter one is brought."""
+    def prefetch(self, seq: Sequence, plan_id: int, most: list[int], spare: list[int], cold: bool) -> bool | None:
+        """See ``CacheController.prefetch``."""
         store = self._store
         if self.disk is None and not store.host_capacity:
             return False
-        hit = find_hit(store, seq, plan_id, Use.COMING, spare)
-        data, keys = self._on_disk(seq, hit, spare)
+        hit = find_hit(store, seq, plan_id, Use.COMING)
+        rest = [min(-(-len(seq.tokens) // store.page_size) - hit.pages, n) for n in most]
+        if any(room - own < others for room, own, others in zip(room_beside(store, hit), rest, spare)):
+            store.trie.prune(hit.path[0])
+            return None
+        data, keys = self._on_disk(seq, hit)
         if not keys and not (cold and any(node.tier is Tier.HOST for node in hit.path[1:])):
             for load in dict.fromkeys(node.load for node in hit.path[1:] if node.load is not None):
                 self._wait(seq, load)
@@ -64,6 +67,7 @@ class Prefetcher:
                 self._tiering.promote(node, hit.first, load)
         if keys:
             load.end = self._attach(end, data, keys, load)
+        seq.rest = [max(0, n - len(keys)) for n in rest]
         store.stats.loads += 1
         self._loader.fetch(load)
         return True
@@ -86,8 +90,8 @@ class Prefetcher:
             seq.waits.append(load)
             load.users += 1
 
-    def _on_disk(self, seq: Sequence, hit: Hit, spare: int) -> tuple[bytes, list[bytes]]:
-        """Encoded tokens and digests of the pages that the disk tier has after the hit, as far as there is room."""
+    def _on_disk(self, seq: Sequence, hit: Hit) -> tuple[bytes, list[bytes]]:
+        """Encoded tokens and digests of the pages that the disk tier has after the hit."""
         store, size = self._store, self._store.trie.page_bytes
         end = hit.path[-1]
         at = hit.pages * size
@@ -98,7 +102,7 @@ class Prefetcher:
         if not data or data[:size] in end.children:
             return b"", []
         keys = store.trie.digest(end.digests[-1], data)
-        count = max(0, min(self.disk.match(keys), room_beside(store, hit) - spare))
+        count = self.disk.match(keys)
         return data[:count * size], keys[:count]
 
     def _attach(self, parent: Node, data: bytes, keys: list[bytes], load: Load) -> Node:

@@ -173,14 +173,14 @@ class Tiering:
         store.stats.promotions += len(node)
 
     def refill(self, node: Node, pages: list[list[int]]) -> None:
-        """Give an unused HOST node the HBM pages of a sequence that computed the same tokens; it gets one user."""
+        """Give a HOST node the HBM pages of a sequence that computed the same tokens; it gets one more user."""
         store = self._store
         for g, old in enumerate(node.pages):
             for page in old:
                 if page >= 0:
                     store.free_host(g, page)
         node.pages = pages
-        node.refs = 1
+        node.refs += 1
         self._to_hbm(node)
         store.adopt(node, pages)
         store.stats.swaps += len(node)

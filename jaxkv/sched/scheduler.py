@@ -24,7 +24,7 @@ from operator import attrgetter
 
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import SchedConfig
-from jaxkv.sched.capacity import check_capacity, fits_beside
+from jaxkv.sched.capacity import check_capacity, fits_beside, pages_needed
 from jaxkv.sched.chunking import append_tokens, chunk_length, excess_tokens, take_chunk
 from jaxkv.sched.policy import FCFS, SchedulerPolicy
 from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Status, StepPlan, StepResult, TokenEvent
@@ -214,20 +214,31 @@ class Scheduler:
         need not go ahead of the sequence, unless they come from the disk."""
         if not seq.looked_up:
             seq.looked_up = True
-            if self.cache.prefetch(seq, plan_id, len(self._running), cold=bool(self._running)):
+            while (brought := self._prefetch(seq, plan_id)) is None and self._let_wait(seq.key):
+                pass
+            if brought:
                 self._ahead[seq.request.id] = seq
         return any(not load.done for load in seq.waits)
+
+    def _prefetch(self, seq: Sequence, plan_id: int) -> bool | None:
+        cache, running = self.cache, len(self._running)
+        most = [pages_needed(group, cache.page_size, len(seq.tokens), self._budget) for group in cache.groups]
+        spare = [running + sum(other.rest[g] for other in self._ahead.values() if other.rest)
+                 for g in range(len(cache.groups))]
+        return cache.prefetch(seq, plan_id, most, spare, cold=running > 0)
 
     def _leave_pages(self, seq: Sequence) -> None:
         """The sequence enters, or goes on without the pages that were brought for it."""
         if self._ahead.pop(seq.request.id, None):
             self.cache.leave(seq)
+            seq.rest = []
 
-    def _let_wait(self) -> bool:
-        """Let go of the pages that were brought for the last sequence that has some; False if there is none."""
-        if not self._ahead:
+    def _let_wait(self, key: tuple[float, ...] = ()) -> bool:
+        """Let go of the pages that are kept for the last waiting sequence after ``key``; False if there is none."""
+        last = max(self._ahead.values(), key=_key, default=None)
+        if last is None or last.key <= key:
             return False
-        self._leave_pages(max(self._ahead.values(), key=_key))
+        self._leave_pages(last)
         return True
 
     def _acquire(self, seq: Sequence, plan_id: int, left: int) -> int:
