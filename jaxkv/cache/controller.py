@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from jaxkv.cache.check import check
 from jaxkv.cache.hit import Use, find_hit
-from jaxkv.cache.loads import Load, Loader
+from jaxkv.cache.loads import Loader
 from jaxkv.cache.prefetch import Prefetcher
 from jaxkv.cache.publish import Publisher
 from jaxkv.cache.stats import CacheStats
@@ -133,14 +133,13 @@ class CacheController:
             self._loader.leave(load)
         seq.waits = []
 
-    def arrived(self, arrival: Arrival) -> Load | None:
-        """Learn how a fetch ended. A load that failed is returned: whoever waits for one that is ``failed`` must
-        ``leave``, then it is to be buried."""
+    def arrived(self, arrival: Arrival) -> bool:
+        """Learn how a fetch ended. False: loads have failed; whoever waits for one must ``leave``, then ``bury`` them."""
         return self._loader.arrived(arrival)
 
-    def bury(self, load: Load) -> None:
-        """Forget the pages of a failed load."""
-        self._loader.bury(load)
+    def bury(self) -> None:
+        """Forget the pages of failed loads."""
+        self._loader.bury()
 
     # ---- a sequence enters
 
@@ -293,7 +292,7 @@ class CacheController:
             full = done - done % self.page_size
             if full > seq.num_published:
                 self._publisher.full_pages(seq, full, SETTLED, -1)
-            if full < done > seq.num_published:
+            if full <= seq.num_published < done:
                 self._publisher.take_back_leaf(seq)
                 self._publisher.last_page(seq, done, SETTLED, -1)
         shared = -(-seq.num_published // self.page_size)

@@ -89,17 +89,16 @@ class Loader:
         landings, self._landings = tuple(self._landings), []
         return landings, tuple(fetches)
 
-    def arrived(self, arrival: Arrival) -> Load | None:
-        """Learn how a fetch ended; the load if it failed now. Whoever waits for it, or for a failed one below, leaves
-        before ``bury``."""
+    def arrived(self, arrival: Arrival) -> bool:
+        """Learn how a fetch ended. False: loads have failed, and whoever waits for one leaves before ``bury``."""
         load, moves = self._flying.pop(arrival.fetch_id)
         wanted = arrival.ok and not load.failed
         self._landings.append((arrival.fetch_id, wanted))
         if load.failed:
-            return None
+            return True
         if not wanted:
             self._fail(load)
-            return load
+            return False
         for move in moves:
             if move.last:
                 self._store.host[move.group].give(move.src[1])
@@ -109,7 +108,7 @@ class Loader:
                 node.load = None
             if not load.users:
                 self._end(load)
-        return None
+        return True
 
     def join(self, load: Load) -> None:
         """One more sequence waits for the load."""
@@ -122,33 +121,35 @@ class Loader:
             self._end(load)
 
     def _fail(self, load: Load) -> None:
-        """Mark ``load``, and every load below its nodes, as failed; their fetches will not land."""
+        """Mark ``load``, and every load that keeps or brings something below its nodes; their fetches will not land."""
         load.failed = True
+        self._store.stats.failed_loads += bool(load.pending)
         below = list(load.nodes)
         for node in below:
             below.extend(node.children.values())
-        for other in {node.load for node in below} - {None, load}:
-            if not other.failed:
+        doomed = set(map(id, below))
+        for other in self.loads:
+            if not other.failed and id(other.end) in doomed:
                 self._fail(other)
         for g, page in load.host_pages:
             self._store.free_host(g, page)
         load.pending = []
         self._queue = deque(item for item in self._queue if item[0] is not load)
-        self._store.stats.failed_loads += 1
 
-    def bury(self, load: Load) -> None:
-        """Drop the nodes of a failed load, which nobody uses any more, and everything below them."""
-        below = list(load.nodes)
-        for node in below:
-            below.extend(node.children.values())
-        for other in {node.load for node in below} - {None, load}:
-            self.bury(other)
-        tops = [node for node in load.nodes if node.parent is not None and node.parent.load is not load]
-        for node in load.nodes:
+    def bury(self) -> None:
+        """Drop the nodes of failed loads, for which nobody waits any more, and everything below them."""
+        failed = [load for load in self.loads if load.failed]
+        nodes = [node for load in failed for node in load.nodes]
+        below = set(map(id, nodes))
+        for node in nodes:
             node.load = None
-        self._end(load)
-        for node in tops:
-            self._store.discard(node)
+        for load in failed:
+            self._end(load)
+        for node in nodes:
+            while node.parent is not None and id(node.parent) in below:
+                node = node.parent
+            if node.parent is not None:
+                self._store.discard(node)
 
     def _end(self, load: Load) -> None:
         """Let go of what the load kept."""

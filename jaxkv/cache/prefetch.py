@@ -66,7 +66,7 @@ class Prefetcher:
                 store.stats.host_hit_tokens += len(node) * store.page_size
                 self._tiering.promote(node, hit.first, load)
         if keys:
-            load.end = self._attach(end, data, keys, load)
+            load.end = self._attach(end, data, keys, len(seq.request.prompt), load)
         seq.rest = [max(0, n - len(keys)) for n in rest]
         store.stats.loads += 1
         self._loader.fetch(load)
@@ -105,12 +105,13 @@ class Prefetcher:
         count = self.disk.match(keys)
         return data[:count * size], keys[:count]
 
-    def _attach(self, parent: Node, data: bytes, keys: list[bytes], load: Load) -> Node:
-        """The node that pages on disk become."""
+    def _attach(self, parent: Node, data: bytes, keys: list[bytes], prompt: int, load: Load) -> Node:
+        """The node that pages on disk become; PROMPT if it lies within the first ``prompt`` tokens."""
         store = self._store
         size, page_size = store.trie.page_bytes, store.page_size
         pages = [pool.take_many(len(keys)) for pool in store.hbm]
-        node = store.attach(parent, data, Kind.PROMPT, pages)
+        inside = parent.kind is Kind.PROMPT and parent.end + len(keys) * page_size <= prompt
+        node = store.attach(parent, data, Kind.PROMPT if inside else Kind.ANSWER, pages)
         node.load, node.saved = load, len(keys)
         load.nodes.append(node)
         load.shared += [(g, page) for g in store.windows for page in pages[g]]

@@ -135,12 +135,11 @@ class Scheduler:
 
     def arrived(self, arrival: Arrival) -> None:
         """Learn that a fetch ended. Sequences whose pages will not come go without them."""
-        failed = self.cache.arrived(arrival)
-        if failed is not None:
+        if not self.cache.arrived(arrival):
             for seq in list(self._ahead.values()):
                 if any(load.failed for load in seq.waits):
                     self._leave_pages(seq)
-            self.cache.bury(failed)
+            self.cache.bury()
         self._stuck = None
 
     def _continue(self, plan_id: int, chunks: list[Chunk], seqs: list[Sequence]) -> tuple[int, bool]:
