@@ -137,6 +137,10 @@ class CacheController:
         """Learn how a fetch ended. False: loads have failed; whoever waits for one must ``leave``, then ``bury`` them."""
         return self._loader.arrived(arrival)
 
+    def cancel(self) -> bool:
+        """Make room by giving up what was begun last to be brought; False if there is nothing. As if it had failed."""
+        return self._loader.cancel()
+
     def bury(self) -> None:
         """Forget the pages of failed loads."""
         self._loader.bury()

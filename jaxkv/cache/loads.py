@@ -97,6 +97,7 @@ class Loader:
         if load.failed:
             return True
         if not wanted:
+            self._store.stats.failed_loads += 1
             self._fail(load)
             return False
         for move in moves:
@@ -120,10 +121,19 @@ class Loader:
         if load.done and not load.failed and not load.users:
             self._end(load)
 
+    def cancel(self) -> bool:
+        """Give up the load that was begun last of those under way; False if there is none. Its pages are free after
+        ``bury``, its KV is lost unless the disk has it."""
+        load = next((load for load in reversed(self.loads) if not load.done), None)
+        if load is None:
+            return False
+        self._store.stats.cancelled_loads += 1
+        self._fail(load)
+        return True
+
     def _fail(self, load: Load) -> None:
         """Mark ``load``, and every load that keeps or brings something below its nodes; their fetches will not land."""
         load.failed = True
-        self._store.stats.failed_loads += bool(load.pending)
         below = list(load.nodes)
         for node in below:
             below.extend(node.children.values())

@@ -20,6 +20,7 @@ class CacheStats:
     partial_copies: int = 0  # pages copied because a match ended inside
     loads: int = 0  # sequences whose pages came while others ran
     failed_loads: int = 0  # those whose pages did not come: computed instead
+    cancelled_loads: int = 0  # those given up for room
     saves: int = 0  # pages handed to the disk tier
     splits: int = 0
     claims: int = 0  # ANSWER nodes that became PROMPT

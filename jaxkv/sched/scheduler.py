@@ -61,6 +61,7 @@ class Scheduler:
         self._next_plan = 0
         self._num_added = 0
         self._stuck: Sequence | None = None  # did not fit; not tried again until a sequence is released
+        self._full = False  # a prefix did not fit; none is brought until a sequence is released
         self._ahead: dict[str, Sequence] = {}  # waiting ones that pages are brought for
         self._leading: set[str] = set()  # parents whose siblings wait for child 0's prompt
         self._led: list[str] = []  # those whose child 0 finished its prompt in the latest plan
@@ -136,11 +137,9 @@ class Scheduler:
     def arrived(self, arrival: Arrival) -> None:
         """Learn that a fetch ended. Sequences whose pages will not come go without them."""
         if not self.cache.arrived(arrival):
-            for seq in list(self._ahead.values()):
-                if any(load.failed for load in seq.waits):
-                    self._leave_pages(seq)
-            self.cache.bury()
+            self._bury()
         self._stuck = None
+        self._full = False
 
     def _continue(self, plan_id: int, chunks: list[Chunk], seqs: list[Sequence]) -> tuple[int, bool]:
         """Chunks of the running sequences: one token each is theirs, prompts share what the budget has beyond that.
@@ -168,7 +167,7 @@ class Scheduler:
                     length -= excess_tokens(self._budget - left + length - 1, length - 1, self._step_sizes)
                 left -= length - 1
             while not grow(seq, start + length):
-                if self._let_wait():
+                if self._let_wait() or self._cancel():
                     continue
                 victim = running[-1]
                 self._preempt(victim)
@@ -187,8 +186,10 @@ class Scheduler:
         waiting = self._waiting
         if len(waiting) > 1:
             for seq in waiting[:LOOKAHEAD]:
-                if not seq.looked_up and self.cache.keep(seq, plan_id):
-                    self._ahead[seq.request.id] = seq
+                if not seq.kept:
+                    seq.kept = True
+                    if self.cache.keep(seq, plan_id):
+                        self._ahead[seq.request.id] = seq
         index = 0
         while index < len(waiting):
             seq = waiting[index]
@@ -209,12 +210,13 @@ class Scheduler:
             seqs.append(seq)
 
     def _awaits_pages(self, seq: Sequence, plan_id: int) -> bool:
-        """Whether pages of a waiting sequence's prefix are on their way; asks for them once. With nothing running they
-        need not go ahead of the sequence, unless they come from the disk."""
-        if not seq.looked_up:
-            seq.looked_up = True
+        """Whether pages of a waiting sequence's prefix are on their way; asks for them once there is room. With nothing
+        running they need not go ahead of the sequence, unless they come from the disk."""
+        if not seq.looked_up and not self._full:
             while (brought := self._prefetch(seq, plan_id)) is None and self._let_wait(seq.key):
                 pass
+            seq.looked_up = brought is not None
+            self._full = brought is None
             if brought:
                 self._ahead[seq.request.id] = seq
         return any(not load.done for load in seq.waits)
@@ -231,6 +233,20 @@ class Scheduler:
         if self._ahead.pop(seq.request.id, None):
             self.cache.leave(seq)
             seq.rest = []
+
+    def _cancel(self) -> bool:
+        """Give up pages on their way, so that those who run never wait for room; False if there are none."""
+        if not self.cache.cancel():
+            return False
+        self._bury()
+        return True
+
+    def _bury(self) -> None:
+        """Sequences whose pages will not come go without them."""
+        for seq in list(self._ahead.values()):
+            if any(load.failed for load in seq.waits):
+                self._leave_pages(seq)
+        self.cache.bury()
 
     def _let_wait(self, key: tuple[float, ...] = ()) -> bool:
         """Let go of the pages that are kept for the last waiting sequence after ``key``; False if there is none."""
@@ -257,7 +273,6 @@ class Scheduler:
                 if not self._let_wait():
                     break
             self._stuck = seq
-            seq.looked_up = False
         cache.release(seq)
         return 0
 
@@ -265,7 +280,7 @@ class Scheduler:
         request = seq.request
         seq.slot = heappop(self._slots)
         seq.status = _RUNNING
-        seq.looked_up = False
+        seq.looked_up = seq.kept = False
         seq.dirty = [0] * len(seq.pages)  # the slot's row belonged to someone else
         if seq.first_admission:
             seq.first_admission = False
@@ -323,6 +338,7 @@ class Scheduler:
             _remove(self._waiting, seq)
             self._leave_pages(seq)
             self._stuck = None
+            self._full = False
         seq.status = _FINISHED
         seq.finish_reason = reason
         del self._sequences[seq.request.id]
@@ -345,6 +361,7 @@ class Scheduler:
         seq.slot = -1
         seq.num_scheduled = 0
         self._stuck = None
+        self._full = False
 
     def check(self) -> None:
         """Assert that every sequence is in exactly one place and every slot and page is accounted for."""
