@@ -23,7 +23,8 @@ import sys
 from typing import NamedTuple
 
 from jaxkv.cache.check import check
-from jaxkv.cache.hit import Use, find_hit
+from jaxkv.cache.costs import Costs
+from jaxkv.cache.hit import Use, cold_runs, find_hit
 from jaxkv.cache.loads import Loader
 from jaxkv.cache.prefetch import Prefetcher
 from jaxkv.cache.publish import Publisher
@@ -72,6 +73,11 @@ class CacheController:
         self._windows = [(g, group.window) for g, group in enumerate(groups) if group.window is not None]
 
     # ---- what there is
+
+    @property
+    def costs(self) -> Costs:
+        """What moving and computing take, to be told what steps took."""
+        return self.store.costs
 
     @property
     def stats(self) -> CacheStats:
@@ -164,6 +170,10 @@ class CacheController:
             return 0
         store, stats = self.store, self.store.stats
         hit = find_hit(store, seq, plan_id, Use.COLD if cold else Use.HOT)
+        first, runs = cold_runs(store, hit)
+        cut = store.costs.best_cut(first * self.page_size, runs, len(seq.tokens))
+        if cut < len(runs):
+            hit = find_hit(store, seq, plan_id, Use.COLD, first + sum(pages for _, pages in runs[:cut]))
         source, node = hit.source, hit.path[-1]
         keep = hit.pages - store.first_page(node)
         if keep < len(node):

@@ -5,6 +5,7 @@ Reads the trie and the store, changes neither.
 
 from __future__ import annotations
 
+import sys
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -32,9 +33,9 @@ class Use(IntEnum):
     COMING = 2  # and those under way
 
 
-def find_hit(store: PageStore, seq: Sequence, plan_id: int, use: Use) -> Hit:
-    """The longest usable prefix of ``seq.tokens[:seq.match_limit]``; in the worst case of length 0. What may still come
-    has no part of a page.
+def find_hit(store: PageStore, seq: Sequence, plan_id: int, use: Use, most: int = sys.maxsize) -> Hit:
+    """The longest usable prefix of ``seq.tokens[:seq.match_limit]``, at most ``most`` pages; in the worst case of length 0.
+    What may still come has no part of a page.
 
     A page that plan ``plan_id`` itself computes is no source of a copy. A window group must hold every page that the
     next position sees. All HBM pages taken must be free, or idle once the path is pinned.
@@ -45,6 +46,8 @@ def find_hit(store: PageStore, seq: Sequence, plan_id: int, use: Use) -> Hit:
         if use is not Use.COMING and node.load is not None or use is Use.HOT and node.tier is not Tier.HBM:
             pages, sources = store.first_page(node), []
             break
+    if pages > most:
+        pages, sources = most, []
     source = next((s for s in sources if s.ready(plan_id, store.page_size) and use is not Use.COMING), None)
     while True:
         tokens = pages * store.page_size + (source.tokens if source else 0)
@@ -93,6 +96,14 @@ def _need(store: PageStore, hit: Hit) -> list[int]:
         for g, first in enumerate(hit.first):
             need[g] += max(0, end - max(start, first))
     return need
+
+
+def cold_runs(store: PageStore, hit: Hit) -> tuple[int, list[tuple[Tier, int]]]:
+    """First page of a hit that is in the host tier, and the runs of pages from there on: tier and pages."""
+    cold = [node for node in hit.path[1:] if node.tier is Tier.HOST]
+    if not cold:
+        return hit.pages, []
+    return store.first_page(cold[0]), [(Tier.HOST, min(len(node), hit.pages - store.first_page(node))) for node in cold]
 
 
 def room_beside(store: PageStore, hit: Hit) -> list[int]:

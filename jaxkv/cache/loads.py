@@ -100,6 +100,7 @@ class Loader:
             self._store.stats.failed_loads += 1
             self._fail(load)
             return False
+        self._store.costs.fetched(moves[0].src[0], len(moves) // len(self._store.hbm), arrival.seconds)
         for move in moves:
             if move.last:
                 self._store.host[move.group].give(move.src[1])

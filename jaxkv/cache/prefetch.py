@@ -6,12 +6,14 @@ trie but finds pages by their digest; they become nodes when their load begins.
 
 from __future__ import annotations
 
-from jaxkv.cache.hit import Hit, Use, find_hit, room_beside
+from jaxkv.cache.hit import Hit, Use, cold_runs, find_hit, room_beside
 from jaxkv.cache.loads import Load, Loader
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
 from jaxkv.cache.trie import Node, encode
 from jaxkv.types import DiskIndex, Kind, PageKey, PageMove, Sequence, Tier
+
+DISK_RUN = 16  # pages: how finely a run on disk may be cut
 
 
 class Prefetcher:
@@ -39,11 +41,12 @@ class Prefetcher:
         if self.disk is None and not store.host_capacity:
             return False
         hit = find_hit(store, seq, plan_id, Use.COMING)
+        data, keys = self._on_disk(seq, hit)
+        hit, keys = self._worth(seq, plan_id, hit, keys)
         rest = [min(-(-len(seq.tokens) // store.page_size) - hit.pages, n) for n in most]
         if any(room - own < others for room, own, others in zip(room_beside(store, hit), rest, spare)):
             store.trie.prune(hit.path[0])
             return None
-        data, keys = self._on_disk(seq, hit)
         if not keys and not (cold and any(node.tier is Tier.HOST for node in hit.path[1:])):
             for load in dict.fromkeys(node.load for node in hit.path[1:] if node.load is not None):
                 self._wait(seq, load)
@@ -66,7 +69,7 @@ class Prefetcher:
                 store.stats.host_hit_tokens += len(node) * store.page_size
                 self._tiering.promote(node, hit.first, load)
         if keys:
-            load.end = self._attach(end, data, keys, len(seq.request.prompt), load)
+            load.end = self._attach(end, data[:len(keys) * store.trie.page_bytes], keys, len(seq.request.prompt), load)
         seq.rest = [max(0, n - len(keys)) for n in rest]
         store.stats.loads += 1
         self._loader.fetch(load)
@@ -104,6 +107,20 @@ class Prefetcher:
         keys = store.trie.digest(end.digests[-1], data)
         count = self.disk.match(keys)
         return data[:count * size], keys[:count]
+
+    def _worth(self, seq: Sequence, plan_id: int, hit: Hit, keys: list[bytes]) -> tuple[Hit, list[bytes]]:
+        """As much of a hit and of what follows on disk as comes sooner than it is computed."""
+        store = self._store
+        first, runs = cold_runs(store, hit)
+        runs += [(Tier.DISK, min(DISK_RUN, len(keys) - at)) for at in range(0, len(keys), DISK_RUN)]
+        cut = store.costs.best_cut(first * store.page_size, runs, len(seq.tokens))
+        if cut == len(runs):
+            return hit, keys
+        from_disk = sum(pages for tier, pages in runs[:cut] if tier is Tier.DISK)
+        if not from_disk:
+            hit = find_hit(store, seq, plan_id, Use.COMING, first + sum(pages for _, pages in runs[:cut]))
+        store.stats.recomputed_tokens += sum(pages for _, pages in runs[cut:]) * store.page_size
+        return hit, keys[:from_disk]
 
     def _attach(self, parent: Node, data: bytes, keys: list[bytes], prompt: int, load: Load) -> Node:
         """The node that pages on disk become; PROMPT if it lies within the first ``prompt`` tokens."""

@@ -21,6 +21,7 @@ class CacheStats:
     loads: int = 0  # sequences whose pages came while others ran
     failed_loads: int = 0  # those whose pages did not come: computed instead
     cancelled_loads: int = 0  # those given up for room
+    recomputed_tokens: int = 0  # found below HBM, and quicker to compute than to bring
     saves: int = 0  # pages handed to the disk tier
     splits: int = 0
     claims: int = 0  # ANSWER nodes that became PROMPT

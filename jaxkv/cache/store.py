@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxkv.cache.costs import Costs
 from jaxkv.cache.eviction import POLICIES
 from jaxkv.cache.pages import PagePool, WindowPool
 from jaxkv.cache.stats import CacheStats
@@ -25,6 +26,7 @@ class PageStore:
         self.trie = trie
         self.page_size = trie.page_size
         self.stats = CacheStats()
+        self.costs = Costs(trie.page_size)
         self._spans = [group.window for group in groups]
         self.full = [g for g, group in enumerate(groups) if group.window is None]
         self.windows = [g for g, group in enumerate(groups) if group.window is not None]

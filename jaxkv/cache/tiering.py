@@ -55,7 +55,7 @@ class Tiering:
             count = min(count, store.host_capacity)
         if len(node) > count:
             store.split(node, len(node) - count)
-        if self._host_room(node):
+        if store.costs.worth_moving(Tier.HOST, node.start, node.end) and self._host_room(node):
             self._demote(node)
         else:
             self._drop(node)
@@ -75,6 +75,8 @@ class Tiering:
         group has lost."""
         store, size = self._store, self._store.trie.page_bytes
         if node.load is not None or node.born == plan_id:
+            return
+        if not store.costs.worth_moving(Tier.DISK, node.start, node.end):
             return
         for i in range(node.saved, len(node.data) // size):
             if all(pages[i] >= 0 for pages in node.pages):

@@ -29,6 +29,7 @@ from jaxkv.sched.chunking import append_tokens, chunk_length, excess_tokens, tak
 from jaxkv.sched.policy import FCFS, SchedulerPolicy
 from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Status, StepPlan, StepResult, TokenEvent
 
+MEASURED_TOKENS = 64  # besides decodes, for a step to tell what prefill takes
 LOOKAHEAD = 8  # first waiting sequences whose pages are brought although they cannot enter yet
 _RUNNING, _FINISHED = Status.RUNNING, Status.FINISHED
 _key = attrgetter("key")
@@ -57,7 +58,8 @@ class Scheduler:
         self._running: list[Sequence] = []  # by key
         self._num_slots = config.max_num_seqs
         self._slots = list(range(config.max_num_seqs))  # free ones, a heap
-        self._pending: deque[tuple[int, list[Sequence]]] = deque()  # plans not committed: id, sequence of each chunk
+        self._pending: deque[tuple[int, float, list[Sequence]]] = deque()  # not committed: id, time, seq of each chunk
+        self._committed = 0.0  # time of the latest commit
         self._next_plan = 0
         self._num_added = 0
         self._stuck: Sequence | None = None  # did not fit; not tried again until a sequence is released
@@ -131,7 +133,7 @@ class Scheduler:
                 raise RuntimeError(f"request {self._waiting[0].request.id!r} does not fit into an idle KV pool")
             return None
         self._next_plan += 1
-        self._pending.append((plan_id, seqs))
+        self._pending.append((plan_id, now, seqs))
         return StepPlan(plan_id, *transfers, tuple(admits), tuple(chunks))
 
     def arrived(self, arrival: Arrival) -> None:
@@ -307,8 +309,10 @@ class Scheduler:
 
         Tokens after a stop id and tokens of sequences that ended meanwhile are discarded.
         """
-        plan_id, seqs = self._pending.popleft()
+        plan_id, planned, seqs = self._pending.popleft()
         assert plan_id == plan.id, f"commit of plan {plan.id}, expected {plan_id}"
+        self._measure(plan, now - max(planned, self._committed))
+        self._committed = now
         events: list[TokenEvent] = []
         sampled, logprobs, prompt_logprobs = result.tokens, result.logprobs, result.prompt_logprobs
         for index, seq in enumerate(seqs):
@@ -328,6 +332,13 @@ class Scheduler:
                 chunk.request_id, tokens[:count], logprobs[index][:count] if logprobs else (), reported, reason,
                 tokens[count - 1] if reason == "stop" else None, seq.num_cached))
         return events
+
+    def _measure(self, plan: StepPlan, seconds: float) -> None:
+        """Tell the cache what a step with prefill took."""
+        tokens = plan.num_tokens
+        if tokens >= len(plan.chunks) + MEASURED_TOKENS:
+            positions = sum(len(c.tokens) * (2 * c.start + len(c.tokens) - 1) // 2 for c in plan.chunks)
+            self.cache.costs.stepped(tokens, positions, seconds)
 
     # ---- leaving
 
