@@ -22,11 +22,11 @@ class PageStore:
     """Pools, policies and moves behind the trie."""
 
     def __init__(self, trie: Trie, groups: Sequence[KVGroup], num_pages: Sequence[int], num_host_pages: Sequence[int],
-                 policy: str) -> None:
+                 policy: str, costs: Costs) -> None:
         self.trie = trie
         self.page_size = trie.page_size
         self.stats = CacheStats()
-        self.costs = Costs(trie.page_size)
+        self.costs = costs
         self._spans = [group.window for group in groups]
         self.full = [g for g, group in enumerate(groups) if group.window is None]
         self.windows = [g for g, group in enumerate(groups) if group.window is not None]

@@ -55,7 +55,12 @@ class Tiering:
             count = min(count, store.host_capacity)
         if len(node) > count:
             store.split(node, len(node) - count)
-        if store.costs.worth_moving(Tier.HOST, node.start, node.end) and self._host_room(node):
+        worth = store.costs.worth_moving(Tier.HOST, node.start, node.end) if store.host_capacity else 0
+        if 0 < worth < len(node):
+            upper = store.split(node, worth)
+            self._drop(node)
+            node = upper
+        if worth and self._host_room(node):
             self._demote(node)
         else:
             self._drop(node)
@@ -76,16 +81,19 @@ class Tiering:
         store, size = self._store, self._store.trie.page_bytes
         if node.load is not None or node.born == plan_id:
             return
-        if not store.costs.worth_moving(Tier.DISK, node.start, node.end):
+        full = len(node.data) // size
+        if node.saved >= full:
             return
-        for i in range(node.saved, len(node.data) // size):
+        start = node.start + node.saved * store.page_size
+        full = min(full, node.saved + store.costs.worth_moving(Tier.DISK, start, node.start + full * store.page_size))
+        for i in range(node.saved, full):
             if all(pages[i] >= 0 for pages in node.pages):
                 tokens = memoryview(node.data[i * size:(i + 1) * size]).cast("i")
                 store.moves += [PageMove(g, (node.tier, pages[i]), (Tier.DISK, len(store.saves)))
                                 for g, pages in enumerate(node.pages)]
                 store.saves.append(PageKey(node.digests[i].hex(), tuple(tokens)))
-        store.stats.saves += max(0, len(node.data) // size - node.saved)
-        node.saved = max(node.saved, len(node.data) // size)
+        store.stats.saves += full - node.saved
+        node.saved = full
 
     def _host_room(self, node: Node) -> bool:
         """Make room in the host tier for all pages of ``node``, dropping host nodes by policy."""

@@ -27,7 +27,7 @@ from jaxkv.config import SchedConfig
 from jaxkv.sched.capacity import check_capacity, fits_beside, pages_needed
 from jaxkv.sched.chunking import append_tokens, chunk_length, excess_tokens, take_chunk
 from jaxkv.sched.policy import FCFS, SchedulerPolicy
-from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Status, StepPlan, StepResult, TokenEvent
+from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Status, StepPlan, StepResult, Tier, TokenEvent
 
 MEASURED_TOKENS = 64  # besides decodes, for a step to tell what prefill takes
 LOOKAHEAD = 8  # first waiting sequences whose pages are brought although they cannot enter yet
@@ -228,7 +228,7 @@ class Scheduler:
         most = [pages_needed(group, cache.page_size, len(seq.tokens), self._budget) for group in cache.groups]
         spare = [running + sum(other.rest[g] for other in self._ahead.values() if other.rest)
                  for g in range(len(cache.groups))]
-        return cache.prefetch(seq, plan_id, most, spare, cold=running > 0)
+        return cache.prefetch(seq, plan_id, most, spare)
 
     def _leave_pages(self, seq: Sequence) -> None:
         """The sequence enters, or goes on without the pages that were brought for it."""
@@ -338,7 +338,8 @@ class Scheduler:
         tokens = plan.num_tokens
         if tokens >= len(plan.chunks) + MEASURED_TOKENS:
             positions = sum(len(c.tokens) * (2 * c.start + len(c.tokens) - 1) // 2 for c in plan.chunks)
-            self.cache.costs.stepped(tokens, positions, seconds)
+            moved = sum(m.dst is not None and (m.src[0] is Tier.HBM) != (m.dst[0] is Tier.HBM) for m in plan.moves)
+            self.cache.costs.stepped(tokens, positions, moved // len(self.cache.groups), seconds)
 
     # ---- leaving
 
