@@ -45,7 +45,7 @@ class Fixed(Costs):
         self._tiers = tiers
         self._least = least
 
-    def worth_moving(self, tier: Tier, start: int, end: int) -> int:
+    def worth_moving(self, tier: Tier, start: int, end: int, held: int) -> int:
         return -(-(end - start) // PAGE_SIZE) if tier in self._tiers else 0
 
     def best_cut(self, start: int, runs: list[tuple[Tier, int]], length: int) -> int:

@@ -75,7 +75,7 @@ class VirtualEngine:
         self._disk = disk
         self._answer = answer
         self._flying: list[tuple[float, int, Tier, float]] = []  # when it ends, fetch, tier, when it began
-        self._ended = dict.fromkeys(Tier, 0.0)  # when the latest fetch from a tier was noticed
+        self._ended = dict.fromkeys(Tier, 0.0)  # when the latest fetch from a tier ended
         self._sampled: dict[str, int] = {}
         self._device_free = 0.0
         self.first_token: dict[str, float] = {}  # request -> seconds from its arrival
@@ -90,9 +90,9 @@ class VirtualEngine:
             while due and due[-1].arrival <= self.now:
                 self._scheduler.add(due.pop())
             while self._flying and self._flying[0][0] <= self.now:
-                _, fetch_id, tier, start = heapq.heappop(self._flying)
-                self._scheduler.arrived(Arrival(fetch_id, True, self.now - max(start, self._ended[tier])))
-                self._ended[tier] = self.now
+                end, fetch_id, tier, start = heapq.heappop(self._flying)
+                self._scheduler.arrived(Arrival(fetch_id, True, end - max(start, self._ended[tier])))
+                self._ended[tier] = end
             plan = self._scheduler.plan(self.now)
             before, pending = pending, None
             if plan is not None:

@@ -6,8 +6,7 @@ before, which is why computing a page costs more the deeper it lies (RAGCache, J
 ``pages`` are those that its plan moves between tiers. Old measurements count half after ``MEMORY`` newer ones, a link's
 after ``LINK_MEMORY``.
 
-Trying costs time too. Until prefill was measured, all is brought. Then a link is tried with one page, and later with at
-most ``GROWTH`` times the most it has ever brought. A way that the fits speak against is tried again once the predicted
+Trying costs time too. Until prefill was measured, all is brought. Then a link is tried with one page. A way that the fits speak against is tried again once the predicted
 time is at most ``TRIALS`` of what steps took since the last try: it may have become quicker.
 """
 
@@ -17,8 +16,8 @@ from jaxkv.types import Tier
 
 MEMORY = 64.0  # steps
 LINK_MEMORY = 8.0  # fetches
-GROWTH = 8
-TRIALS = 0.01
+TRIALS = 0.004
+LINK_WEIGHT = 0.5  # of a second on a link against one of a step, which keeps others waiting too
 SWEEPS = 8  # of the solver, which goes on from where it was
 
 
@@ -49,8 +48,7 @@ class _Way:
     """A tier to move to and fetch from."""
 
     def __init__(self) -> None:
-        self.fit = _Fit(2, LINK_MEMORY)  # 1, pages
-        self.most = 0  # pages of the largest fetch
+        self.fit = _Fit(2, LINK_MEMORY)  # pages, 1
         self.budget = 0.0  # seconds for tries
 
     def affordable(self, pages: int, fixed: float, each: float) -> int:
@@ -62,6 +60,28 @@ class _Way:
         return pages
 
 
+class _Fates:
+    """What became of pages in the host tier: as many fates count as it has held twice over."""
+
+    def __init__(self) -> None:
+        self.used = self.lost = 0.0  # pages
+        self.saved = 0.0  # seconds, by those that were used
+
+    def add(self, pages: int, saved: float | None, held: int) -> None:
+        """``pages`` of ``held`` were used, which ``saved`` seconds, or lost (None)."""
+        keep = 1.0 - pages / (2 * max(held, pages))
+        self.used, self.lost, self.saved = self.used * keep, self.lost * keep, self.saved * keep
+        if saved is None:
+            self.lost += pages
+        else:
+            self.used += pages
+            self.saved += saved
+
+    def share_used(self, held: int) -> float:
+        """Share of the pages moved down that are used again; of those still there, which ``held`` counts, half."""
+        return (self.used + 0.5 * (held + 1)) / (self.used + self.lost + held + 1)
+
+
 class Costs:
     """Seconds by link and of prefill. One instance per cache; what it is told decides all it says."""
 
@@ -69,23 +89,31 @@ class Costs:
         self._page_size = page_size
         self._fetch_pages = fetch_pages
         self._ways = {Tier.HOST: _Way(), Tier.DISK: _Way()}
-        self._step = _Fit(4, MEMORY)  # tokens, positions, 1, pages
-        self._most_moved = 0  # pages of one step
+        self._step = _Fit(4, MEMORY)  # pages, tokens, positions, 1
+        self._fates = _Fates()
+        self._moved = self._tried = False  # whether a step that moved pages was measured, or may be under way
 
     # ---- learn
 
     def fetched(self, tier: Tier, pages: int, seconds: float) -> None:
         """A fetch of ``pages`` from ``tier`` kept its link busy for ``seconds``."""
-        way = self._ways[tier]
-        way.fit.add((1.0, pages), seconds)
-        way.most = max(way.most, pages)
+        self._ways[tier].fit.add((pages, 1.0), seconds)
 
     def stepped(self, tokens: int, positions: int, moved: int, seconds: float) -> None:
         """A step ran ``tokens`` whose positions add up to ``positions``; its plan moved ``moved`` pages between tiers."""
-        self._step.add((tokens, positions, 1.0, moved), seconds)
-        self._most_moved = max(self._most_moved, moved)
+        self._step.add((moved, tokens, positions, 1.0), seconds)
+        self._moved |= moved > 0
+        self._tried = False
         for way in self._ways.values():
             way.budget += TRIALS * seconds
+
+    def asked_for(self, start: int, end: int, held: int) -> None:
+        """The host tier, which holds ``held`` pages, gives up positions [start, end) as somebody uses them."""
+        self._fates.add(-(-(end - start) // self._page_size), self._saved(Tier.HOST, start, end), held)
+
+    def dropped(self, pages: int, held: int) -> None:
+        """The host tier, which holds ``held`` pages, drops some."""
+        self._fates.add(pages, None, held)
 
     # ---- say
 
@@ -95,22 +123,32 @@ class Costs:
 
     def prefill_seconds(self, start: int, end: int) -> float:
         """To compute positions [start, end), besides what a step costs anyway."""
-        return self._step.terms[0] * (end - start) + self._step.terms[1] * (end - start) * (start + end - 1) / 2
+        return self._step.terms[1] * (end - start) + self._step.terms[2] * (end - start) * (start + end - 1) / 2
 
     def fetch_seconds(self, tier: Tier, pages: int) -> float:
         """To bring ``pages`` from ``tier`` over an idle link."""
-        each, more = self._ways[tier].fit.terms
-        return each * -(-pages // self._fetch_pages) + more * pages
+        each, fixed = self._ways[tier].fit.terms
+        return fixed * -(-pages // self._fetch_pages) + each * pages
 
-    def worth_moving(self, tier: Tier, start: int, end: int) -> int:
-        """How many pages of the KV of positions [start, end), which would be lost, to move to ``tier``: all if that and
-        bringing them back would take less than to compute them again, perhaps some to see what it takes, or none."""
+    def worth_moving(self, tier: Tier, start: int, end: int, held: int) -> int:
+        """How many pages of the KV of positions [start, end), which would be lost, to move to ``tier``: all if that takes
+        less than it saves on average, perhaps some to see what it takes, or none. ``held``: pages in the host tier."""
         pages = -(-(end - start) // self._page_size)
         if not self.measured:
             return pages
-        way, out = self._ways[tier], self._step.terms[3]
-        gain = self.prefill_seconds(start, end) - (out + way.fit.terms[1]) * pages
-        return min(pages, max(1, GROWTH * self._most_moved)) if gain >= 0.0 else way.affordable(pages, 0.0, out)
+        out, fates = self._step.terms[0], self._fates
+        saved = fates.saved / fates.used if fates.used else self._saved(tier, start, end) / pages
+        if not self._moved:
+            tried, self._tried = self._tried, True
+            return int(not tried)
+        if fates.share_used(held) * saved >= out:
+            return pages
+        return self._ways[tier].affordable(pages, 0.0, out)
+
+    def _saved(self, tier: Tier, start: int, end: int) -> float:
+        """Seconds of steps that bringing positions [start, end) from ``tier`` saves, less its own at ``LINK_WEIGHT``."""
+        pages = -(-(end - start) // self._page_size)
+        return max(0.0, self.prefill_seconds(start, end) - LINK_WEIGHT * self._ways[tier].fit.terms[0] * pages)
 
     def best_cut(self, start: int, runs: list[tuple[Tier, int]], length: int) -> int:
         """How many pages of ``runs`` (tier and pages, one after the other from position ``start``) to bring before the rest
@@ -120,7 +158,7 @@ class Costs:
         brought = dict.fromkeys(self._ways, 0)
         at, best, cut = 0, self.prefill_seconds(start, length), 0
         for tier, pages in runs:
-            most = min(pages, max(1, GROWTH * self._ways[tier].most) - brought[tier])
+            most = pages if self._ways[tier].fit.count else 1
             brought[tier] += most
             at += most
             seconds = sum(self.fetch_seconds(t, n) for t, n in brought.items() if n) \
@@ -131,5 +169,6 @@ class Costs:
                 break
         if not cut and runs:
             tier, pages = runs[0]
-            return self._ways[tier].affordable(pages, *self._ways[tier].fit.terms)
+            each, fixed = self._ways[tier].fit.terms
+            return self._ways[tier].affordable(pages, fixed, each)
         return cut

@@ -200,6 +200,11 @@ class PageStore:
 
     # ---- room
 
+    @property
+    def host_held(self) -> int:
+        """Pages (of every group) in the host tier."""
+        return max(pool.used for pool in self.host)
+
     def available(self, group: int) -> int:
         """Pages of a group that are free or can be made free."""
         pool = self.hbm[group]

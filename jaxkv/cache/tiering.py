@@ -55,7 +55,7 @@ class Tiering:
             count = min(count, store.host_capacity)
         if len(node) > count:
             store.split(node, len(node) - count)
-        worth = store.costs.worth_moving(Tier.HOST, node.start, node.end) if store.host_capacity else 0
+        worth = store.costs.worth_moving(Tier.HOST, node.start, node.end, store.host_held) if store.host_capacity else 0
         if 0 < worth < len(node):
             upper = store.split(node, worth)
             self._drop(node)
@@ -84,8 +84,8 @@ class Tiering:
         full = len(node.data) // size
         if node.saved >= full:
             return
-        start = node.start + node.saved * store.page_size
-        full = min(full, node.saved + store.costs.worth_moving(Tier.DISK, start, node.start + full * store.page_size))
+        start, end = node.start + node.saved * store.page_size, node.start + full * store.page_size
+        full = min(full, node.saved + store.costs.worth_moving(Tier.DISK, start, end, store.host_held))
         for i in range(node.saved, full):
             if all(pages[i] >= 0 for pages in node.pages):
                 tokens = memoryview(node.data[i * size:(i + 1) * size]).cast("i")
@@ -108,6 +108,7 @@ class Tiering:
             victim = store.nodes[key]
             if len(victim) > short:
                 store.split(victim, len(victim) - short)
+            store.costs.dropped(len(victim), store.host_held)
             self._drop(victim)
         return True
 
@@ -155,6 +156,7 @@ class Tiering:
         ``load``, or, without one, before the step of this very plan.
         """
         store = self._store
+        store.costs.asked_for(node.start, node.end, store.host_held)
         start = store.first_page(node)
         for g, pages in enumerate(node.pages):
             pool = store.hbm[g]
@@ -185,6 +187,7 @@ class Tiering:
     def refill(self, node: Node, pages: list[list[int]]) -> None:
         """Give a HOST node the HBM pages of a sequence that computed the same tokens; it gets one more user."""
         store = self._store
+        store.costs.asked_for(node.start, node.end, store.host_held)
         for g, old in enumerate(node.pages):
             for page in old:
                 if page >= 0:

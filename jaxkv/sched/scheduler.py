@@ -334,11 +334,11 @@ class Scheduler:
         return events
 
     def _measure(self, plan: StepPlan, seconds: float) -> None:
-        """Tell the cache what a step with prefill took."""
+        """Tell the cache what a step with prefill or with moves to and from HBM took."""
         tokens = plan.num_tokens
-        if tokens >= len(plan.chunks) + MEASURED_TOKENS:
+        moved = sum(m.dst is not None and (m.src[0] is Tier.HBM) != (m.dst[0] is Tier.HBM) for m in plan.moves)
+        if moved or tokens >= len(plan.chunks) + MEASURED_TOKENS:
             positions = sum(len(c.tokens) * (2 * c.start + len(c.tokens) - 1) // 2 for c in plan.chunks)
-            moved = sum(m.dst is not None and (m.src[0] is Tier.HBM) != (m.dst[0] is Tier.HBM) for m in plan.moves)
             self.cache.costs.stepped(tokens, positions, moved // len(self.cache.groups), seconds)
 
     # ---- leaving
