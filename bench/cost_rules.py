@@ -70,9 +70,9 @@ class Case:
     later: tuple[float, float] | None = None
     load: float = 0.5  # share of the device's time that computing every prompt would take
     trace: str = ""
-    conversations: int = 60
-    hbm_tokens: int = 20480
-    host_tokens: int = 98304
+    conversations: int = 160
+    hbm_tokens: int = 40960
+    host_tokens: int = 131072
 
 
 def conversations(case: Case, seed: int = 0) -> list[Request]:
@@ -90,7 +90,7 @@ def conversations(case: Case, seed: int = 0) -> list[Request]:
             answer = rng.randint(8, 32)
             turns.append((at, tokens, answer))
             tokens = tokens + [answer_token(len(tokens), i) for i in range(answer)]
-            at += rng.expovariate(8.0)
+            at += rng.expovariate(case.conversations / 8)
     return _requests(case, sorted(turns, key=lambda turn: turn[0]))
 
 
@@ -150,11 +150,11 @@ def cases(trace: str) -> list[Case]:
         even = m.page_bytes / PAGE_SIZE / m.per_token  # bytes per second at which bringing takes as long as computing
         base = Case(name, even, 0.0, trace=trace)
         out += [replace(base, host=even * x) for x in (1e-3, 1e-2, 0.1, 0.3, 0.7, 1.0, 1.5, 3.0, 10.0, 100.0)]
-        out += [replace(base, host=even * 16, disk=even * x, host_tokens=32768)
+        out += [replace(base, host=even * 16, disk=even * x, host_tokens=40960)
                 for x in (1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)]
-        out += [replace(base, host=even * x, load=load) for load in (0.1, 0.85) for x in (0.01, 0.5, 1.0, 2.0, 20.0)]
+        out += [replace(base, host=even * x, load=load) for load in (0.1, 0.7) for x in (0.01, 0.5, 1.0, 2.0, 20.0)]
         out += [replace(base, host=even * a, later=(even * b, 0.0)) for a, b in ((0.01, 20.0), (20.0, 0.01), (1.0, 30.0))]
-        out += [replace(base, host=even * 16, disk=even * a, later=(even * 16, even * b), host_tokens=32768)
+        out += [replace(base, host=even * 16, disk=even * a, later=(even * 16, even * b), host_tokens=40960)
                 for a, b in ((0.02, 20.0), (20.0, 0.02))]
     return out
 

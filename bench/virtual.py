@@ -111,8 +111,8 @@ class VirtualEngine:
         ready = max(self.now, self._device_free)
         inward = [m for m in plan.moves if m.src[0] is Tier.HOST and m.dst and m.dst[0] is Tier.HBM]
         outward = [m for m in plan.moves if m.src[0] is Tier.HBM and m.dst and m.dst[0] is not Tier.HBM]
-        begin = max([ready, *(link.send(ready, self._bytes(moves))
-                              for link, moves in ((self._in, inward), (self._out, outward)) if moves)])
+        begin = max([ready, *(link.send(at, self._bytes(moves)) for link, at, moves in
+                              ((self._in, self.now, inward), (self._out, ready, outward)) if moves)])
         for key in plan.saves:
             self._disk.save(key.digest)
         for fetch in plan.fetches:

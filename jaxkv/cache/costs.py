@@ -17,7 +17,8 @@ from jaxkv.types import Tier
 MEMORY = 64.0  # steps
 LINK_MEMORY = 8.0  # fetches
 TRIALS = 0.004
-LINK_WEIGHT = 0.5  # of a second on a link against one of a step, which keeps others waiting too
+LINK_WEIGHT = 1.0  # of a second on a link against one of a step, which keeps others waiting too
+RESIDENT = 0.5  # chance of a page in the host tier to be used
 SWEEPS = 8  # of the solver, which goes on from where it was
 
 
@@ -79,7 +80,7 @@ class _Fates:
 
     def share_used(self, held: int) -> float:
         """Share of the pages moved down that are used again; of those still there, which ``held`` counts, half."""
-        return (self.used + 0.5 * (held + 1)) / (self.used + self.lost + held + 1)
+        return (self.used + RESIDENT * (held + 1)) / (self.used + self.lost + held + 1)
 
 
 class Costs:
