@@ -17,7 +17,8 @@ from jaxkv.types import Tier
 MEMORY = 64.0  # steps
 LINK_MEMORY = 8.0  # fetches
 TRIALS = 0.004
-LINK_WEIGHT = 1.0  # of a second on a link against one of a step, which keeps others waiting too
+LINK_WEIGHT = 0.5  # of a second on a link against one of a step, which keeps others waiting too
+BEGIN = 1.25
 RESIDENT = 0.5  # chance of a page in the host tier to be used
 SWEEPS = 8  # of the solver, which goes on from where it was
 
@@ -51,6 +52,7 @@ class _Way:
     def __init__(self) -> None:
         self.fit = _Fit(2, LINK_MEMORY)  # pages, 1
         self.budget = 0.0  # seconds for tries
+        self.open = True  # whether moving there was worth it when asked last
 
     def affordable(self, pages: int, fixed: float, each: float) -> int:
         """How many of ``pages`` to try, which should take ``fixed`` + ``each`` * pages seconds; that is spent."""
@@ -102,7 +104,7 @@ class Costs:
 
     def stepped(self, tokens: int, positions: int, moved: int, seconds: float) -> None:
         """A step ran ``tokens`` whose positions add up to ``positions``; its plan moved ``moved`` pages between tiers."""
-        self._step.add((moved, tokens, positions, 1.0), seconds)
+        self._step.add((moved, tokens, positions, float(tokens > 0)), seconds)
         self._moved |= moved > 0
         self._tried = False
         for way in self._ways.values():
@@ -110,7 +112,7 @@ class Costs:
 
     def asked_for(self, start: int, end: int, held: int) -> None:
         """The host tier, which holds ``held`` pages, gives up positions [start, end) as somebody uses them."""
-        self._fates.add(-(-(end - start) // self._page_size), self._saved(Tier.HOST, start, end), held)
+        self._fates.add(-(-(end - start) // self._page_size), self.prefill_seconds(start, end), held)
 
     def dropped(self, pages: int, held: int) -> None:
         """The host tier, which holds ``held`` pages, drops some."""
@@ -137,19 +139,14 @@ class Costs:
         pages = -(-(end - start) // self._page_size)
         if not self.measured:
             return pages
-        out, fates = self._step.terms[0], self._fates
-        saved = fates.saved / fates.used if fates.used else self._saved(tier, start, end) / pages
         if not self._moved:
             tried, self._tried = self._tried, True
             return int(not tried)
-        if fates.share_used(held) * saved >= out:
-            return pages
-        return self._ways[tier].affordable(pages, 0.0, out)
-
-    def _saved(self, tier: Tier, start: int, end: int) -> float:
-        """Seconds of steps that bringing positions [start, end) from ``tier`` saves, less its own at ``LINK_WEIGHT``."""
-        pages = -(-(end - start) // self._page_size)
-        return max(0.0, self.prefill_seconds(start, end) - LINK_WEIGHT * self._ways[tier].fit.terms[0] * pages)
+        way, out, fates = self._ways[tier], self._step.terms[0], self._fates
+        saved = fates.saved / fates.used if fates.used else self.prefill_seconds(start, end) / pages
+        gain = fates.share_used(held) * (saved - LINK_WEIGHT * way.fit.terms[0])
+        way.open = gain >= out * (1.0 if way.open else BEGIN)
+        return pages if way.open else way.affordable(pages, 0.0, out)
 
     def best_cut(self, start: int, runs: list[tuple[Tier, int]], length: int) -> int:
         """How many pages of ``runs`` (tier and pages, one after the other from position ``start``) to bring before the rest

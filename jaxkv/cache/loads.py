@@ -92,6 +92,7 @@ class Loader:
     def arrived(self, arrival: Arrival) -> bool:
         """Learn how a fetch ended. False: loads have failed, and whoever waits for one leaves before ``bury``."""
         load, moves = self._flying.pop(arrival.fetch_id)
+        self._store.costs.fetched(moves[0].src[0], len(moves) // len(self._store.hbm), arrival.seconds)
         wanted = arrival.ok and not load.failed
         self._landings.append((arrival.fetch_id, wanted))
         if load.failed:
@@ -100,7 +101,6 @@ class Loader:
             self._store.stats.failed_loads += 1
             self._fail(load)
             return False
-        self._store.costs.fetched(moves[0].src[0], len(moves) // len(self._store.hbm), arrival.seconds)
         for move in moves:
             if move.last:
                 self._store.host[move.group].give(move.src[1])
