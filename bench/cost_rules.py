@@ -48,7 +48,7 @@ class Fixed(Costs):
     def worth_moving(self, tier: Tier, start: int, end: int, held: int) -> int:
         return -(-(end - start) // PAGE_SIZE) if tier in self._tiers else 0
 
-    def best_cut(self, start: int, runs: list[tuple[Tier, int]], length: int) -> int:
+    def best_cut(self, start: int, runs: list[tuple[Tier, int]], length: int, busy: object = ()) -> int:
         cut = sum(pages for _, pages in itertools.takewhile(lambda run: run[0] in self._tiers, runs))
         return cut if cut * PAGE_SIZE >= self._least else 0
 

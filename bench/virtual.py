@@ -2,7 +2,8 @@
 
 Owns the model of time, nothing else: tokens come from the caller, and no KV is computed. A step takes
 ``base + per_token * tokens + per_position * sum(positions)`` seconds. A link is a serial queue, each transfer takes
-``latency + bytes / rate``; what comes from disk crosses the disk's link, then the host's. Fetches go on while steps run
+``latency + bytes / rate``; what comes from disk crosses the disk's link, then the host's,
+which others may use at the same time. Fetches go on while steps run
 and are noticed between steps; moves of a plan delay its step, in both directions, which share no bandwidth.
 The loop is the engine's: step n + 1 is planned before step n is read.
 """
@@ -43,10 +44,14 @@ class Link:
         self._latency = latency
         self._free = 0.0
 
+    def seconds(self, now: float, size: int) -> float:
+        """What a transfer takes that begins now."""
+        return self._latency + size / self._rate(now)
+
     def send(self, now: float, size: int) -> float:
         """When a transfer of ``size`` bytes that is asked for at ``now`` ends."""
         start = max(now, self._free)
-        self._free = start + self._latency + size / self._rate(start)
+        self._free = start + self.seconds(start, size)
         return self._free
 
 
@@ -123,7 +128,10 @@ class VirtualEngine:
     def _fetch(self, fetch: Fetch) -> float:
         """When a fetch arrives."""
         size = self._bytes(fetch.moves)
-        return self._in.send(self._disk_link.send(self.now, size) if fetch.keys else self.now, size)
+        if not fetch.keys:
+            return self._in.send(self.now, size)
+        read = self._disk_link.send(self.now, size)
+        return read + self._in.seconds(read, size)
 
     def _bytes(self, moves: Iterable[PageMove]) -> int:
         return sum(self._machine.page_bytes for _ in moves)

@@ -12,6 +12,8 @@ time is at most ``TRIALS`` of what steps took since the last try: it may have be
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+
 from jaxkv.types import Tier
 
 MEMORY = 64.0  # steps
@@ -33,6 +35,9 @@ class _Fit:
         self._xy = [0.0] * terms
         self.terms = [0.0] * terms
         self.count = 0
+
+    def __call__(self, x: tuple[float, ...]) -> float:
+        return sum(a * b for a, b in zip(self.terms, x))
 
     def add(self, x: tuple[float, ...], y: float) -> None:
         keep, u = self._keep, self.terms
@@ -92,9 +97,10 @@ class Costs:
         self._page_size = page_size
         self._fetch_pages = fetch_pages
         self._ways = {Tier.HOST: _Way(), Tier.DISK: _Way()}
-        self._step = _Fit(4, MEMORY)  # pages, tokens, positions, 1
+        self._step = _Fit(3, MEMORY)  # tokens, positions, 1
+        self._out = _Fit(1, LINK_MEMORY)  # pages
         self._fates = _Fates()
-        self._moved = self._tried = False  # whether a step that moved pages was measured, or may be under way
+        self._tried = False  # whether a step with the first page that moves may be under way
 
     # ---- learn
 
@@ -104,8 +110,11 @@ class Costs:
 
     def stepped(self, tokens: int, positions: int, moved: int, seconds: float) -> None:
         """A step ran ``tokens`` whose positions add up to ``positions``; its plan moved ``moved`` pages between tiers."""
-        self._step.add((moved, tokens, positions, float(tokens > 0)), seconds)
-        self._moved |= moved > 0
+        step = (tokens, positions, float(tokens > 0))
+        if moved:
+            self._out.add((moved,), seconds - self._step(step))
+        else:
+            self._step.add(step, seconds)
         self._tried = False
         for way in self._ways.values():
             way.budget += TRIALS * seconds
@@ -126,7 +135,7 @@ class Costs:
 
     def prefill_seconds(self, start: int, end: int) -> float:
         """To compute positions [start, end), besides what a step costs anyway."""
-        return self._step.terms[1] * (end - start) + self._step.terms[2] * (end - start) * (start + end - 1) / 2
+        return self._step((end - start, (end - start) * (start + end - 1) / 2, 0.0))
 
     def fetch_seconds(self, tier: Tier, pages: int) -> float:
         """To bring ``pages`` from ``tier`` over an idle link."""
@@ -139,34 +148,38 @@ class Costs:
         pages = -(-(end - start) // self._page_size)
         if not self.measured:
             return pages
-        if not self._moved:
+        if not self._out.count:
             tried, self._tried = self._tried, True
             return int(not tried)
-        way, out, fates = self._ways[tier], self._step.terms[0], self._fates
+        way, out, fates = self._ways[tier], self._out((1.0,)), self._fates
         saved = fates.saved / fates.used if fates.used else self.prefill_seconds(start, end) / pages
         gain = fates.share_used(held) * (saved - LINK_WEIGHT * way.fit.terms[0])
         way.open = gain >= out * (1.0 if way.open else BEGIN)
         return pages if way.open else way.affordable(pages, 0.0, out)
 
-    def best_cut(self, start: int, runs: list[tuple[Tier, int]], length: int) -> int:
+    def bring_seconds(self, pages: Mapping[Tier, int]) -> float:
+        """To bring ``pages[tier]`` over idle links, one tier after the other."""
+        return sum(self.fetch_seconds(tier, count) for tier, count in pages.items() if count)
+
+    def best_cut(self, start: int, runs: list[tuple[Tier, int]], length: int, busy: Container[Tier] = ()) -> int:
         """How many pages of ``runs`` (tier and pages, one after the other from position ``start``) to bring before the rest
-        of ``length`` tokens is computed, so that the first token comes soonest."""
+        of ``length`` tokens is computed, so that the first token comes soonest. From a tier that was
+        never measured at most one, and none while it is ``busy``."""
         if not self.measured:
             return sum(pages for _, pages in runs)
         brought = dict.fromkeys(self._ways, 0)
         at, best, cut = 0, self.prefill_seconds(start, length), 0
         for tier, pages in runs:
-            most = pages if self._ways[tier].fit.count else 1
+            most = pages if self._ways[tier].fit.count else int(tier not in busy)
             brought[tier] += most
             at += most
-            seconds = sum(self.fetch_seconds(t, n) for t, n in brought.items() if n) \
-                + self.prefill_seconds(min(start + at * self._page_size, length), length)
+            seconds = self.bring_seconds(brought) + self.prefill_seconds(min(start + at * self._page_size, length), length)
             if seconds <= best:
                 best, cut = seconds, at
             if most < pages:
                 break
-        if not cut and runs:
-            tier, pages = runs[0]
-            each, fixed = self._ways[tier].fit.terms
-            return self._ways[tier].affordable(pages, fixed, each)
+        way = self._ways[runs[0][0]] if runs else None
+        if way is not None and not cut and way.fit.count:
+            each, fixed = way.fit.terms
+            return way.affordable(runs[0][1], fixed, each)
         return cut

@@ -113,7 +113,8 @@ class Prefetcher:
         store = self._store
         first, runs = cold_runs(store, hit)
         runs += [(Tier.DISK, min(DISK_RUN, len(keys) - at)) for at in range(0, len(keys), DISK_RUN)]
-        cut = store.costs.best_cut(first * store.page_size, runs, len(seq.tokens))
+        cut = store.costs.best_cut(first * store.page_size, runs, len(seq.tokens),
+                                  [tier for tier in (Tier.HOST, Tier.DISK) if self._loader.under_way(tier)])
         found = sum(pages for _, pages in runs)
         if cut < found - len(keys):
             hit = find_hit(store, seq, plan_id, Use.COMING, first + cut)

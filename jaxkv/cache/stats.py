@@ -20,7 +20,7 @@ class CacheStats:
     partial_copies: int = 0  # pages copied because a match ended inside
     loads: int = 0  # sequences whose pages came while others ran
     failed_loads: int = 0  # those whose pages did not come: computed instead
-    cancelled_loads: int = 0  # those given up for room
+    cancelled_loads: int = 0  # those given up, for room or as their link became slow
     recomputed_tokens: int = 0  # found below HBM, and quicker to compute than to bring
     saves: int = 0  # pages handed to the disk tier
     splits: int = 0

@@ -228,7 +228,7 @@ class Scheduler:
         most = [pages_needed(group, cache.page_size, len(seq.tokens), self._budget) for group in cache.groups]
         spare = [running + sum(other.rest[g] for other in self._ahead.values() if other.rest)
                  for g in range(len(cache.groups))]
-        return cache.prefetch(seq, plan_id, most, spare)
+        return cache.prefetch(seq, plan_id, most, spare, cold=running > 0)
 
     def _leave_pages(self, seq: Sequence) -> None:
         """The sequence enters, or goes on without the pages that were brought for it."""
@@ -335,11 +335,11 @@ class Scheduler:
 
     def _measure(self, plan: StepPlan, seconds: float) -> None:
         """Tell the cache what a step with prefill or with moves to and from HBM took."""
-        tokens = plan.num_tokens
+        tokens, costs = plan.num_tokens, self.cache.costs
         moved = sum(m.dst is not None and (m.src[0] is Tier.HBM) != (m.dst[0] is Tier.HBM) for m in plan.moves)
-        if moved or tokens >= len(plan.chunks) + MEASURED_TOKENS:
+        if tokens >= len(plan.chunks) + MEASURED_TOKENS or moved and costs.measured:
             positions = sum(len(c.tokens) * (2 * c.start + len(c.tokens) - 1) // 2 for c in plan.chunks)
-            self.cache.costs.stepped(tokens, positions, moved // len(self.cache.groups), seconds)
+            costs.stepped(tokens, positions, moved // len(self.cache.groups), seconds)
 
     # ---- leaving
 
