@@ -108,7 +108,7 @@ class Tiering:
             victim = store.nodes[key]
             if len(victim) > short:
                 store.split(victim, len(victim) - short)
-            store.costs.dropped(len(victim), store.host_held)
+            store.costs.lost(len(victim), store.host_held)
             self._drop(victim)
         return True
 
@@ -156,7 +156,7 @@ class Tiering:
         ``load``, or, without one, before the step of this very plan.
         """
         store = self._store
-        store.costs.asked_for(node.start, node.end, store.host_held)
+        store.costs.used(node.start, node.end, store.host_held)
         start = store.first_page(node)
         for g, pages in enumerate(node.pages):
             pool = store.hbm[g]
@@ -187,7 +187,7 @@ class Tiering:
     def refill(self, node: Node, pages: list[list[int]]) -> None:
         """Give a HOST node the HBM pages of a sequence that computed the same tokens; it gets one more user."""
         store = self._store
-        store.costs.asked_for(node.start, node.end, store.host_held)
+        store.costs.used(node.start, node.end, store.host_held)
         for g, old in enumerate(node.pages):
             for page in old:
                 if page >= 0:
