@@ -212,8 +212,7 @@ class Scheduler:
             seqs.append(seq)
 
     def _awaits_pages(self, seq: Sequence, plan_id: int) -> bool:
-        """Whether pages of a waiting sequence's prefix are on their way; asks for them once there is room. With nothing
-        running they need not go ahead of the sequence, unless they come from the disk."""
+        """Whether pages of a waiting sequence's prefix are on their way; asks for them once there is room."""
         if not seq.looked_up and not self._full:
             while (brought := self._prefetch(seq, plan_id)) is None and self._let_wait(seq.key):
                 pass
@@ -228,7 +227,7 @@ class Scheduler:
         most = [pages_needed(group, cache.page_size, len(seq.tokens), self._budget) for group in cache.groups]
         spare = [running + sum(other.rest[g] for other in self._ahead.values() if other.rest)
                  for g in range(len(cache.groups))]
-        return cache.prefetch(seq, plan_id, most, spare, cold=running > 0)
+        return cache.prefetch(seq, plan_id, most, spare)
 
     def _leave_pages(self, seq: Sequence) -> None:
         """The sequence enters, or goes on without the pages that were brought for it."""
