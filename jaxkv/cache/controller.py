@@ -130,8 +130,8 @@ class CacheController:
         """Begin to bring the prefix of a waiting sequence to HBM if all of it, at most ``most[group]`` pages besides the
         prefix, will fit and leave ``spare[group]`` to others.
 
-        True: the sequence has pages on the
-        way, or kept for it, (``Sequence.waits``) until ``leave`` is called. None: there is no room.
+        True: the sequence has pages on the way, or kept for it, (``Sequence.waits``) until ``leave`` is called. None: there
+        is no room.
         """
         return self.enable_prefix_caching and self._prefetcher.prefetch(seq, plan_id, most, spare)
 

@@ -106,15 +106,16 @@ class Loader:
             if move.last:
                 self._store.host[move.group].give(move.src[1])
         load.pending.remove(moves)
-        given_up = [late for late in self.loads if not late.failed and self._too_slow(late)]
-        for late in given_up:
-            self._give_up(late)
         if load.done:
             for node in load.nodes:
                 node.load = None
             if not load.users:
                 self._end(load)
-        return not given_up
+        slow = [late for late in self.loads if not late.failed and self._too_slow(late)]
+        for late in slow:
+            if not late.failed:
+                self._give_up(late)
+        return not slow
 
     def _too_slow(self, load: Load) -> bool:
         """Whether what is to come of a load takes far longer than to compute it: the link has become slower."""

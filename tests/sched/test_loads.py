@@ -1,5 +1,7 @@
 """Cold prefixes come back while others run: nobody waits for pages of somebody else, and pages that fail are computed."""
 
+from dataclasses import replace
+
 import pytest
 from sched_driver import FULL, FULL_AND_WINDOW, Driver, request
 
@@ -51,6 +53,24 @@ def test_pages_that_fail_are_computed(tier):
     stats = driver.inner.cache.stats
     assert stats.failed_loads > 0 and driver.device.num_moves[f"fetch {tier}"] == 0
     assert driver.cached["a+"] < 40
+
+
+def test_a_load_is_given_up_when_its_link_becomes_slow():
+    driver = Driver(pages=150, host_pages=300, max_model_len=400, budget=256, fetch_pages=8, delay=0)
+    prompts = {name: [base + i % 30 for i in range(300)] for name, base in (("a", 0), ("b", 100), ("c", 200))}
+    for _ in range(4):
+        for name, prompt in prompts.items():
+            driver.add(request(f"{name}{driver.clock}", [*prompt, int(driver.clock)], 2, arrival=driver.clock))
+            driver.run()
+    stats = driver.inner.cache.stats
+    assert stats.loads > 3 and not stats.cancelled_loads
+    driver.add(request("a", [*prompts["a"], 999], 2, arrival=driver.clock))
+    driver.step()
+    assert driver.inner.cache.loading
+    driver.settings = replace(driver.settings, delay=30)  # of what is not on its way
+    driver.run()
+    driver.check_outputs()
+    assert stats.cancelled_loads == 1 and not stats.failed_loads and driver.cached["a"] < 300
 
 
 def test_an_abort_leaves_nothing_behind():
