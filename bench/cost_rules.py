@@ -194,8 +194,8 @@ def main() -> None:
     worst = {name: max(one["ratio"] for one in points if bool(one["case"]["later"]) is changes)
              for name, changes in (("constant links", False), ("links that change", True))}
     print(f"worst over the best fixed rule: {worst}")
-    args.json.write_text(json.dumps({"machines": {name: asdict(m) for name, m in MACHINES.items()}, "worst": worst,
-                                     "points": points}, indent=1) + "\n")
+    head = json.dumps({"machines": {name: asdict(m) for name, m in MACHINES.items()}, "worst": worst})
+    args.json.write_text(head[:-1] + ', "points": [\n' + ",\n".join(map(json.dumps, points)) + "\n]}\n")
 
 
 if __name__ == "__main__":
