@@ -99,7 +99,10 @@ class LLM:
         return self._run(inputs, sampling_params, use_tqdm)
 
     def shutdown(self) -> None:
-        """Frees the engine and its memory; the object is of no further use. May be called twice."""
+        """Frees the engine and its memory, writes what a disk tier is to keep; the object is of no further use. May be
+        called twice."""
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
 
     def __enter__(self) -> LLM:

@@ -201,6 +201,8 @@ class Sequence:
     dirty: list[int] = field(default_factory=list)  # [group] first page index the device's table does not know yet
     waits: list[Any] = field(default_factory=list)  # loads that bring pages of its prefix; left when it enters a slot
     rest: list[int] = field(default_factory=list)  # [group] pages it will need besides those that wait for it
+    brought: dict[Tier, int] = field(default_factory=dict)  # tokens of its prefix that came for it since it began to wait
+    asked: float | None = None  # when its pages were asked for, if they were
     kept: bool = False  # whether what HBM has of its prefix was kept since it began to wait
     looked_up: bool = False  # whether its prefix was asked for since it began to wait
 

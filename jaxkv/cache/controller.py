@@ -51,13 +51,14 @@ class CacheController:
 
     ``root_salt`` names all that KV depends on besides tokens and namespace: model fingerprint, layout, adapter.
     ``disk``: the tier below the host's, if there is one; it gets what the others drop and, with ``save_on_reuse``, what
-    was used a second time. ``fetch_pages``: most pages of a fetch, two of which are under way at once.
+    was used a second time. ``fetch_pages``: most pages of a fetch, two of which are under way at once. ``watermark``: share
+    of the HBM pages that is kept free by offloading cold ones to the host tier ahead of need.
     """
 
     def __init__(self, groups: tuple[KVGroup, ...], page_size: int, num_pages: tuple[int, ...],
                  num_host_pages: tuple[int, ...], policy: str = "lfu", root_salt: str = "",
                  enable_prefix_caching: bool = True, disk: DiskIndex | None = None, save_on_reuse: bool = True,
-                 fetch_pages: int = 64) -> None:
+                 fetch_pages: int = 64, watermark: float = 1 / 32) -> None:
         self.groups = groups
         self.page_size = page_size
         self.num_pages = num_pages
@@ -69,6 +70,7 @@ class CacheController:
         self._publisher = Publisher(self.store, self._tiering)
         self._loader = Loader(self.store, fetch_pages)
         self._prefetcher = Prefetcher(self.store, self._tiering, self._loader, disk)
+        self._watermark = int(watermark * min(num_pages))
         self._save_on_reuse = save_on_reuse and disk is not None
         self._windows = [(g, group.window) for g, group in enumerate(groups) if group.window is not None]
 
@@ -108,15 +110,27 @@ class CacheController:
 
     def take_transfers(self) -> Transfers:
         """What the plan under construction does to pages, each kind in the order it must run. Ends the plan."""
+        self._tiering.offload(self._watermark)
         landings, fetches = self._loader.take()
         moves, saves = tuple(self.store.moves), tuple(self.store.saves)
         self.store.moves.clear()
         self.store.saves.clear()
+        self.store.plan += 1
         return Transfers(landings, moves, saves, fetches)
 
     def check(self, sequences: list[Sequence]) -> None:
         """Recompute all ownership; ``sequences``: those acquired and not released. AssertionError if it is broken."""
         check(self.store, sequences, self._loader.loads)
+
+    def save(self, pages: int) -> None:
+        """Hand up to ``pages`` pages that only memory has to the disk tier, for the end of the process."""
+        for node in self.trie.nodes():
+            if pages <= 0:
+                return
+            if self.disk is not None and not node.refs:
+                before = len(self.store.saves)
+                self._tiering.save(node, -1, pages)
+                pages -= len(self.store.saves) - before
 
     # ---- a sequence waits
 
@@ -194,6 +208,8 @@ class CacheController:
             self._protect(source, False)
         stats.query_tokens += len(seq.tokens)
         stats.hit_tokens += seq.num_scheduled
+        for tier, tokens in seq.brought.items():
+            stats.came_from(tier, min(tokens, seq.num_scheduled))
         return seq.num_scheduled
 
     def _pin(self, node: Node, first: list[int]) -> list[Node]:
@@ -216,7 +232,7 @@ class CacheController:
         """Bring a pinned path into HBM, count the use and give the sequence the pages."""
         for node in path:
             if node.tier is Tier.HOST:
-                self.store.stats.host_hit_tokens += len(node) * self.page_size
+                self.store.stats.came_from(Tier.HOST, len(node) * self.page_size)
                 self._tiering.promote(node, seq.first, None)
             elif self._save_on_reuse:
                 self._tiering.save(node, plan_id)
@@ -244,7 +260,7 @@ class CacheController:
         if self.trie.partial(node):
             store.policies[node.tier].touch(node.key)
         if node.tier is Tier.HOST:
-            store.stats.host_hit_tokens += source.tokens
+            store.stats.came_from(Tier.HOST, source.tokens)
         store.stats.partial_copies += 1
 
     # ---- a sequence runs

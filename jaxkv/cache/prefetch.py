@@ -66,9 +66,10 @@ class Prefetcher:
         assert room, "find_hit chose a prefix that there is no room for"
         for node in path:
             if node.tier is Tier.HOST:
-                store.stats.host_hit_tokens += len(node) * store.page_size
+                seq.brought[Tier.HOST] = seq.brought.get(Tier.HOST, 0) + len(node) * store.page_size
                 self._tiering.promote(node, hit.first, load)
         if keys:
+            seq.brought[Tier.DISK] = seq.brought.get(Tier.DISK, 0) + len(keys) * store.page_size
             load.end = self._attach(end, data[:len(keys) * store.trie.page_bytes], keys, len(seq.request.prompt), load)
         seq.rest = [max(0, n - len(keys)) for n in rest]
         store.stats.loads += 1
@@ -136,7 +137,6 @@ class Prefetcher:
             tokens = memoryview(data[i * size:(i + 1) * size]).cast("i")
             load.keys.append(PageKey(key.hex(), tuple(tokens)))
             load.moves += [PageMove(g, (Tier.DISK, i), (Tier.HBM, own[i])) for g, own in enumerate(pages)]
-        store.stats.disk_hit_tokens += len(keys) * page_size
         return node
 
 

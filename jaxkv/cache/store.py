@@ -38,6 +38,7 @@ class PageStore:
         self.policies = {tier: POLICIES[policy](min(pages[g] for g in counted))
                          for tier, pages in ((Tier.HBM, num_pages), (Tier.HOST, num_host_pages))}
         self.nodes: dict[bytes, Node] = {}  # by Node.key
+        self.plan = 0  # plans that ended
         self.idle = 0  # pages (of every full group) of HBM nodes that nobody uses
         self.moves: list[PageMove] = []
         self.saves: list[PageKey] = []

@@ -14,6 +14,7 @@ by the sequence that runs, and no sequence with a chunk in a plan is released be
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from jaxkv.cache.loads import Load
@@ -21,6 +22,9 @@ from jaxkv.cache.pages import WindowPool
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.trie import Node
 from jaxkv.types import PageKey, PageMove, Tier
+
+WINDOW = 32  # plans that a page rests after it changed its tier, unless room is needed at once
+OFFLOAD_PAGES = 16  # most pages that one plan offloads ahead of need
 
 
 class Tiering:
@@ -44,6 +48,22 @@ class Tiering:
             while hbm[g].free < need[g]:
                 self._reclaim(g)
         return True
+
+    def offload(self, watermark: int) -> None:
+        """Keep ``watermark`` pages free by demoting a few cold ones ahead of need, as FastServe does (Wu et al. 2023).
+
+        What came within the last ``WINDOW`` plans stays, and so does what a waiting sequence keeps, being pinned."""
+        store = self._store
+        if not store.host_capacity or not store.full:
+            return
+        short = watermark - min(store.hbm[g].free for g in store.full)
+        if short <= 0 or not store.idle:
+            return
+        key = store.policies[Tier.HBM].victim()
+        if key is not None and store.plan - store.nodes[key].moved >= WINDOW:
+            before = store.stats.demotions
+            self._evict(min(short, OFFLOAD_PAGES))
+            store.stats.offloads += store.stats.demotions - before
 
     def _evict(self, count: int) -> None:
         """Take up to ``count`` tail pages of the policy's victim out of HBM."""
@@ -70,22 +90,23 @@ class Tiering:
                 self.save(node, -1)
         self._store.discard(below[0] if self._disk else node)
 
-    def save(self, node: Node, plan_id: int) -> None:
-        """Hand the full pages of a node to the disk tier, once; none that plan ``plan_id`` computes or that a window
-        group has lost."""
+    def save(self, node: Node, plan_id: int, most: int = sys.maxsize) -> None:
+        """Hand the first ``most`` full pages of a node that the disk tier did not get yet to it; none that plan ``plan_id``
+        computes or that a window group has lost."""
         store, size = self._store, self._store.trie.page_bytes
         if node.load is not None or node.born == plan_id:
             return
         if not store.costs.worth_moving(Tier.DISK, node.start, node.end):
             return
-        for i in range(node.saved, len(node.data) // size):
+        end = min(len(node.data) // size, node.saved + most)
+        for i in range(node.saved, end):
             if all(pages[i] >= 0 for pages in node.pages):
                 tokens = memoryview(node.data[i * size:(i + 1) * size]).cast("i")
                 store.moves += [PageMove(g, (node.tier, pages[i]), (Tier.DISK, len(store.saves)))
                                 for g, pages in enumerate(node.pages)]
                 store.saves.append(PageKey(node.digests[i].hex(), tuple(tokens)))
-        store.stats.saves += max(0, len(node.data) // size - node.saved)
-        node.saved = max(node.saved, len(node.data) // size)
+        store.stats.saves += max(0, end - node.saved)
+        node.saved = max(node.saved, end)
 
     def _host_room(self, node: Node) -> bool:
         """Make room in the host tier for all pages of ``node``, dropping host nodes by policy."""
@@ -116,7 +137,7 @@ class Tiering:
                 if page >= 0:
                     pages[i] = store.host[g].take()
                     store.moves.append(PageMove(g, (Tier.HBM, page), (Tier.HOST, pages[i])))
-        node.tier = Tier.HOST
+        node.tier, node.moved = Tier.HOST, store.plan
         parent.hot -= 1
         store.policies[Tier.HOST].add(key, len(node), node.start, heat)
         store.settle(node)
@@ -193,7 +214,7 @@ class Tiering:
         parent = node.parent
         assert parent is not None
         heat = store.policies[Tier.HOST].remove(node.key)
-        node.tier = Tier.HBM
+        node.tier, node.moved = Tier.HBM, store.plan
         parent.hot += 1
         store.policies[Tier.HBM].add(node.key, len(node), node.start, heat)
         store.settle(parent)

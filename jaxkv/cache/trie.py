@@ -62,7 +62,7 @@ class Node:
         self.order: list[bytes] = []  # keys of children, sorted
         self.load: Any = None  # what brings its pages, which hold nothing until then
         self.saved = 0  # leading pages that were handed to the disk tier
-        self.moved = -1  # latest plan that changed its tier
+        self.moved = -1000  # plans that had ended when its tier changed last
 
     def __len__(self) -> int:
         """Pages."""

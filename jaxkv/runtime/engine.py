@@ -14,14 +14,18 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from jaxkv.cache.inspect import inspect
 from jaxkv.config import EngineConfig
+from jaxkv.runtime.cache_metrics import refresh_cache
 from jaxkv.runtime.executor import JaxExecutor
 from jaxkv.runtime.memory import Capacity
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
+from jaxkv.runtime.report import Reporter
 from jaxkv.sched.scheduler import Scheduler
 from jaxkv.types import MAX_STOP_IDS, Request, SamplingParams, StepHandle, StepPlan, Tier, TokenEvent
 
+SAVE_PAGES = 64  # pages written at a time when the engine ends
 IDLE_WAIT_S = 0.01  # longest sleep while nothing but fetches is under way
 
 
@@ -46,6 +50,7 @@ class Engine:
         self._size_tiers()
         self._description = tuple(description)
         self._clock = clock
+        self._reporter = Reporter(self.metrics, clock())
         self._outputs: dict[str, OutputProcessor] = {}  # by child id
         self._unseen: set[str] = set()  # children that gave no event yet
         self._children: dict[str, list[str]] = {}  # user's request id -> ids of its open children
@@ -124,6 +129,25 @@ class Engine:
         self._refresh()
         return deltas
 
+    def inspect_kv(self, top: int) -> dict[str, Any]:
+        """The cache as JSON: tiers, counters, the ``top`` nodes of the trie."""
+        return inspect(self.scheduler.cache, top)
+
+    def report(self) -> str | None:
+        """A line about what happened since the last call; None if nothing did."""
+        return self._reporter.line(self._clock())
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Ends the disk tier, if there is one: what memory holds is written first, as far as ``timeout`` seconds allow."""
+        disk = self.executor.tiers.disk
+        if disk is None:
+            return
+        end = self._clock() + timeout
+        while not self.has_work and self._clock() < end and (plan := self.scheduler.plan_saves(SAVE_PAGES, self._clock())):
+            self.scheduler.commit(plan, self.executor.submit(plan).read(), self._clock())
+            disk.flush(max(0.0, end - self._clock()))
+        disk.close(max(1.0, end - self._clock()))
+
     def check(self) -> None:
         """Recomputes all ownership of pages; AssertionError if anything is lost or shared twice. Cheap when idle."""
         self.scheduler.check()
@@ -138,8 +162,7 @@ class Engine:
         m, scheduler, cache = self.metrics, self.scheduler, self.scheduler.cache
         m.running, m.waiting, m.preemptions = scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions
         stats = cache.stats
-        m.host_hit_tokens, m.partial_copies = stats.host_hit_tokens, stats.partial_copies
-        m.demotions, m.promotions, m.evictions = stats.demotions, stats.promotions, stats.evictions
+        refresh_cache(m, stats, self.executor.tiers)
         m.stage_seconds |= self.executor.stage_seconds
         usage = cache.usage()
         m.device.pages_used, m.host.pages_used = sum(usage[Tier.HBM]), sum(usage[Tier.HOST])

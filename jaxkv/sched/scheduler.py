@@ -59,6 +59,7 @@ class Scheduler:
         self._num_slots = config.max_num_seqs
         self._slots = list(range(config.max_num_seqs))  # free ones, a heap
         self._pending: deque[tuple[int, float, list[Sequence]]] = deque()  # not committed: id, time, seq of each chunk
+        self._now = 0.0  # time of the latest plan
         self._committed = 0.0  # time of the latest commit
         self._next_plan = 0
         self._num_added = 0
@@ -117,7 +118,7 @@ class Scheduler:
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when nothing can run before a commit or an arrival. ``now``: the injected clock."""
-        plan_id = self._next_plan
+        plan_id, self._now = self._next_plan, now
         if self._led:
             self._leading.difference_update(self._led)
             self._led.clear()
@@ -135,6 +136,17 @@ class Scheduler:
         self._next_plan += 1
         self._pending.append((plan_id, now, seqs))
         return StepPlan(plan_id, *transfers, tuple(admits), tuple(chunks))
+
+    def plan_saves(self, pages: int, now: float) -> StepPlan | None:
+        """A plan that only hands up to ``pages`` pages to the disk tier; None when it has all that memory has. For the
+        end, with nothing running."""
+        self.cache.save(pages)
+        transfers = self.cache.take_transfers()
+        if not transfers.saves:
+            return None
+        self._next_plan += 1
+        self._pending.append((self._next_plan - 1, now, []))
+        return StepPlan(self._next_plan - 1, *transfers)
 
     def arrived(self, arrival: Arrival) -> None:
         """Learn that a fetch ended. Sequences whose pages will not come go without them."""
@@ -221,6 +233,7 @@ class Scheduler:
             self._full = brought is None
             if brought:
                 self._ahead[seq.request.id] = seq
+                seq.asked = self._now
         return any(not load.done for load in seq.waits)
 
     def _prefetch(self, seq: Sequence, plan_id: int) -> bool | None:
@@ -283,6 +296,11 @@ class Scheduler:
         seq.slot = heappop(self._slots)
         seq.status = _RUNNING
         seq.looked_up = seq.kept = False
+        seq.brought = {}
+        if seq.asked is not None:
+            self.cache.stats.page_waits += 1
+            self.cache.stats.page_wait_seconds += self._now - seq.asked
+            seq.asked = None
         seq.dirty = [0] * len(seq.pages)  # the slot's row belonged to someone else
         if seq.first_admission:
             seq.first_admission = False

@@ -14,9 +14,9 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -164,6 +164,11 @@ def _add_status(app: FastAPI, service: Service) -> None:
     async def show_version() -> Any:
         return {"version": app.version}
 
+    @app.get("/debug/kv")
+    async def inspect_kv(top: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Any:
+        service.engine()
+        return await service.loop.ask(lambda engine: engine.inspect_kv(top))
+
     @app.get("/metrics")
     async def metrics() -> Response:
         if not registry:
@@ -193,13 +198,13 @@ def _add_errors(app: FastAPI) -> None:
 
 
 class _KeyCheck:
-    """Lets only requests with a known bearer token reach /v1; keys are compared in constant time and never logged."""
+    """Lets only requests with a known bearer token reach /v1 and /debug; keys are compared in constant time, never logged."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[bytes]):
         self.app, self.keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.keys and scope["type"] == "http" and scope["path"].startswith("/v1"):
+        if self.keys and scope["type"] == "http" and scope["path"].startswith(("/v1", "/debug")):
             header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             scheme, _, token = header.partition(b" ")
             matches = [hmac.compare_digest(token.strip(), key) for key in self.keys]

@@ -24,6 +24,8 @@ from jaxkv.serve.metrics import Latencies
 from jaxkv.types import SamplingParams
 
 log = logging.getLogger("jaxkv.serve")
+MAX_QUESTIONS = 8
+REPORT_S = 10.0  # between two lines in the log about a busy engine
 IDLE_CHECK_S = 5.0  # idle time after which the engine recomputes its page ownership, once
 
 
@@ -43,6 +45,9 @@ class EngineLike(Protocol):
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[Delta]: ...
     def check(self) -> None: ...
+    def inspect_kv(self, top: int) -> dict[str, Any]: ...
+    def report(self) -> str | None: ...
+    def close(self) -> None: ...
 
 
 class Mailbox:
@@ -113,7 +118,9 @@ class EngineLoop:
         self._wakeup = threading.Condition()
         self._adds: list[Call] = []  # under _wakeup, like the next two
         self._aborts: list[str] = []
+        self._questions: list[tuple[Callable[[EngineLike], Any], asyncio.Future[Any]]] = []
         self._stopping = False
+        self._next_report = time.monotonic() + REPORT_S
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> tuple[asyncio.Future[None], asyncio.Future[None]]:
@@ -146,6 +153,18 @@ class EngineLoop:
             with self._wakeup:
                 self._aborts.extend(ids)
                 self._wakeup.notify()
+
+    async def ask(self, question: Callable[[EngineLike], Any]) -> Any:
+        """What ``question`` says of the engine between two steps. ApiError: 429 when too many ask at once, 503 when dead."""
+        if self.failure is not None or self.engine is None or self.draining:
+            raise ApiError(503, "the engine does not run")
+        answer = self._loop.create_future()
+        with self._wakeup:
+            if len(self._questions) >= MAX_QUESTIONS:
+                raise ApiError(429, "too many ask at once", code="too_many_requests", headers={"retry-after": "1"})
+            self._questions.append((question, answer))
+            self._wakeup.notify()
+        return await answer
 
     def abort_all(self, error: Exception) -> None:
         """Ends every open call with an error."""
@@ -211,6 +230,7 @@ class EngineLoop:
             self._post(self._set_ready, engine)
             while self._work(engine):
                 pass
+            engine.close()
         except BaseException as error:  # reported, then the process ends: a supervisor starts a fresh one
             if not isinstance(error, ConfigError):
                 log.exception("the engine failed")
@@ -234,6 +254,10 @@ class EngineLoop:
         for request_id in aborts:
             engine.abort(request_id)
         deltas = engine.step() if engine.has_work else []
+        if (now := time.monotonic()) >= self._next_report:
+            self._next_report = now + REPORT_S
+            if line := engine.report():
+                log.info(line)
         if deltas or refused:
             self._post(self._deliver, deltas, refused)
         return True
@@ -245,10 +269,18 @@ class EngineLoop:
         with self._wakeup:
             adds, self._adds = self._adds, []
             aborts, self._aborts = self._aborts, []
+            questions, self._questions = self._questions, []
+        for question, answer in questions:
+            self._post(_settle, answer, question(engine))
         return adds, aborts
 
     def _wait(self, engine: EngineLike, timeout: float | None) -> bool:
         """Sleeps until there is something to do; False after `timeout` seconds of nothing."""
         with self._wakeup:
             return self._wakeup.wait_for(
-                lambda: bool(self._adds or self._aborts or self._stopping or engine.has_work), timeout)
+                lambda: bool(self._adds or self._aborts or self._questions or self._stopping or engine.has_work), timeout)
+
+
+def _settle(answer: asyncio.Future[Any], value: Any) -> None:
+    if not answer.done():
+        answer.set_result(value)

@@ -81,6 +81,15 @@ class FakeEngine:
     def check(self):
         self.checks += 1
 
+    def inspect_kv(self, top):
+        return {"nodes": [{"top": top}]}
+
+    def report(self):
+        return None
+
+    def close(self):
+        self.closed = True
+
     def _advance(self, key: str) -> Delta:
         request, output, count = self.children[key]
         params = request.params

@@ -45,7 +45,7 @@ class DiskStore:
     def __init__(self, path: str | Path, capacity_bytes: int, form: DiskFormat, *, batch_bytes: int = BATCH_BYTES,
                  queue_bytes: int = QUEUE_BYTES, refresh_s: float = 0.25, retry_s: float = 60.0) -> None:
         self._layout = Layout(form)
-        self._capacity = capacity_bytes
+        self.capacity = capacity_bytes
         batch_bytes = max(batch_bytes, self._layout.page_bytes)
         least = batch_bytes + HEADER_BYTES + footer_bytes(batch_bytes // self._layout.head_bytes)
         if capacity_bytes < least:
@@ -115,8 +115,8 @@ class DiskStore:
     def describe(self) -> str:
         """One line for a person."""
         stats = self.stats()
-        return (f"{self._directory.path}, {stats.pages:,} pages, {stats.bytes:,} of {self._capacity:,} bytes "
-                f"({self._capacity / 2**20:.1f} MiB)")
+        return (f"{self._directory.path}, {stats.pages:,} pages, {stats.bytes:,} of {self.capacity:,} bytes "
+                f"({self.capacity / 2**20:.1f} MiB)")
 
     @property
     def queued_bytes(self) -> int:
