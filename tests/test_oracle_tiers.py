@@ -1,0 +1,62 @@
+"""Pages that come from the disk, or fail to, change nothing in the tokens: the oracle of test_oracle.py below the host tier."""
+
+import pytest
+
+from jaxkv.types import Tier
+from tests.engine_harness import disk_store, engine, executor, run_all
+from tests.test_oracle import assert_greedy, follow_ups, requests
+
+
+def play(run, windows: bool) -> dict:
+    first = run_all(run, requests(1))
+    assert run.executor.tiers.disk.flush(30)
+    second = run_all(run, follow_ups(first, 2))
+    mismatches = [0, 0]
+    assert_greedy(windows, first | second, mismatches)
+    assert mismatches[1] > 150 and mismatches[0] <= 0.001 * mismatches[1]
+    return first | second
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["sync", "overlap"])
+@pytest.mark.parametrize("host_pages", [0, 12], ids=["disk", "host and disk"])
+@pytest.mark.parametrize("devices, windows", [(1, False), (1, True), (2, False), (4, True)])
+def test_pages_from_disk(devices, windows, host_pages, overlap, highest_precision, tmp_path):
+    run = executor(windows, devices)
+    with_disk = engine(run, pages=20, host_pages=host_pages, overlap=overlap, disk=disk_store(tmp_path, run, refresh_s=0.01))
+    play(with_disk, windows)
+    moved, stats = run.tiers.bytes_moved, with_disk.scheduler.cache.stats
+    assert stats.saves > 0 and moved[Tier.DISK, Tier.HBM] > 0 and stats.disk_hit_tokens > 0
+    assert (moved[Tier.HBM, Tier.HOST] > 0) == bool(host_pages)
+    with_disk.close()
+
+    again = engine(run, pages=60, disk=disk_store(tmp_path, run))  # the next process
+    results = run_all(again, requests(1))
+    mismatches = [0, 0]
+    assert_greedy(windows, results, mismatches)
+    assert again.scheduler.cache.stats.disk_hit_tokens > 0 and run.tiers.bytes_moved[Tier.DISK, Tier.HBM] > 0
+    assert [e for e in again.events if e[0] == "arrived"] and not [e for e in again.events if e[0] == "failed"]
+    again.close()
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "late"])
+def test_pages_that_do_not_come_are_computed(fault, highest_precision, tmp_path, monkeypatch):
+    run = executor(False)
+    store = disk_store(tmp_path, run)
+    with_disk = engine(run, pages=20, disk=store)
+    first = run_all(with_disk, requests(1))
+    store.flush(30)
+    if fault == "late":
+        monkeypatch.setattr("jaxkv.runtime.fetches.LIMIT_S", -1.0)
+    else:
+        for path in tmp_path.rglob("*"):
+            if path.is_file() and path.stat().st_size > 8192:
+                raw = bytearray(path.read_bytes())
+                raw[4096 + 300::97] = bytes(b ^ 0xFF for b in raw[4096 + 300::97])  # the header stays
+                path.write_bytes(raw)
+    second = run_all(with_disk, follow_ups(first, 2))
+    mismatches = [0, 0]
+    assert_greedy(False, first | second, mismatches)
+    stats = with_disk.scheduler.cache.stats
+    assert stats.failed_loads > 0 and [e for e in with_disk.events if e[0] == "failed"]
+    assert fault == "late" or store.stats().corrupt > 0
+    with_disk.close()
