@@ -100,8 +100,9 @@ def quality(questions: Questions) -> tuple[list[dict[str, Any]], list[dict[str, 
 
     print(f"{'codec, bytes: bfloat16':24} {'bytes/token':>11} {'perplexity':>11} {'loss':>9} {'recall':>8} {'agreement':>10}")
     rows.append(measure("exact", "exact"))
-    turned = ",".join(reversed(pk.codec_spec("mixed", layers).levels))
-    rows += [measure(name, name) for name in ("int8", "int4", "mixed", turned)]
+    deeper_coarser = ["int8"] * (layers - layers // 2) + ["int4"] * (layers // 2)
+    turned = ",".join(reversed(deeper_coarser)), ",".join(["int4"] * (layers - 1) + ["int8"])
+    rows += [measure(name, name) for name in (*pk.CODECS[1:], ",".join(deeper_coarser), *turned)]
     for axis, label in enumerate(("values by channel", "keys by token")):
         rows += [measure(name, f"{name}, {label}", partial(trip_alike, axis), more if axis == 0 else -more)
                  for name in ("int8", "int4")]

@@ -139,7 +139,8 @@ def test_a_mesh_changes_no_bit(n, dtype):
 
 def test_names():
     assert pk.codec_spec("int8", 3).levels == ("int8",) * 3
-    assert pk.codec_spec("mixed", 5).levels == ("int8", "int8", "int8", "int4", "int4")
+    assert pk.codec_spec("mixed", 6).levels == ("int8", "int8", "int8", "int4", "int4", "int8")
+    assert pk.codec_spec("mixed", 1).levels == ("int8",)
     assert pk.codec_spec("mixed", 4, layers=(0, 2)).levels == ("int8", "int4")  # of a KV group
     assert pk.codec_spec("int4,exact", 2).levels == ("int4", "exact")
     assert pk.codec_spec("exact,exact,int8", 3).runs() == [("exact", slice(0, 2)), ("int8", slice(2, 3))]
