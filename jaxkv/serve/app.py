@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -187,6 +188,12 @@ def _add_errors(app: FastAPI) -> None:
         message = {404: "unknown route", 405: "method not allowed"}.get(error.status_code, str(error.detail))
         refusal = ApiError(error.status_code, f"{message}: {request.method} {request.url.path[:200]}")
         return JSONResponse(refusal.body(), refusal.status, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_query(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        refusal = ApiError(400, f"{first['loc'][-1]}: {first['msg']}", param=str(first["loc"][-1]))
+        return JSONResponse(refusal.body(), refusal.status)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
