@@ -112,7 +112,7 @@ class Directory:
             if segment.sealed:
                 try:
                     os.utime(self.path / segment.name)
-                    segment.used_ns = os.stat(self.path / segment.name).st_mtime_ns
+                    segment.mtime_ns = os.stat(self.path / segment.name).st_mtime_ns
                 except OSError:
                     continue  # dropped meanwhile, or a disk that cannot be written: then nobody evicts
 
@@ -121,11 +121,11 @@ class Directory:
         for segment in self._index.segments():
             if segment.sealed:
                 try:
-                    used_ns = os.stat(self.path / segment.name).st_mtime_ns
+                    mtime_ns = os.stat(self.path / segment.name).st_mtime_ns
                 except OSError:
                     continue  # dropped meanwhile
-                if used_ns > segment.used_ns:
-                    self._index.used_elsewhere(segment, used_ns)
+                if mtime_ns > segment.mtime_ns:
+                    segment.since_ns = segment.mtime_ns = mtime_ns
 
     def _learn(self, segment: Segment, orphans: bool) -> None:
         path = self.path / segment.name
@@ -139,12 +139,13 @@ class Directory:
         except (OSError, CorruptError) as error:
             log.warning("disk KV segment %s cannot be read, its pages are dropped: %s", path, error)
             self._counters.add(damaged=1)
-            segment.sealed, segment.rank = True, -1.0  # nothing in it will be read, so it goes first
+            segment.sealed = True  # nothing in it will be read, and it goes first
             segment.size = path.stat(follow_symlinks=False).st_size
             return
         if found is not None:
             self._index.add(segment, found.entries)
-            segment.end, segment.size, segment.sealed, segment.used_ns = found.end, found.size, found.sealed, found.mtime_ns
+            segment.end, segment.size, segment.sealed = found.end, found.size, found.sealed
+            segment.since_ns = segment.mtime_ns = found.mtime_ns
 
     def _adopt(self, path: Path) -> bool:
         """Whether an orphan was sealed, or deleted because it is empty."""

@@ -50,7 +50,7 @@ class DiskStore:
         if capacity_bytes < least:
             raise DiskError(f"disk KV capacity must be at least {least} bytes, one batch; got {capacity_bytes}")
         segment_bytes = min(BATCHES_PER_SEGMENT * batch_bytes, max(batch_bytes, capacity_bytes // 8))
-        self._index = Index(segment_bytes)
+        self._index = Index()
         self._counters = Counters()
         self._directory = Directory(Path(path), self._layout, self._index, self._counters)
         try:
