@@ -20,7 +20,7 @@ from pathlib import Path
 
 from jaxkv.runtime.disk.format import CorruptError, Layout
 from jaxkv.runtime.disk.index import Index, Segment
-from jaxkv.runtime.disk.segment import Writer, adopt, scan
+from jaxkv.runtime.disk.segment import Scan, Writer, adopt, scan
 from jaxkv.runtime.disk.stats import Counters, DiskError
 
 log = logging.getLogger("jaxkv.disk")
@@ -91,17 +91,14 @@ class Directory:
         """Deletes the file of a sealed segment. Under the lock."""
         (self.path / segment.name).unlink(missing_ok=True)
 
-    def refresh(self, own: str | None, *, orphans: bool) -> None:
-        """Brings the index up to date with the files, but for ``own``, which this process appends to.
-
-        ``orphans``: seal those of dead processes. Under the lock if so.
-        """
+    def refresh(self, *, orphans: bool) -> None:
+        """Brings the index up to date with the files. ``orphans``: seals those of dead processes, under the lock."""
         with os.scandir(self.path) as files:
             names = {file.name for file in files if file.name.startswith(self._prefix) and file.name.endswith(SUFFIX)}
         for segment in self._index.segments():
             if segment.name not in names:
                 self._index.forget(segment)
-        for name in sorted(names - {own}):
+        for name in sorted(names):
             segment = self._index.segment(name)
             if not segment.sealed:
                 self._learn(segment, orphans)
@@ -136,11 +133,13 @@ class Directory:
         except FileNotFoundError:
             self._index.forget(segment)
             return
-        except (OSError, CorruptError) as error:
-            log.warning("disk KV segment %s cannot be read, its pages are dropped: %s", path, error)
+        except CorruptError as error:
+            log.warning("disk KV segment %s dropped: %s", path, error)
             self._counters.add(damaged=1)
-            segment.sealed = True  # nothing in it will be read, and it goes first
-            segment.size = path.stat(follow_symlinks=False).st_size
+            found = Scan([], 0, path.stat().st_size, True, 0)  # the oldest, so it goes first
+        except OSError as error:  # perhaps it is us (too many open files): the next refresh tries again
+            if self._counters.add(read_errors=1):
+                log.warning("disk KV segment %s cannot be read now: %s", path, error)
             return
         if found is not None:
             self._index.add(segment, found.entries)

@@ -92,13 +92,8 @@ class Writer:
             os.close(self._fd)
 
     def abandon(self) -> None:
-        """Cuts off what an error left and closes; the file is an orphan with whole records."""
-        try:
-            os.ftruncate(self._fd, self.end)
-        except OSError:
-            pass  # whoever adopts it cuts it
-        finally:
-            os.close(self._fd)
+        """Closes after an error: an orphan from now on, and whoever adopts it cuts off what the error left."""
+        os.close(self._fd)
 
 
 def scan(path: Path, layout: Layout, start: int = 0) -> Scan | None:

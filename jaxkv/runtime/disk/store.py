@@ -55,12 +55,10 @@ class DiskStore:
         self._directory = Directory(Path(path), self._layout, self._index, self._counters)
         try:
             self._recover(capacity_bytes)
-        except OSError as error:
-            self._directory.close()
-            raise DiskError(f"disk KV path {str(path)!r} cannot be used: {error}") from None
         except DiskError:
             self._directory.close()
             raise
+        self._largest = batch_bytes
         self._queue = PageQueue(max(queue_bytes, 2 * batch_bytes))
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="jaxkv-disk-reader")
         self._writer = BackgroundWriter(self._directory, self._layout, self._index, self._queue, self._counters,
@@ -68,16 +66,19 @@ class DiskStore:
 
     def _recover(self, capacity: int) -> None:
         start = time.perf_counter()
-        with self._directory.locked():
-            self._directory.refresh(None, orphans=True)
-        room = self._directory.room()
+        try:
+            with self._directory.locked():
+                self._directory.refresh(orphans=True)
+            room = self._directory.room()
+            count, size = self._directory.foreign()
+        except OSError as error:
+            raise DiskError(f"disk KV path {str(self._directory.path)!r} cannot be used: {error}") from None
         if capacity > room:
             raise DiskError(f"disk KV capacity of {capacity} bytes is more than the disk of "
                             f"{str(self._directory.path)!r} has free: {room} bytes")
         log.info("disk KV tier at %s: %d pages in %d segments, %.3f GB of %.3f GB, recovered in %.3f s",
                  self._directory.path, len(self._index), len(self._index.segments()), self._index.held() / 1e9,
                  capacity / 1e9, time.perf_counter() - start)
-        count, size = self._directory.foreign()
         if count:
             log.info("disk KV path %s also holds %d segments (%.3f GB) of other models or settings: left alone",
                      self._directory.path, count, size / 1e9)
@@ -89,12 +90,13 @@ class DiskStore:
     def put(self, key: bytes, tokens: bytes, payload: Payload) -> bool:
         """Hands a page over to be written. Its arrays must not change any more. ValueError if it is none of the format.
 
-        False if the page is on disk or on its way already, or is refused (counted): the queue is full or writing fails.
+        False if the page is on disk or on its way already, or is refused (counted): the queue is full, writing fails,
+        or an encoded page is longer than a batch.
         """
         record = self._layout.record(key, tokens, payload)
-        if key in self._index or key in self._queue:
+        if key in self._queue or key in self._index:  # in this order: pages go from the one to the other
             return False
-        if self._writer.accepts and self._queue.put(record):
+        if record.length <= self._largest and self._writer.accepts and self._queue.put(record):
             return True
         self._counters.add(refused=1)
         return False

@@ -59,11 +59,6 @@ class BackgroundWriter:
         """Whether there is a point in handing pages over."""
         return self._retry_at is None or time.monotonic() >= self._retry_at
 
-    @property
-    def _own(self) -> str | None:
-        """Name of the open segment."""
-        return self._open.name if self._open else None
-
     def join(self, timeout: float) -> bool:
         """Waits for the thread to end; False if it has not."""
         self._thread.join(timeout)
@@ -90,7 +85,7 @@ class BackgroundWriter:
     def _refresh(self) -> None:
         self._directory.share_use()
         try:
-            self._directory.refresh(self._own, orphans=False)
+            self._directory.refresh(orphans=False)
         except OSError as error:
             self._counters.add(read_errors=1)
             log.debug("disk KV directory cannot be read: %s", error)
@@ -151,7 +146,7 @@ class BackgroundWriter:
 
         None instead of the pages if other processes' open segments leave no room.
         """
-        self._directory.refresh(self._own, orphans=True)
+        self._directory.refresh(orphans=True)
         saved: list[Record] = []
         if self._excess(batch) > 0:
             self._directory.learn_use()
@@ -163,7 +158,8 @@ class BackgroundWriter:
                 self._seal()
                 continue
             # a quarter of each victim goes for good: as much as a batch, so one victim is enough as a rule
-            saved += self._used_pages(victim, min(victim.size * 3 // 4, victim.size - excess))
+            left = victim.size - excess - footer_bytes(len(victim.keys))
+            saved += self._used_pages(victim, min(victim.size * 3 // 4, left))
             self._directory.drop(victim)
             self._counters.add(evicted=self._index.forget(victim))
         return saved

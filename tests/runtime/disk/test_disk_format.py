@@ -121,6 +121,21 @@ def test_torn_orphans_are_cut_and_go_on_being_served(cut, tmp_path, caplog):
     assert len(segments(tmp_path / "a")) == bool(whole), "an orphan without a page is deleted"
 
 
+def test_a_scan_goes_on_where_the_last_one_ended(tmp_path):
+    """Also over the footer, so that what was dropped meanwhile does not come back."""
+    store, layout = open_store(tmp_path), Layout(FORM)
+    fill(store, [1, 2])
+    (file,) = segments(tmp_path)
+    first = scan(file, layout)
+    fill(store, [3])
+    second = scan(file, layout, first.end)
+    assert [entry.key for entry in second.entries] == [key(3)] and not second.sealed
+    store.close()
+    assert scan(file, layout, second.end)._replace(size=0, mtime_ns=0) == ([], second.end, 0, True, 0)
+    assert scan(file, layout, first.end).entries == second.entries
+    assert [entry.key for entry in scan(file, layout).entries] == [key(1), key(2), key(3)]
+
+
 def test_a_damaged_footer_is_replaced_by_a_scan(tmp_path):
     store = open_store(tmp_path)
     fill(store, range(4))

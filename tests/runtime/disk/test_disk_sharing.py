@@ -133,9 +133,9 @@ def test_no_room_beside_other_processes(tmp_path):
 
 def test_use_by_another_process_keeps_a_segment(tmp_path):
     mine, theirs = open_store(tmp_path, 100_000), open_store(tmp_path, 100_000)
-    for first in range(0, 120, 4):
-        fill(mine, range(first, first + 4))
-        until(lambda first=first: theirs.match([key(first + 3)]))
+    for first in range(0, 120, 10):
+        fill(mine, range(first, first + 10))
+        until(lambda first=first: theirs.match([key(first + 9)]))
         assert held(theirs, [2]) == [2]
         until(lambda: not theirs._index._used)
     assert mine.match([key(2)]) == 1 and mine.match([key(20)]) == 0

@@ -123,6 +123,21 @@ def test_pages_in_use_outlive_their_segment(tmp_path):
     store.close()
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_any_capacity_is_kept_to_the_byte(used, tmp_path):
+    """And each new page finds room, whatever is worth keeping."""
+    for capacity in range(15_000, 40_000, 3_777):
+        folder = tmp_path / str(capacity)
+        store = open_store(folder, capacity)
+        for i in range(40):
+            fill(store, [i])
+            assert held(store, range(i + 1) if used else [i])[-1] == i
+            assert size(folder) <= capacity
+        assert store.stats().lost == 0
+        store.close()
+        assert size(folder) <= capacity
+
+
 def test_a_smaller_capacity_shrinks_an_old_store(tmp_path):
     store = open_store(tmp_path, 2 * CAPACITY)
     fill(store, range(200))
@@ -152,8 +167,16 @@ def test_a_full_queue_refuses_and_never_blocks(tmp_path, monkeypatch):
     assert len(taken) < 15 and store.stats().refused == 100 - len(taken)
     assert store.stats().queued_bytes <= 2 * BATCH and not store.flush(0.01)
     assert not store.put(key(0), tokens(0), payload(0)), "on its way"
+    assert store.stats().refused == 100 - len(taken)
     gate.set()
     assert store.flush(FAR) and held(store, range(100)) == taken
+    store.close()
+
+
+def test_an_encoded_page_longer_than_a_batch_is_refused(tmp_path):
+    store = open_store(tmp_path)
+    assert not store.put(key(1), tokens(1), (np.zeros(BATCH, np.uint8), None)) and store.stats().refused == 1
+    assert store.put(key(1), tokens(1), (np.zeros(BATCH // 2, np.uint8), None))
     store.close()
 
 
@@ -218,6 +241,7 @@ def test_a_failing_disk_stops_writing_and_goes_on_reading(call, number, tmp_path
 
     until(writes_again)
     assert "writes again" in caplog.text and held(store, [200]) == [200]
+    assert call != "pwritev" or store.stats().torn_bytes >= 100, "the segment was given up and cut"
     store.close()
     again = open_store(tmp_path, CAPACITY)
     assert held(again, [200]) == [200]
@@ -263,6 +287,24 @@ def test_a_read_error_costs_one_page(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(os, "preadv", real)
     assert store.stats().read_errors == 2 and held(store, range(6)) == [2, 3, 4, 5]
     assert caplog.text.count("cannot be read") == 1
+    store.close()
+
+
+def test_a_segment_that_cannot_be_opened_now_is_read_later(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    fill(store, range(4))
+    store.close()
+    real = os.open
+
+    def too_many(path, *args, **kwargs):
+        return _fail(errno.EMFILE) if str(path).endswith(".kvseg") else real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", too_many)
+    store = open_store(tmp_path)
+    assert store.match([key(0)]) == 0 and store.stats().damaged == 0 < store.stats().read_errors
+    monkeypatch.setattr(os, "open", real)
+    until(lambda: store.match([key(0)]))
+    assert held(store, range(4)) == [0, 1, 2, 3]
     store.close()
 
 
