@@ -140,7 +140,7 @@ def main() -> None:
             plain, store = rate[f"plain_{job}"], rate[f"store_{job}"]
             print(f"{row['shape']:<24}{row['page_bytes'] >> 10:>6}{job:>12}{plain:>12.2f}{store:>12.2f}{store / plain:>7.2f}")
         print(f"{row['shape']:<24}{'':>6}{'reopen':>12}{row['pages']:>8} pages in {row['reopen_s'] * 1e3:.1f} ms")
-    args.json.write_text(json.dumps({"cpus": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+    args.json.write_text(json.dumps({"cpus": os.cpu_count(), "load": os.getloadavg()[0], "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from jaxkv.runtime.disk import DiskFormat, DiskStore
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = (4, 2, 16, 8, 64)  # 128 KiB in bfloat16
 FORM = DiskFormat("soak", SHAPE[2], ((SHAPE, "bfloat16"), (SHAPE, "bfloat16")))
-LIFE = 400  # pages a child writes if it lives: 100 MiB at most
+LIFE = 400  # pages a child writes if it lives: 75 MiB
 CAPACITY = 400 << 20
-BATCH = 4 << 20
+BATCH = 32 << 20
 LONGEST_S = 0.12  # a life takes about that long
 
 
@@ -43,7 +43,7 @@ def write_a_life(folder: Path, first: int) -> None:
     for done, (key, tokens, payload) in enumerate(pages, 1):
         while not store.put(key, tokens, payload):
             time.sleep(0.0005)
-        if done % 50 == 0 and store.flush(10.0):
+        if done % 100 == 0 and store.flush(10.0):
             print(done, flush=True)
     store.close()
 
