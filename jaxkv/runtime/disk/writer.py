@@ -110,6 +110,9 @@ class BackgroundWriter:
             log.warning("disk KV tier at %s cannot be written (%s): reading goes on, writing is tried again every %g s",
                         self._directory.path, error, self._limits.retry_s)
         self._retry_at = time.monotonic() + self._limits.retry_s
+        self._abandon()
+
+    def _abandon(self) -> None:
         if self._open:
             writer, self._open = self._open, None
             writer.abandon()
@@ -147,6 +150,8 @@ class BackgroundWriter:
         None instead of the pages if other processes' open segments leave no room.
         """
         self._directory.refresh(orphans=True)
+        if self._open and self._open.deleted:
+            self._abandon()
         saved: list[Record] = []
         if self._excess(batch) > 0:
             self._directory.learn_use()
@@ -176,7 +181,8 @@ class BackgroundWriter:
         with Reader(self._directory.path, self._layout) as reader:
             for place in self._index.hot(victim, limit):
                 try:
-                    tokens, payload = reader.read(victim.name, place.entry)
+                    (raw,) = reader.read(victim.name, [place.entry])
+                    tokens, payload = reader.page(victim.name, place.entry, raw)
                     pages.append(Record(place.entry.key, tokens, payload, place.entry.length))
                 except CorruptError:
                     self._counters.add(corrupt=1)

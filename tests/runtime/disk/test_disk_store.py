@@ -278,6 +278,25 @@ def test_a_real_limit_on_file_size(tmp_path):
 HEADER_AND_12 = 4096 + 12 * RECORD + RECORD // 2
 
 
+def test_neighbours_are_read_together(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    fill(store, range(9))
+    real, calls = os.preadv, []
+
+    def short(fd, buffers, offset):
+        calls.append(offset)
+        return real(fd, [buffers[0][:RECORD + 7]], offset)
+
+    for batch, expected in [([0, 1, 2, 4, 5, 8], 3), ([3, 2, 1], 3)]:
+        monkeypatch.setattr(os, "preadv", lambda *args: calls.append(0) or real(*args))
+        assert all(same(page, payload(i)) for page, i in zip(store.read(items(batch)).result(), batch, strict=True))
+        assert len(calls) == expected
+        monkeypatch.setattr(os, "preadv", short)
+        assert all(same(page, payload(i)) for page, i in zip(store.read(items(batch)).result(), batch, strict=True))
+        calls.clear()
+    store.close()
+
+
 def test_a_read_error_costs_one_page(tmp_path, monkeypatch, caplog):
     store = open_store(tmp_path)
     fill(store, range(6))
@@ -287,6 +306,15 @@ def test_a_read_error_costs_one_page(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(os, "preadv", real)
     assert store.stats().read_errors == 2 and held(store, range(6)) == [2, 3, 4, 5]
     assert caplog.text.count("cannot be read") == 1
+
+    def bad_sector(fd, buffers, offset):
+        """Nothing of the third page."""
+        if offset + len(buffers[0]) > store._index.find(key(4)).entry.offset:
+            _fail(errno.EIO)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", bad_sector)
+    assert len(store.read(items(range(2, 6))).result()) == 2, "a run that cannot be read as a whole is read one by one"
     store.close()
 
 
@@ -316,6 +344,18 @@ def test_a_segment_that_vanished_is_a_miss(tmp_path):
     segments(tmp_path)[0].unlink()
     assert store.match([key(0)]) == 1 and store.read(items([0])).result() == []
     assert store.match([key(0)]) == 0 and store.stats().misses == 1
+    store.close()
+
+
+def test_files_deleted_under_a_running_store(tmp_path):
+    store = open_store(tmp_path)
+    fill(store, range(3))
+    segments(tmp_path)[0].unlink()
+    until(lambda: not store.match([key(0)]))
+    fill(store, range(2))
+    store.close()
+    store = open_store(tmp_path)
+    assert held(store, range(3)) == [0, 1]
     store.close()
 
 
