@@ -1,6 +1,6 @@
 """The disk tier against plain files: GB/s of writing and reading pages, and the time to reopen.
 
-    python -m bench.disk                     512 MiB in pages of Llama-3-8B and of a small model, JSON in bench/results/disk.json
+    python -m bench.disk          512 MiB in pages of Llama-3-8B and of a small model, JSON in bench/results/disk.json
 
 Plain: the same bytes from the same arrays in calls of one batch, synced as often as the store seals a segment; read back page
 by page into new arrays. Both take turns, best of --repeat. "cold" reads come after the system was asked to forget the files,
