@@ -71,9 +71,12 @@ class DiskFormat:
 def np_dtype(name: str) -> np.dtype:
     """NumPy's dtype of a name, those of ml_dtypes (bfloat16, float8_e4m3fn) included. ValueError if there is none."""
     try:
-        return np.dtype(getattr(ml_dtypes, name, name))
+        dtype = np.dtype(getattr(ml_dtypes, name, name))
     except TypeError:
-        raise ValueError(f"unknown dtype {name!r}") from None
+        dtype = np.dtype(object)
+    if dtype.hasobject:
+        raise ValueError(f"unknown dtype {name!r}")
+    return dtype
 
 
 class Record(NamedTuple):
