@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.soak_cache import abort, operate
 from bench.soak_disk import kill_once
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,11 @@ class Proof(NamedTuple):
     zero: tuple[str, ...]  # counts that must stay 0
 
 
-PROOFS = {"disk_kills": Proof(200, kill_once, "killed", ("lost", "wrong"))}
+PROOFS = {
+    "cache_operations": Proof(100_000, operate, "operations", ("leaked",)),
+    "aborts": Proof(10_000, abort, "aborted", ("leaked",)),
+    "disk_kills": Proof(200, kill_once, "killed", ("lost", "wrong")),
+}
 
 
 def run(name: str, state: dict[str, dict], steps: int | None, save: Callable[[], None]) -> None:

@@ -33,3 +33,12 @@ def test_a_soak_is_resumed_and_stops_at_a_fault(tmp_path, monkeypatch):
     monkeypatch.setitem(soak.PROOFS, "fake", soak.Proof(9, step, "done", ("bad",)))
     with pytest.raises(AssertionError, match="fake failed in step 5"):
         soak.main()
+
+
+@pytest.mark.parametrize("name", ["cache_operations", "aborts"])
+def test_one_in_a_hundred_lives(name, tmp_path):
+    goal, state = soak.PROOFS[name].goal // 100, {}
+    while sum(state.get(name, {}).get("counts", {}).get(key, 0) for key in [soak.PROOFS[name].unit]) < goal:
+        soak.run(name, state, 1, lambda: None)
+    counts = state[name]["counts"]
+    assert counts["evictions"] > 0 and counts["leaked"] == 0 and counts["preemptions"] > 0

@@ -1,7 +1,6 @@
 """What /debug/kv says, on a real engine's cache and through HTTP."""
 
 import httpx
-import pytest
 from serve_fakes import FakeEngine, serving
 
 from jaxkv.cache.inspect import inspect

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxkv.runtime.disk.directory import Directory
-from jaxkv.runtime.disk.format import HEADER_BYTES, CorruptError, DiskFormat, Layout, Payload, footer_bytes
+from jaxkv.runtime.disk.format import HEADER_BYTES, CorruptError, DiskFormat, Layout, Payload, footer_bytes, xxh3_64
 from jaxkv.runtime.disk.index import Index, Place
 from jaxkv.runtime.disk.queue import PageQueue
 from jaxkv.runtime.disk.segment import Reader
@@ -54,6 +54,8 @@ class DiskStore:
 
     def __init__(self, path: str | Path, capacity_bytes: int, form: DiskFormat, *, batch_bytes: int = BATCH_BYTES,
                  queue_bytes: int = QUEUE_BYTES, refresh_s: float = 0.25, retry_s: float = 60.0) -> None:
+        if xxh3_64 is None:
+            raise DiskError("the disk KV tier needs the package xxhash")
         self._layout = Layout(form)
         self.capacity = capacity_bytes
         batch_bytes = max(batch_bytes, self._layout.page_bytes)
