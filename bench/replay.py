@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from bench.replay_optimum import optimum
 from bench.replay_trace import BLOCK, SYNTHETIC, Line, distinct_blocks, load, synthetic
 from jaxkv.cache.controller import CacheController
-from jaxkv.cache.eviction import POLICIES
+from jaxkv.cache.eviction import GDSF, POLICIES
 from jaxkv.types import KVGroup, Request, SamplingParams
 from jaxkv.types import Sequence as Running
 
@@ -47,11 +47,14 @@ class Outcome(NamedTuple):
 def replay(lines: Sequence[Line], policy: str, capacity: int, host: int = 0, hints: bool = False) -> Outcome:
     """Run the trace; ``capacity`` and ``host`` in blocks. ``hints``: the last request of a session says so."""
     cache = CacheController((GROUP,), 1, (capacity,), (host,), policy)
+    for ranker in cache.store.policies.values():
+        if isinstance(ranker, GDSF):
+            ranker.balance /= BLOCK  # depths are in blocks here
     hits = []
     start = time.perf_counter()
     for i, line in enumerate(lines):
         prompt = (*line.blocks, -1)  # what follows the full blocks always runs and is never stored
-        request = Request("", prompt, PARAMS, 1, arrival=line.time, session_id=line.session,
+        request = Request(str(i), prompt, PARAMS, 1, arrival=line.time, session_id=line.session,
                           end_session=hints and line.last)
         seq = Running(request, list(prompt))
         hits.append(cache.acquire(seq, i))

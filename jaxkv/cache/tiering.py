@@ -82,7 +82,7 @@ class Tiering:
         parent, key = node.parent, node.key
         assert parent is not None and not node.refs and not node.hot
         store.idle -= len(node)
-        heat = store.policies[Tier.HBM].remove(key)
+        entry = store.policies[Tier.HBM].remove(key)
         store.free_hbm(node)
         for g, pages in enumerate(node.pages):
             for i, page in enumerate(pages):
@@ -91,7 +91,7 @@ class Tiering:
                     store.moves.append(PageMove(g, (Tier.HBM, page), (Tier.HOST, pages[i])))
         node.tier = Tier.HOST
         parent.hot -= 1
-        store.policies[Tier.HOST].add(key, len(node), node.start, heat)
+        store.policies[Tier.HOST].arrive(key, entry)
         store.settle(node)
         store.settle(parent)
         store.stats.demotions += len(node)
@@ -155,8 +155,8 @@ class Tiering:
         store = self._store
         parent = node.parent
         assert parent is not None
-        heat = store.policies[Tier.HOST].remove(node.key)
+        entry = store.policies[Tier.HOST].remove(node.key)
         node.tier = Tier.HBM
         parent.hot += 1
-        store.policies[Tier.HBM].add(node.key, len(node), node.start, heat)
+        store.policies[Tier.HBM].arrive(node.key, entry)
         store.settle(parent)
