@@ -49,6 +49,7 @@ class Tiering:
         key = store.policies[Tier.HBM].victim()
         assert key is not None, "idle pages without a candidate"
         node = store.nodes[key]
+        count = min(count, store.policies[Tier.HBM].tail(key))
         if store.host_capacity:
             count = min(count, store.host_capacity)
         if len(node) > count:
@@ -70,8 +71,9 @@ class Tiering:
             if key is None:
                 return False
             victim = store.nodes[key]
-            if len(victim) > short:
-                store.split(victim, len(victim) - short)
+            count = min(short, store.policies[Tier.HOST].tail(key))
+            if len(victim) > count:
+                store.split(victim, len(victim) - count)
             store.stats.evictions += len(victim)
             store.discard(victim)
         return True

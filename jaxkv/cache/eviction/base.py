@@ -20,7 +20,8 @@ from itertools import count
 class Entry:
     """What a policy knows of one node. It goes with the node from tier to tier."""
 
-    __slots__ = ("pages", "depth", "rank", "offer", "worth", "ended", "until", "seen", "level", "clock", "sampled")
+    __slots__ = ("pages", "depth", "rank", "offer", "worth", "ended", "until", "seen", "level", "levels", "clock", "digests",
+                 "sampled")
 
     def __init__(self, pages: int, depth: int, worth: int) -> None:
         self.pages = pages
@@ -31,8 +32,10 @@ class Entry:
         self.ended = False  # by hint: nobody comes back for it
         self.until = 0.0  # by hint: retained up to this time, seconds on the injected clock
         self.seen = False  # used again since it came (ARC, 2Q)
-        self.level = 0.0  # log2 of its decayed number of uses (LFU)
+        self.level = 0.0  # a policy's own measure of its uses
+        self.levels: list[tuple[int, float]] = []  # (first index, log2 of the decayed number of uses) of its parts (LFU)
         self.clock = 0.0  # pages inserted before its last use (LFU)
+        self.digests: list[bytes] = []  # one per page (LFU)
         self.sampled: list[tuple[int, bytes]] = []  # (index in the node, digest) of pages that shadows follow (LFU)
 
     def low_part(self, pages: int, depth: int) -> Entry:
@@ -41,6 +44,12 @@ class Entry:
         self.pages -= pages
         low.rank, low.ended, low.until, low.seen = self.rank, self.ended, self.until, self.seen
         low.level, low.clock = self.level, self.clock
+        if self.levels:
+            last = max(i for i, _ in self.levels if i <= self.pages)
+            low.levels = [(max(0, i - self.pages), level) for i, level in self.levels if i >= last]
+            self.levels = [item for item in self.levels if item[0] < self.pages]
+        low.digests = self.digests[self.pages:]
+        del self.digests[self.pages:]
         if self.sampled:
             low.sampled = [(i - self.pages, digest) for i, digest in self.sampled if i >= self.pages]
             self.sampled = [item for item in self.sampled if item[0] < self.pages]
@@ -185,6 +194,10 @@ class EvictionPolicy(ABC):
         self._release_retained()
         found = self._ended.peek() or self._next() or self._retained.peek()
         return found and found[0]
+
+    def tail(self, key: bytes) -> int:
+        """Pages at the end of the node that its rank speaks for: the victim leaves in such parts."""
+        return self._entries[key].pages
 
     # ---- hints
 

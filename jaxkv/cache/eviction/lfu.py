@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import final
 
 from jaxkv.cache.eviction.base import Candidates, Entry, EvictionPolicy
-from jaxkv.cache.eviction.reuse import CLASSES
+from jaxkv.cache.eviction.reuse import NEVER, class_of, one_more
 from jaxkv.cache.eviction.shadows import RECENCY, Directory, Point
 
 
@@ -28,10 +28,11 @@ class _Stream:
     def __init__(self) -> None:
         self.clock = 0.0
         self.tick = 0
-        self.past: dict[bytes, tuple[float, float]] = {}  # level and clock of nodes that left, oldest departure first
+        self.past: dict[bytes, Entry] = {}  # of nodes that left, oldest departure first
         self.directories: list[Directory] = []
         self._path: list[bytes] = []  # sampled pages of the request under way, top first
         self._depth = -1
+        self._begun = 0.0  # clock when that request began
 
     def read(self, depth: int, sampled: Sequence[tuple[int, bytes]]) -> None:
         """A request read or wrote a node. Nodes come top first, so one that is not deeper begins another request."""
@@ -40,12 +41,31 @@ class _Stream:
         self._depth = depth
         self._path += [digest for _, digest in sampled]
 
+    def remember(self, entry: Entry, limit: int) -> None:
+        """A node leaves a tier."""
+        self.past.pop(entry.digests[0], None)
+        self.past[entry.digests[0]] = entry
+        if len(self.past) > limit:
+            del self.past[next(iter(self.past))]
+
+    def recall(self, digests: Sequence[bytes], index: int) -> Entry | None:
+        """What left and began with the page at ``index``, as far as it is the same; the rest stays remembered."""
+        entry = self.past.pop(digests[index], None)
+        if entry is not None:
+            same = next((i for i, (a, b) in enumerate(zip(entry.digests, digests[index:])) if a != b),
+                        min(entry.pages, len(digests) - index))
+            if same < entry.pages:
+                rest = entry.low_part(entry.pages - same, 0)
+                self.past[rest.digests[0]] = rest
+        return entry
+
     def _flush(self) -> None:
         path = self._path[::-1]
         self._path.clear()
         if path:
             for directory in self.directories:
-                directory.request([digest for digest in path if directory.samples(digest)], self.clock)
+                directory.request([digest for digest in path if directory.samples(digest)], self._begun)
+        self._begun = self.clock
 
 
 @final
@@ -62,38 +82,55 @@ class LFU(EvictionPolicy):
         self._lists: dict[tuple[int, int], Candidates] = {}  # by class and worth
 
     def _enter(self, key: bytes, entry: Entry, digests: Sequence[bytes]) -> None:
-        stream = self._stream
-        level, clock = stream.past.pop(key, (-64.0, 0.0))
-        entry.level, entry.clock = level, clock
+        entry.clock = self._stream.clock
         self._insert(entry, 0, digests)
-        self._stamp(entry)
+        self.rest(key)
 
     def _insert(self, entry: Entry, offset: int, digests: Sequence[bytes]) -> None:
         """New KV at index ``offset`` of a node."""
+        self._recall(entry, offset, digests)
         sampled = [(i, digest) for i, digest in enumerate(digests, offset) if self._directory.samples(digest)]
         entry.sampled += sampled
+        entry.digests += digests
         self._stream.read(entry.depth + offset, sampled)
         self._stream.clock += len(digests)
 
+    def _recall(self, entry: Entry, offset: int, digests: Sequence[bytes]) -> None:
+        """Parts of a node: the uses that new KV at index ``offset`` has had, with this one."""
+        now, index = self._stream.clock, 0
+        while index < len(digests):
+            known = self._stream.recall(digests, index)
+            parts, pages = [(0, NEVER)], 1
+            if known is not None:
+                lost = self._directory.model.lost(now - known.clock)
+                parts, pages = [(i, level - lost) for i, level in known.levels], known.pages
+            for i, before in parts:
+                level = one_more(before)
+                if not entry.levels or class_of(entry.levels[-1][1]) != class_of(level):
+                    entry.levels.append((offset + index + i, level))
+            index += pages
+
     def _stamp(self, entry: Entry) -> None:
         stream = self._stream
-        entry.level = self._directory.model.level(entry.level, stream.clock - entry.clock)
+        lost = self._directory.model.lost(stream.clock - entry.clock)
+        entry.levels = [(i, one_more(level - lost)) for i, level in entry.levels]
         entry.clock = stream.clock
         stream.tick += 1
         entry.rank = stream.tick
 
     def _arrive(self, key: bytes, entry: Entry) -> None:
-        self._stream.past.pop(key, None)
+        self._stream.past.pop(key)
 
     def _use(self, entry: Entry) -> None:
         self._stream.read(entry.depth, entry.sampled)
         self._stamp(entry)
 
     def _leave(self, key: bytes, entry: Entry) -> None:
-        past = self._stream.past
-        past[key] = entry.level, entry.clock
-        if len(past) > self._reach:
-            del past[next(iter(past))]
+        self._stream.remember(entry, self._reach)
+
+    def tail(self, key: bytes) -> int:
+        entry = self._entries[key]
+        return entry.pages - entry.levels[-1][0]
 
     def extend(self, key: bytes, digests: Sequence[bytes]) -> None:
         entry = self._entries[key]
@@ -101,14 +138,12 @@ class LFU(EvictionPolicy):
         super().extend(key, digests)
 
     def rest(self, key: bytes) -> None:
-        """The use ends now: this is the recency that counts. A path is released from its end on."""
-        entry, stream = self._entries[key], self._stream
-        entry.clock = stream.clock
-        stream.tick += 1
-        entry.rank = stream.tick
+        """The order in which nodes of one class leave. A path is released from its end on."""
+        self._stream.tick += 1
+        self._entries[key].rank = self._stream.tick
 
     def _list(self, entry: Entry) -> Candidates:
-        place = min(CLASSES - 1, int(entry.level + 0.5)), entry.worth
+        place = class_of(entry.levels[-1][1]), entry.worth
         found = self._lists.get(place)
         if found is None:
             found = self._lists[place] = Candidates(self._serials)

@@ -22,8 +22,18 @@ CLASSES = 16  # by log2 of the decayed count
 STEPS = 28  # half-octaves of age, from reach / 2**7 to reach * 2**6
 MEMORY = 8.0  # turnovers of the reach
 LEAN = 3.0  # requests' worth of observations that the common curve counts
+NEVER = -64.0  # log2 of a count that is as good as none
 HALF_LIFE = 4.0  # turnovers of the reach, of the counts that make the classes
-REFRESH = 16  # tables are recomputed so often in a turnover
+
+
+def one_more(level: float) -> float:
+    """log2 of a count after one more use; of one use if there was none for very long."""
+    return level + log2(1.0 + 2.0**-level) if level > NEVER else 0.0
+
+
+def class_of(level: float) -> int:
+    """The class of a page with 2**level uses."""
+    return min(CLASSES - 1, int(level + 0.5))
 
 
 class Cohort:
@@ -52,10 +62,9 @@ class ReuseModel:
 
     # ---- look up
 
-    def level(self, level: float, idle: float) -> float:
-        """log2 of the count after one more use, ``idle`` pages after the one that left it at ``level``."""
-        rest = level - idle / (HALF_LIFE * self.reach)
-        return rest + log2(1.0 + 2.0 ** -rest) if rest > -64.0 else 0.0
+    def lost(self, age: float) -> float:
+        """What log2 of a count loses in ``age`` pages."""
+        return age / (HALF_LIFE * self.reach)
 
     def step(self, age: float) -> int:
         if age < self._edges[1]:
@@ -93,8 +102,8 @@ class ReuseModel:
                     if step + 2 < STEPS:
                         self._cohorts[step + 1].append(cohort)
 
-    def refresh(self) -> None:
-        """Recompute the table, forget a little. O(CLASSES * STEPS^2) at most, classes never seen cost nothing."""
+    def refresh(self, turnovers: float) -> None:
+        """Recompute the table, and forget what is due after ``turnovers`` more. O(CLASSES * STEPS^2) at most."""
         used = [sum(column) for column in zip(*self._used)]
         risk = [sum(column) for column in zip(*self._risk)]
         common = [(u + 0.02) / (r + 1.0) for u, r in zip(used, risk)]
@@ -105,7 +114,7 @@ class ReuseModel:
                 chances = [min(0.999, (u + lean * c) / (r + lean)) for u, r, c in zip(used, risk, common)]
                 below = [max(pair) for pair in zip(below, self._worths(chances))]
             self.table[cls] = below
-        keep = 0.5 ** (1.0 / (MEMORY * REFRESH))
+        keep = 0.5 ** (turnovers / MEMORY)
         for table in (self._used, self._risk):
             for cls, row in enumerate(table):
                 table[cls] = [x * keep for x in row]

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxkv.cache.eviction.reuse import CLASSES, REFRESH, Cohort, ReuseModel
+from jaxkv.cache.eviction.reuse import CLASSES, NEVER, Cohort, ReuseModel, class_of, one_more
 
 RECENCY, WORTH = 0, 1  # rankings
 SAMPLED = 512  # pages at least that a shadow of the tier's own capacity holds, or all of them
 HISTORY = 8  # times the capacity is remembered of pages that left
-WINDOW = 4.0  # turnovers that count in the comparison, half by half
+WINDOW = 2.0  # turnovers after which hits count half in the comparison
+REFRESH = 16  # comparisons in a turnover
 CURVE = (0.5, 1.0, 1.25, 1.5, 2.0, 4.0)  # capacities of the curve, in those of this tier and the ones above
 
 
@@ -35,7 +36,7 @@ class _Page:
 
     def __init__(self) -> None:
         self.cls = -1
-        self.level = 0.0
+        self.level = NEVER
         self.clock = 0.0
         self.cohort: Cohort | None = None
 
@@ -82,14 +83,14 @@ class Directory:
         self.reach = reach
         self.mask = (1 << max(0, (reach // SAMPLED).bit_length() - 1)) - 1
         self.model = ReuseModel(reach)
-        self.ranking = RECENCY
+        self.ranking = WORTH  # without observations it is recency too
         self._share = 1.0 / (self.mask + 1)
         self._pages: dict[bytes, _Page] = {}  # by last use
         own = reach * self._share
         self._arms = [_Shadow(own, RECENCY), _Shadow(own, WORTH)]
         self._curve = [_Shadow(own * factor, None) for factor in CURVE]
         self._reads = 0.0  # sampled, in the window
-        self._refresh_at = 0.0
+        self._refreshed = 0.0  # clock
 
     def samples(self, digest: bytes) -> bool:
         return not int.from_bytes(digest[:4], "little") & self.mask
@@ -104,9 +105,9 @@ class Directory:
             if page is None:
                 page = _Page()
             before = page.cls
-            page.level = 0.0 if before < 0 else model.level(page.level, clock - page.clock)
+            page.level = one_more(page.level - model.lost(clock - page.clock))
             page.clock = clock
-            page.cls = min(CLASSES - 1, int(page.level + 0.5))
+            page.cls = class_of(page.level)
             pages[digest] = page
             for shadow in shadows:
                 shadow.use(digest, before, page.cls, clock)
@@ -119,10 +120,11 @@ class Directory:
             shadow.shrink(self.ranking if shadow.ranking is None else shadow.ranking, model, clock)
         self._reads += len(digests)
         self._forget()
-        if clock >= self._refresh_at:
-            self._refresh_at = clock + max(256.0, self.reach / REFRESH)
-            model.refresh()
-            self._compare()
+        if clock - self._refreshed >= max(32.0, self.reach / REFRESH):
+            turnovers = (clock - self._refreshed) / self.reach
+            self._refreshed = clock
+            model.refresh(turnovers)
+            self._compare(turnovers)
 
     def _forget(self) -> None:
         """Drop what was not used for long and is in no shadow but a large one."""
@@ -134,13 +136,13 @@ class Directory:
                 if shadow.queues[page.cls].pop(digest, None) is not None:
                     shadow.size -= 1
 
-    def _compare(self) -> None:
+    def _compare(self, turnovers: float) -> None:
         """Change the ranking when the other one is clearly ahead; let the window move on."""
         mine, other = self._arms[self.ranking], self._arms[1 - self.ranking]
         margin = 0.003 * min(mine.hits, max(0.0, self._reads - mine.hits)) + 0.01 * mine.capacity
         if other.hits > mine.hits + margin:
             self.ranking = 1 - self.ranking
-        keep = 0.5 ** (2.0 / (WINDOW * REFRESH))
+        keep = 0.5 ** (turnovers / WINDOW)
         self._reads *= keep
         for shadow in (*self._arms, *self._curve):
             shadow.hits *= keep
