@@ -62,7 +62,8 @@ def replay(lines: Sequence[Line], policy: str, capacity: int, host: int = 0, hin
         grown = cache.grow(seq, length)
         assert grown, "one request at a time finds room for all that fits"
         seq.num_scheduled = length
-        cache.release(seq)
+        cache.tick(line.time)
+        cache.release(seq, ended=True)
         cache.take_moves()
     stats = cache.stats
     return Outcome(hits, stats.host_hit_tokens, stats.demotions + stats.promotions, time.perf_counter() - start)

@@ -21,10 +21,11 @@ class PageStore:
     """Pools, policies and moves behind the trie."""
 
     def __init__(self, trie: Trie, groups: Sequence[KVGroup], num_pages: Sequence[int], num_host_pages: Sequence[int],
-                 policy: str) -> None:
+                 policy: str, answer_worth: int = 0) -> None:
         self.trie = trie
         self.page_size = trie.page_size
         self.stats = CacheStats()
+        self.answer_worth = answer_worth  # log2 of what a use of an ANSWER node counts, compared with a PROMPT node
         self._spans = [group.window for group in groups]
         self.full = [g for g, group in enumerate(groups) if group.window is None]
         self.windows = [g for g, group in enumerate(groups) if group.window is not None]
@@ -100,9 +101,11 @@ class PageStore:
 
     # ---- nodes
 
-    def attach(self, parent: Node, data: bytes, kind: Kind, pages: list[list[int]], worth: int = 0) -> Node:
+    def attach(self, parent: Node, data: bytes, kind: Kind, pages: list[list[int]], session: str | None = None,
+               worth: int = 0) -> Node:
         """A new HBM node with one user, the sequence that brings the pages. ``worth``: log2 of what this use counts."""
         node = self.trie.attach(parent, data, kind, pages)
+        node.session = session
         node.refs = 1
         self.nodes[node.key] = node
         self.policies[Tier.HBM].add(node.key, node.digests, node.start, worth)

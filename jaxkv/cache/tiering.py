@@ -54,7 +54,7 @@ class Tiering:
             count = min(count, store.host_capacity)
         if len(node) > count:
             store.split(node, len(node) - count)
-        if self._host_room(node):
+        if not store.policies[Tier.HBM].is_over(node.key) and self._host_room(node):
             self._demote(node)
         else:
             store.stats.evictions += len(node)

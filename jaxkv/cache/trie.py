@@ -43,7 +43,7 @@ class Node:
     """A run of pages that share a fate: kind, tier and users."""
 
     __slots__ = ("parent", "data", "digests", "start", "kind", "tier", "pages", "refs", "born", "settled", "hot",
-                 "children", "order")
+                 "children", "order", "session")
 
     def __init__(self, parent: Node | None, data: bytes, digests: list[bytes], start: int, kind: Kind, tier: Tier,
                  pages: list[list[int]]) -> None:
@@ -60,6 +60,7 @@ class Node:
         self.hot = 0  # children in HBM
         self.children: dict[bytes, Node] = {}  # by the encoded tokens of their first page
         self.order: list[bytes] = []  # keys of children, sorted
+        self.session: str | None = None  # the one session that used the node; None: several did
 
     def __len__(self) -> int:
         """Pages."""
@@ -220,6 +221,7 @@ class Trie:
                      [pages[:count] for pages in node.pages])
         upper.born, upper.settled = node.born, node.settled
         upper.refs = node.refs
+        upper.session = node.session
         upper.hot = int(node.tier is Tier.HBM)
         parent.children[node.data[:size]] = upper
         node.parent = upper

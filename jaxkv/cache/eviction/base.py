@@ -121,7 +121,7 @@ class EvictionPolicy(ABC):
     def rest(self, key: bytes) -> None:
         """The last running user of a node that is not offered left. It may count as recency, never as a hit."""
 
-    def _leave(self, key: bytes, entry: Entry) -> None:
+    def _leave(self, key: bytes, entry: Entry) -> None:  # noqa: B027  most policies keep no history
         """Forget an entry, or move it to the history."""
 
     def _list(self, entry: Entry) -> Candidates:
@@ -204,6 +204,10 @@ class EvictionPolicy(ABC):
     def end(self, key: bytes) -> None:
         """Nobody comes back for the node, as far as is known: it leaves first, until it is used again."""
         self._hint(key, True, 0.0)
+
+    def is_over(self, key: bytes) -> bool:
+        """Whether ``end`` was said of the node and nobody has used it since."""
+        return self._entries[key].ended
 
     def retain(self, key: bytes, until: float) -> None:
         """The node leaves last up to time ``until``, seconds on the clock of ``tick``."""
