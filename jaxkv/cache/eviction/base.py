@@ -72,13 +72,17 @@ class Candidates:
         self._offered += not entry.offer
         entry.offer = next(self._serials)
         heappush(self._heap, (rank, -entry.depth, entry.offer, key, entry))
-        if len(self._heap) > 2 * self._offered + 64:
-            self._heap = [item for item in self._heap if item[4].offer == item[2]]
-            heapify(self._heap)
+        self._tidy()
 
     def discard(self, entry: Entry) -> None:
         self._offered -= bool(entry.offer)
         entry.offer = 0
+        self._tidy()
+
+    def _tidy(self) -> None:
+        if len(self._heap) > 2 * self._offered + 64:
+            self._heap = [item for item in self._heap if item[4].offer == item[2]]
+            heapify(self._heap)
 
     def peek(self) -> tuple[bytes, Entry] | None:
         """The node that leaves first, or None."""

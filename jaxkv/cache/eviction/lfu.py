@@ -28,6 +28,7 @@ class _Stream:
     def __init__(self) -> None:
         self.clock = 0.0
         self.tick = 0
+        self.limit = 0  # nodes remembered
         self.past: dict[bytes, Entry] = {}  # of nodes that left, oldest departure first
         self.directories: list[Directory] = []
         self._path: list[bytes] = []  # sampled pages of the request under way, top first
@@ -41,11 +42,14 @@ class _Stream:
         self._depth = depth
         self._path += [digest for _, digest in sampled]
 
-    def remember(self, entry: Entry, limit: int) -> None:
+    def remember(self, entry: Entry) -> None:
         """A node leaves a tier."""
         self.past.pop(entry.digests[0], None)
         self.past[entry.digests[0]] = entry
-        if len(self.past) > limit:
+        self._bound()
+
+    def _bound(self) -> None:
+        while len(self.past) > self.limit:
             del self.past[next(iter(self.past))]
 
     def recall(self, digests: Sequence[bytes], index: int) -> Entry | None:
@@ -57,6 +61,7 @@ class _Stream:
             if same < entry.pages:
                 rest = entry.low_part(entry.pages - same, 0)
                 self.past[rest.digests[0]] = rest
+                self._bound()
         return entry
 
     def _flush(self) -> None:
@@ -79,6 +84,7 @@ class LFU(EvictionPolicy):
         self._stream: _Stream = upper._stream if upper else _Stream()
         self._directory = Directory(self._reach)
         self._stream.directories.append(self._directory)
+        self._stream.limit = self._reach
         self._lists: dict[tuple[int, int], Candidates] = {}  # by class and worth
 
     def _enter(self, key: bytes, entry: Entry, digests: Sequence[bytes]) -> None:
@@ -126,7 +132,7 @@ class LFU(EvictionPolicy):
         self._stamp(entry)
 
     def _leave(self, key: bytes, entry: Entry) -> None:
-        self._stream.remember(entry, self._reach)
+        self._stream.remember(entry)
 
     def tail(self, key: bytes) -> int:
         entry = self._entries[key]
