@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-EVICTION_POLICIES = ("lfu", "lru", "arc")
+EVICTION_POLICIES = ("lfu", "lru", "lfu-plain", "lfu-decayed", "arc", "2q", "gdsf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DISK_WRITES = ("reuse", "evict")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "int8", "fp8_e4m3")

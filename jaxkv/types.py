@@ -158,6 +158,10 @@ class Request:
     priority: int = 0  # lower runs earlier
     namespace: str = ""  # cache salt: requests of different namespaces share no KV
     stop_ids: tuple[int, ...] = ()  # ends the sequence: stop_token_ids plus eos unless ignore_eos
+    session_id: str = ""  # conversation or agent session that the request is a turn of
+    end_session: bool = False  # the last turn: KV that only this session used may leave first
+    retention: float | None = None  # seconds that the KV is kept after use as long as anything else can leave
+    no_store: bool = False  # reads the cache, leaves nothing in it
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""

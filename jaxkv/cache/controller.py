@@ -22,6 +22,7 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
+from jaxkv.cache import hints
 from jaxkv.cache.check import check
 from jaxkv.cache.costs import Costs
 from jaxkv.cache.hit import Use, cold_runs, find_hit
@@ -58,14 +59,15 @@ class CacheController:
     def __init__(self, groups: tuple[KVGroup, ...], page_size: int, num_pages: tuple[int, ...],
                  num_host_pages: tuple[int, ...], policy: str = "lfu", root_salt: str = "",
                  enable_prefix_caching: bool = True, disk: DiskIndex | None = None, save_on_reuse: bool = True,
-                 fetch_pages: int = 64, watermark: float = 1 / 32) -> None:
+                 fetch_pages: int = 64, watermark: float = 1 / 32, answer_worth: int = 0) -> None:
         self.groups = groups
         self.page_size = page_size
         self.num_pages = num_pages
         self.num_host_pages = num_host_pages
         self.enable_prefix_caching = enable_prefix_caching
         self.trie = Trie(page_size, root_salt)
-        self.store = PageStore(self.trie, groups, num_pages, num_host_pages, policy)
+        self.store = PageStore(self.trie, groups, num_pages, num_host_pages, policy, answer_worth)
+        self._now = 0.0
         self._tiering = Tiering(self.store, disk is not None)
         self._publisher = Publisher(self.store, self._tiering)
         self._loader = Loader(self.store, fetch_pages)
@@ -117,6 +119,12 @@ class CacheController:
         self.store.saves.clear()
         self.store.plan += 1
         return Transfers(landings, moves, saves, fetches)
+
+    def tick(self, now: float) -> None:
+        """Time passes, for retention; seconds on the injected clock, once a plan."""
+        self._now = now
+        for policy in self.store.policies.values():
+            policy.tick(now)
 
     def check(self, sequences: list[Sequence]) -> None:
         """Recompute all ownership; ``sequences``: those acquired and not released. AssertionError if it is broken."""
@@ -236,7 +244,7 @@ class CacheController:
                 self._tiering.promote(node, seq.first, None)
             elif self._save_on_reuse:
                 self._tiering.save(node, plan_id)
-            self.store.policies[Tier.HBM].touch(node.key)
+            hints.use(self.store, node, seq.request)
             for mine, pages in zip(seq.pages, node.pages, strict=True):
                 mine += pages
         for g, _ in self._windows:
@@ -301,7 +309,7 @@ class CacheController:
 
         Where the trie has a page already the sequence goes over to it. Cheap when there is nothing to give.
         """
-        if not self.enable_prefix_caching:
+        if not self._stores(seq):
             return
         done = min(len(seq.tokens), seq.num_scheduled)
         full = done - done % self.page_size
@@ -310,14 +318,17 @@ class CacheController:
         if done == len(seq.request.prompt) and seq.num_published == full < done:
             self._publisher.last_page(seq, done, seq.num_settled, plan_id)
 
-    def release(self, seq: Sequence) -> None:
+    def _stores(self, seq: Sequence) -> bool:
+        return self.enable_prefix_caching and not seq.request.no_store
+
+    def release(self, seq: Sequence, ended: bool = False) -> None:
         """Publish everything, a partly filled last page included, and hold nothing any more.
 
-        For the end of a sequence, an abort and a preemption alike, but not while a chunk of it is in the plan under
-        construction.
+        For the end of a sequence and an abort (``ended``) and for a preemption, but not while a chunk of it is in the
+        plan under construction.
         """
         store = self.store
-        if seq.node is not None:
+        if seq.node is not None and self._stores(seq):
             done = min(len(seq.tokens), seq.num_scheduled)
             full = done - done % self.page_size
             if full > seq.num_published:
@@ -334,4 +345,5 @@ class CacheController:
             for page in reversed(seq.pages[g][seq.first[g]:shared]):
                 store.window_pool(g).unshare(page)
         store.unpin(seq.node)
+        hints.leave(store, seq.node, seq.request, ended, self._now)
         seq.pages, seq.first, seq.dirty, seq.node, seq.num_published = [], [], [], None, 0

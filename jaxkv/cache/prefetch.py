@@ -6,12 +6,13 @@ trie but finds pages by their digest; they become nodes when their load begins.
 
 from __future__ import annotations
 
+from jaxkv.cache import hints
 from jaxkv.cache.hit import Hit, Use, cold_runs, find_hit, room_beside
 from jaxkv.cache.loads import Load, Loader
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
 from jaxkv.cache.trie import Node, encode
-from jaxkv.types import DiskIndex, Kind, PageKey, PageMove, Sequence, Tier
+from jaxkv.types import DiskIndex, Kind, PageKey, PageMove, Request, Sequence, Tier
 
 DISK_RUN = 16  # pages: how finely a run on disk may be cut
 
@@ -70,7 +71,7 @@ class Prefetcher:
                 self._tiering.promote(node, hit.first, load)
         if keys:
             seq.brought[Tier.DISK] = seq.brought.get(Tier.DISK, 0) + len(keys) * store.page_size
-            load.end = self._attach(end, data[:len(keys) * store.trie.page_bytes], keys, len(seq.request.prompt), load)
+            load.end = self._attach(end, data[:len(keys) * store.trie.page_bytes], keys, seq.request, load)
         seq.rest = [max(0, n - len(keys)) for n in rest]
         store.stats.loads += 1
         self._loader.fetch(load)
@@ -123,13 +124,13 @@ class Prefetcher:
         store.stats.recomputed_tokens += sum(pages for _, pages in runs[cut:]) * store.page_size
         return hit, keys[:from_disk]
 
-    def _attach(self, parent: Node, data: bytes, keys: list[bytes], prompt: int, load: Load) -> Node:
-        """The node that pages on disk become; PROMPT if it lies within the first ``prompt`` tokens."""
+    def _attach(self, parent: Node, data: bytes, keys: list[bytes], request: Request, load: Load) -> Node:
+        """The node that pages on disk become; PROMPT if it lies within the prompt."""
         store = self._store
         size, page_size = store.trie.page_bytes, store.page_size
         pages = [pool.take_many(len(keys)) for pool in store.hbm]
-        inside = parent.kind is Kind.PROMPT and parent.end + len(keys) * page_size <= prompt
-        node = store.attach(parent, data, Kind.PROMPT if inside else Kind.ANSWER, pages)
+        inside = parent.kind is Kind.PROMPT and parent.end + len(keys) * page_size <= len(request.prompt)
+        node = store.attach(parent, data, Kind.PROMPT if inside else Kind.ANSWER, pages, hints.session_of(request))
         node.load, node.saved = load, len(keys)
         load.nodes.append(node)
         load.shared += [(g, page) for g in store.windows for page in pages[g]]

@@ -71,11 +71,14 @@ class Tiering:
         key = store.policies[Tier.HBM].victim()
         assert key is not None, "idle pages without a candidate"
         node = store.nodes[key]
+        count = min(count, store.policies[Tier.HBM].tail(key))
         if store.host_capacity:
             count = min(count, store.host_capacity)
         if len(node) > count:
             store.split(node, len(node) - count)
-        if store.costs.worth_moving(Tier.HOST, node.start, node.end) and self._host_room(node):
+        policy = store.policies[Tier.HBM]
+        moving = not policy.is_over(node.key) and store.costs.worth_moving(Tier.HOST, node.start, node.end)
+        if moving and self._host_room(node):
             self._demote(node)
         else:
             self._drop(node)
@@ -96,7 +99,8 @@ class Tiering:
         store, size = self._store, self._store.trie.page_bytes
         if node.load is not None or node.born == plan_id:
             return
-        if not store.costs.worth_moving(Tier.DISK, node.start, node.end):
+        over = store.policies[node.tier].is_over(node.key)
+        if over or not store.costs.worth_moving(Tier.DISK, node.start, node.end):
             return
         end = min(len(node.data) // size, node.saved + most)
         for i in range(node.saved, end):
@@ -119,8 +123,9 @@ class Tiering:
             if key is None:
                 return False
             victim = store.nodes[key]
-            if len(victim) > short:
-                store.split(victim, len(victim) - short)
+            count = min(short, store.policies[Tier.HOST].tail(key))
+            if len(victim) > count:
+                store.split(victim, len(victim) - count)
             self._drop(victim)
         return True
 
@@ -130,7 +135,7 @@ class Tiering:
         parent, key = node.parent, node.key
         assert parent is not None and not node.refs and not node.hot
         store.idle -= len(node)
-        heat = store.policies[Tier.HBM].remove(key)
+        entry = store.policies[Tier.HBM].remove(key)
         store.free_hbm(node)
         for g, pages in enumerate(node.pages):
             for i, page in enumerate(pages):
@@ -139,7 +144,7 @@ class Tiering:
                     store.moves.append(PageMove(g, (Tier.HBM, page), (Tier.HOST, pages[i])))
         node.tier, node.moved = Tier.HOST, store.plan
         parent.hot -= 1
-        store.policies[Tier.HOST].add(key, len(node), node.start, heat)
+        store.policies[Tier.HOST].arrive(key, entry)
         store.settle(node)
         store.settle(parent)
         store.stats.demotions += len(node)
@@ -213,8 +218,8 @@ class Tiering:
         store = self._store
         parent = node.parent
         assert parent is not None
-        heat = store.policies[Tier.HOST].remove(node.key)
+        entry = store.policies[Tier.HOST].remove(node.key)
         node.tier, node.moved = Tier.HBM, store.plan
         parent.hot += 1
-        store.policies[Tier.HBM].add(node.key, len(node), node.start, heat)
+        store.policies[Tier.HBM].arrive(node.key, entry)
         store.settle(parent)

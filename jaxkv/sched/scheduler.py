@@ -119,6 +119,7 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when nothing can run before a commit or an arrival. ``now``: the injected clock."""
         plan_id, self._now = self._next_plan, now
+        self.cache.tick(now)
         if self._led:
             self._leading.difference_update(self._led)
             self._led.clear()
