@@ -59,7 +59,8 @@ class Entry:
 class Candidates:
     """Offered nodes, smallest rank on top; outdated heap items are skipped when they surface.
 
-    Lists that an entry can change between share one ``serials`` counter, so that an item is valid in one list only.
+    Lists that an entry can change between, those of another tier too, share one ``serials`` counter, so that an item is
+    valid in one list only.
     """
 
     def __init__(self, serials: Iterator[int]) -> None:
@@ -101,7 +102,7 @@ class EvictionPolicy(ABC):
     def __init__(self, capacity: int, above: EvictionPolicy | None = None) -> None:
         self.capacity = max(1, capacity)
         self._entries: dict[bytes, Entry] = {}
-        self._serials = count(1)
+        self._serials: Iterator[int] = above._serials if above else count(1)  # entries go from tier to tier
         self._now = 0.0  # seconds
         self._ended = Candidates(self._serials)
         self._retained = Candidates(self._serials)  # by the end of retention

@@ -10,6 +10,7 @@ their hits are the curve "so much more memory = so many more hits".
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 from typing import NamedTuple
 
 from jaxkv.cache.eviction.reuse import CLASSES, NEVER, Cohort, ReuseModel, class_of, one_more
@@ -18,6 +19,7 @@ RECENCY, WORTH = 0, 1  # rankings
 SAMPLED = 512  # pages at least that a shadow of the tier's own capacity holds, or all of them
 HISTORY = 8  # times the capacity is remembered of pages that left
 WINDOW = 2.0  # turnovers after which hits count half in the comparison
+CERTAIN = 0.5  # standard errors that a ranking must be ahead by to be taken
 REFRESH = 16  # comparisons in a turnover
 CURVE = (0.5, 1.0, 1.25, 1.5, 2.0, 4.0)  # capacities of the curve, in those of this tier and the ones above
 
@@ -90,6 +92,8 @@ class Directory:
         self._arms = [_Shadow(own, RECENCY), _Shadow(own, WORTH)]
         self._curve = [_Shadow(own * factor, None) for factor in CURVE]
         self._reads = 0.0  # sampled, in the window
+        self._lead = 0.0  # hits of WORTH beyond those of RECENCY, in the window
+        self._spread = 0.0  # sum of the squares of these differences by request
         self._refreshed = 0.0  # clock
 
     def samples(self, digest: bytes) -> bool:
@@ -99,6 +103,8 @@ class Directory:
         """A request read or wrote these sampled pages, deepest first, after ``clock`` pages were inserted in all."""
         model, pages, shadows = self.model, self._pages, [*self._arms, *self._curve]
         model.age(clock)
+        recency, worth = self._arms
+        before_lead = worth.hits - recency.hits
         uses, mine = [], []
         for digest in digests:
             page = pages.pop(digest, None)
@@ -119,6 +125,9 @@ class Directory:
         for shadow in shadows:
             shadow.shrink(self.ranking if shadow.ranking is None else shadow.ranking, model, clock)
         self._reads += len(digests)
+        lead = worth.hits - recency.hits - before_lead
+        self._lead += lead
+        self._spread += lead * lead
         self._forget()
         if clock - self._refreshed >= max(32.0, self.reach / REFRESH):
             turnovers = (clock - self._refreshed) / self.reach
@@ -138,12 +147,12 @@ class Directory:
 
     def _compare(self, turnovers: float) -> None:
         """Change the ranking when the other one is clearly ahead; let the window move on."""
-        mine, other = self._arms[self.ranking], self._arms[1 - self.ranking]
-        margin = 0.003 * min(mine.hits, max(0.0, self._reads - mine.hits)) + 0.01 * mine.capacity
-        if other.hits > mine.hits + margin:
-            self.ranking = 1 - self.ranking
+        if abs(self._lead) > CERTAIN * sqrt(self._spread):
+            self.ranking = WORTH if self._lead > 0 else RECENCY
         keep = 0.5 ** (turnovers / WINDOW)
         self._reads *= keep
+        self._lead *= keep
+        self._spread *= keep
         for shadow in (*self._arms, *self._curve):
             shadow.hits *= keep
 
