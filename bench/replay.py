@@ -21,18 +21,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.replay_one import GROUP, PARAMS, REST, serve
 from bench.replay_optimum import optimum
+from bench.replay_speed import touches_per_second
 from bench.replay_trace import BLOCK, SYNTHETIC, Line, distinct_blocks, load, synthetic
 from jaxkv.cache.controller import CacheController
 from jaxkv.cache.eviction import GDSF, POLICIES
-from jaxkv.types import KVGroup, Request, SamplingParams
-from jaxkv.types import Sequence as Running
+from jaxkv.types import Request
 
-GROUP = KVGroup((0,), 1, 1, "bfloat16")
 WEIGHT_FLOPS = 2 * 6.98e9  # per token
 ATTENTION_FLOPS = 4 * 32 * 4096  # per token and earlier token
 KV_BYTES = 128 * 1024  # per token
-PARAMS = SamplingParams()
 
 
 class Outcome(NamedTuple):
@@ -53,18 +52,10 @@ def replay(lines: Sequence[Line], policy: str, capacity: int, host: int = 0, hin
     hits = []
     start = time.perf_counter()
     for i, line in enumerate(lines):
-        prompt = (*line.blocks, -1)  # what follows the full blocks always runs and is never stored
-        request = Request(str(i), prompt, PARAMS, 1, arrival=line.time, session_id=line.session,
-                          end_session=hints and line.last)
-        seq = Running(request, list(prompt))
-        hits.append(cache.acquire(seq, i))
-        length = min(len(line.blocks), capacity)
-        grown = cache.grow(seq, length)
-        assert grown, "one request at a time finds room for all that fits"
-        seq.num_scheduled = length
+        prompt = (*line.blocks, REST)
         cache.tick(line.time)
-        cache.release(seq, ended=True)
-        cache.take_moves()
+        hits.append(serve(cache, Request(str(i), prompt, PARAMS, 1, arrival=line.time, session_id=line.session,
+                                         end_session=hints and line.last)))
     stats = cache.stats
     return Outcome(hits, stats.host_hit_tokens, stats.demotions + stats.promotions, time.perf_counter() - start)
 
@@ -132,6 +123,11 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _write(path: str | None, out: dict[str, Any]) -> None:
+    if path:
+        Path(path).write_text(json.dumps({"command": ["python", "-m", "bench.replay", *sys.argv[1:]], **out}, indent=1) + "\n")
+
+
 def _shares(text: str) -> list[float]:
     values = [float(part) for part in text.split(",")]
     if any(not 0 <= value <= 1 for value in values):
@@ -148,14 +144,24 @@ def _policies(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.replay", description=__doc__.splitlines()[0])
-    parser.add_argument("trace", help=f"JSONL file, or synthetic:NAME with NAME of {', '.join(SYNTHETIC)}")
+    parser.add_argument("trace", nargs="?", help=f"JSONL file, or synthetic:NAME with NAME of {', '.join(SYNTHETIC)}")
     parser.add_argument("--policy", type=_policies, default=["lfu", "lru"], metavar="NAME,...")
     parser.add_argument("--capacity", type=_shares, default=[0.01, 0.05, 0.1, 0.25, 0.5], metavar="SHARE,...")
     parser.add_argument("--host-capacity", type=_shares, default=[0.0], metavar="SHARE,...")
     parser.add_argument("--session-hints", action="store_true", help="an oracle tells when a session ends")
+    parser.add_argument("--speed", type=int, metavar="NODES", help="no trace: block touches per second with so many nodes")
     parser.add_argument("--plot", metavar="FILE")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
+    if args.speed:
+        rows = [{"policy": policy, "nodes": args.speed, "touches_per_second": touches_per_second(policy, args.speed)}
+                for policy in args.policy]
+        for found in rows:
+            print(f"{found['policy']:<12} {found['nodes']} nodes {found['touches_per_second'] / 1e3:>8.0f} k block touches/s")
+        _write(args.json, {"rows": rows})
+        return 0
+    if args.trace is None:
+        parser.error("a trace is needed")
     try:
         kind, _, name = args.trace.partition(":")
         lines = synthetic(name) if kind == "synthetic" else load(args.trace)
@@ -171,10 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = measure(lines, args.policy, args.capacity, args.host_capacity, args.session_hints)
     if args.plot:
         plot(rows, Path(args.trace).name + (" (session-end oracle)" if args.session_hints else ""), args.plot)
-    if args.json:
-        out = {"command": ["python", "-m", "bench.replay", *(argv or sys.argv[1:])], "trace": args.trace,
-               "session_hints_oracle": args.session_hints, "rows": rows}
-        Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
+    _write(args.json, {"trace": args.trace, "session_hints_oracle": args.session_hints, "rows": rows})
     return 0
 
 

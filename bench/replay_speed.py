@@ -9,27 +9,18 @@ from __future__ import annotations
 import random
 import time
 
-from bench.replay import GROUP, PARAMS
+from bench.replay_one import GROUP, PARAMS, REST, serve
 from jaxkv.cache.controller import CacheController
 from jaxkv.types import Request
-from jaxkv.types import Sequence as Running
 
 PROMPTS, PROMPT_BLOCKS, DOCUMENT_BLOCKS = 500, 48, 2
 
 
-def _serve(cache: CacheController, number: int, document: int) -> int:
-    """One request through the controller; blocks read or written."""
+def _request(number: int, document: int) -> Request:
     first = document % PROMPTS * PROMPT_BLOCKS
     unique = PROMPTS * PROMPT_BLOCKS + DOCUMENT_BLOCKS * document
-    tokens = [*range(first, first + PROMPT_BLOCKS), *range(unique, unique + DOCUMENT_BLOCKS), -1]
-    seq = Running(Request(str(number), tuple(tokens), PARAMS, 1), tokens)
-    cache.acquire(seq, number)
-    grown = cache.grow(seq, len(tokens) - 1)
-    assert grown, "one request at a time has room"
-    seq.num_scheduled = len(tokens) - 1
-    cache.release(seq, ended=True)
-    cache.take_moves()
-    return len(tokens) - 1
+    tokens = (*range(first, first + PROMPT_BLOCKS), *range(unique, unique + DOCUMENT_BLOCKS), REST)
+    return Request(str(number), tokens, PARAMS, 1)
 
 
 def touches_per_second(policy: str, nodes: int = 10**6, requests: int = 20000) -> float:
@@ -38,10 +29,11 @@ def touches_per_second(policy: str, nodes: int = 10**6, requests: int = 20000) -
     capacity = PROMPTS * PROMPT_BLOCKS + documents * DOCUMENT_BLOCKS
     cache = CacheController((GROUP,), 1, (capacity,), (0,), policy)
     for number in range(documents):
-        _serve(cache, number, number)
+        serve(cache, _request(number, number))
     assert len(cache.store.nodes) == nodes
     rng = random.Random(0)
     order = [rng.randrange(documents) if i % 2 else documents + i for i in range(requests)]
     start = time.perf_counter()
-    touched = sum(_serve(cache, documents + i, document) for i, document in enumerate(order))
-    return touched / (time.perf_counter() - start)
+    for i, document in enumerate(order):
+        serve(cache, _request(documents + i, document))
+    return requests * (PROMPT_BLOCKS + DOCUMENT_BLOCKS) / (time.perf_counter() - start)

@@ -4,12 +4,15 @@ import gzip
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bench.replay import main, replay
 from bench.replay_optimum import optimum
+from bench.replay_speed import touches_per_second
 from bench.replay_trace import BLOCK, SYNTHETIC, Line, distinct_blocks, load, mark_last, synthetic
+from jaxkv.cache.eviction import POLICIES
 
 
 def lines(*paths):
@@ -96,3 +99,45 @@ def test_a_bad_line_is_named(tmp_path):
 def test_the_replay_starts_without_jax():
     code = "import sys, bench.replay; print([m for m in ('jax', 'numpy', 'flax') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# ---- the frozen table: block ids and token hit rates in % that must not change unnoticed
+
+FROZEN = Path(__file__).with_name("frozen_trace.jsonl.gz")
+SHARES = (0.02, 0.1, 0.3)
+TABLE = {
+    "lfu": (15.54, 52.35, 64.87),
+    "lru": (10.09, 50.37, 64.95),
+    "lfu-plain": (17.19, 31.09, 44.34),
+    "lfu-decayed": (10.17, 51.37, 65.13),
+    "arc": (14.27, 52.12, 64.56),
+    "2q": (14.09, 50.88, 64.97),
+    "gdsf": (11.19, 50.8, 64.91),
+    "optimum": (34.39, 65.27, 67.02),
+}
+
+
+@pytest.mark.parametrize("policy", TABLE)
+def test_frozen_table(policy):
+    trace = load(FROZEN)
+    total, blocks = sum(line.tokens for line in trace), distinct_blocks(trace)
+    for share, rate in zip(SHARES, TABLE[policy]):
+        capacity = int(share * blocks)
+        hits = optimum(trace, capacity) if policy == "optimum" else replay(trace, policy, capacity).hits
+        assert 100 * BLOCK * sum(hits) / total == pytest.approx(rate, abs=0.05), f"{policy} at {share}"
+
+
+def test_the_table_has_every_policy():
+    assert TABLE.keys() == {*POLICIES, "optimum"}
+
+
+def test_session_ends_help_on_the_frozen_trace():
+    trace = load(FROZEN)
+    for share in SHARES:
+        capacity = int(share * distinct_blocks(trace))
+        for policy in ("lfu", "lru"):
+            assert sum(replay(trace, policy, capacity, hints=True).hits) > sum(replay(trace, policy, capacity).hits)
+
+
+def test_speed_counts_block_touches():
+    assert touches_per_second("lfu", nodes=2000, requests=50) > 0
