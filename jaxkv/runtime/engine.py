@@ -23,8 +23,9 @@ from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
 from jaxkv.runtime.report import Reporter
 from jaxkv.sched.scheduler import Scheduler
-from jaxkv.types import MAX_STOP_IDS, Request, SamplingParams, StepHandle, StepPlan, Tier, TokenEvent
+from jaxkv.types import MAX_STOP_IDS, CacheHints, Request, SamplingParams, StepHandle, StepPlan, Tier, TokenEvent
 
+NO_HINTS = CacheHints()
 SAVE_PAGES = 64  # pages written at a time when the engine ends
 IDLE_WAIT_S = 0.01  # longest sleep while nothing but fetches is under way
 
@@ -66,8 +67,8 @@ class Engine:
         return self.scheduler.has_work or self._pending is not None
 
     def add_request(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
-        cache_salt: str = "",
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams,
+        hints: CacheHints = NO_HINTS,
     ) -> None:
         """Queues a prompt; its ``params.n`` children share the prompt's KV. ValueError names the field and the limit."""
         if request_id in self._children:
@@ -84,7 +85,8 @@ class Engine:
         quiet = replace(params, prompt_logprobs=None)  # one child reports for all: the others reuse its prompt
         requests = [
             Request(child, prompt, params if i == 0 else quiet, max_tokens, seed=seed, child=i, parent=request_id, arrival=now,
-                    priority=priority, namespace=cache_salt, stop_ids=stop_ids)
+                    priority=hints.priority, namespace=hints.cache_salt, stop_ids=stop_ids, session_id=hints.session_id,
+                    end_session=hints.end_session, retention=hints.retention, no_store=hints.no_store)
             for i, child in enumerate(children)
         ]
         outputs = [OutputProcessor(request, self.tokenizer) for request in requests]
