@@ -14,7 +14,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from jaxkv.cache.inspect import inspect
+from jaxkv.cache.inspect import curve, inspect
 from jaxkv.config import EngineConfig
 from jaxkv.runtime.cache_metrics import refresh_cache
 from jaxkv.runtime.executor import JaxExecutor
@@ -110,6 +110,8 @@ class Engine:
     def step(self) -> list[Delta]:
         """One iteration: plan and submit, then learn from the step before (or, without overlap, from this one)."""
         t0 = time.thread_time()
+        if self.executor.tiers.host_lost and self.scheduler.cache.has_host_tier:
+            self.scheduler.lose_host_tier()
         for arrival in self.executor.arrivals():
             self.events.append(("arrived" if arrival.ok else "failed", arrival.fetch_id))
             self.scheduler.arrived(arrival)
@@ -136,7 +138,9 @@ class Engine:
         return inspect(self.scheduler.cache, top)
 
     def report(self) -> str | None:
-        """A line about what happened since the last call; None if nothing did."""
+        """A line about what happened since the last call; None if nothing did. Brings the hit-rate curve up to date."""
+        page = sum(self._page_bytes)
+        self.metrics.curve = tuple((point["pages"] * page, point["hit_rate"]) for point in curve(self.scheduler.cache))
         return self._reporter.line(self._clock())
 
     def close(self, timeout: float = 10.0) -> None:
