@@ -97,7 +97,7 @@ class EngineCollector(Collector):
             yield family
 
     def _curve(self) -> Metric:
-        family = GaugeMetricFamily("jaxkv:cache_curve_hit_rate", "page hit rate that so many bytes of device and host KV would give",
+        family = GaugeMetricFamily("jaxkv:cache_curve_hit_rate", "page hit rate that so many bytes of KV would give",
                                    labels=["model_name", "bytes"])
         for size, rate in self.metrics.curve:
             family.add_metric([self.model, f"{size:.0f}"], rate)
