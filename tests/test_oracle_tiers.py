@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest.importorskip("xxhash", reason="the disk tier needs xxhash")
+
 from jaxkv.types import Tier
 from tests.engine_harness import disk_store, engine, executor, run_all
 from tests.test_oracle import assert_greedy, follow_ups, requests

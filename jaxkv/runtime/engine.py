@@ -168,7 +168,7 @@ class Engine:
         m, scheduler, cache = self.metrics, self.scheduler, self.scheduler.cache
         m.running, m.waiting, m.preemptions = scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions
         stats = cache.stats
-        refresh_cache(m, stats, self.executor.tiers)
+        refresh_cache(m, stats, self.executor.tiers, not self.has_work)
         m.stage_seconds |= self.executor.stage_seconds
         usage = cache.usage()
         m.device.pages_used, m.host.pages_used = sum(usage[Tier.HBM]), sum(usage[Tier.HOST])
