@@ -22,6 +22,7 @@ import sys
 
 from jaxkv.cache import hints
 from jaxkv.cache.check import check
+from jaxkv.cache.eviction import Point
 from jaxkv.cache.hit import find_hit
 from jaxkv.cache.publish import Publisher
 from jaxkv.cache.stats import CacheStats
@@ -68,6 +69,10 @@ class CacheController:
         """Pages in use per tier and group; cached pages that nobody uses count."""
         return {Tier.HBM: tuple(pool.used for pool in self.store.hbm),
                 Tier.HOST: tuple(pool.used for pool in self.store.host)}
+
+    def curves(self) -> dict[Tier, list[Point]]:
+        """Page hit rates over capacities of each tier and those above together: what more memory would be worth."""
+        return {tier: policy.curve() for tier, policy in self.store.policies.items()}
 
     def take_moves(self) -> tuple[PageMove, ...]:
         """The moves of the plan under construction, in the order they must run. Ends the plan."""

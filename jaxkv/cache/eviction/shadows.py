@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 from math import sqrt
-from typing import NamedTuple
 
+from jaxkv.cache.eviction.base import Point
 from jaxkv.cache.eviction.reuse import CLASSES, NEVER, Cohort, ReuseModel, class_of, one_more
 
 RECENCY, WORTH = 0, 1  # rankings
@@ -23,13 +23,6 @@ WINDOW = 2.0  # turnovers after which hits count half in the comparison
 CERTAIN = 0.5  # standard errors that a ranking must be ahead by to be taken
 REFRESH = 16  # comparisons in a turnover
 CURVE = (1.0, 1.25, 1.5, 2.0, 4.0)  # capacities of the curve, in those of this tier and the ones above
-
-
-class Point(NamedTuple):
-    """Of a curve: ``capacity`` in pages of this tier and those above, ``hit_rate`` of page reads in 0..1."""
-
-    capacity: int
-    hit_rate: float
 
 
 class _Page:
@@ -142,7 +135,7 @@ class Directory:
             self._compare(turnovers)
 
     def _forget(self) -> None:
-        """Drop what was not used for long and is in no shadow but a large one."""
+        """Drop what was not used for long; at most the largest shadow still holds it."""
         limit = HISTORY * self.reach * self._share + 1024
         while len(self._pages) > limit:
             digest, page = next(iter(self._pages.items()))
