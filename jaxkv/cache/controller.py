@@ -25,6 +25,7 @@ from typing import NamedTuple
 from jaxkv.cache import hints
 from jaxkv.cache.check import check
 from jaxkv.cache.costs import Costs
+from jaxkv.cache.eviction import Point
 from jaxkv.cache.hit import Use, cold_runs, find_hit
 from jaxkv.cache.loads import Loader
 from jaxkv.cache.prefetch import Prefetcher
@@ -96,6 +97,10 @@ class CacheController:
         return {Tier.HBM: tuple(pool.used for pool in self.store.hbm),
                 Tier.HOST: tuple(pool.used for pool in self.store.host)}
 
+    def curves(self) -> dict[Tier, list[Point]]:
+        """Page hit rates over capacities of each tier and those above together: what more memory would be worth."""
+        return {tier: policy.curve() for tier, policy in self.store.policies.items()}
+
     @property
     def disk(self) -> DiskIndex | None:
         """The disk tier, if there is one."""
@@ -146,7 +151,7 @@ class CacheController:
                 return
             if self.disk is not None and not node.refs:
                 before = len(self.store.saves)
-                self._tiering.save(node, -1, pages)
+                self._tiering.save(node, most=pages)
                 pages -= len(self.store.saves) - before
 
     # ---- a sequence waits

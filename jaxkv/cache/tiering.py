@@ -90,10 +90,10 @@ class Tiering:
             below = [node]
             for node in below:
                 below.extend(node.children.values())
-                self.save(node, -1)
+                self.save(node)
         self._store.discard(below[0] if self._disk else node)
 
-    def save(self, node: Node, plan_id: int, most: int = sys.maxsize) -> None:
+    def save(self, node: Node, plan_id: int | None = None, most: int = sys.maxsize) -> None:
         """Hand the first ``most`` full pages of a node that the disk tier did not get yet to it; none that plan ``plan_id``
         computes or that a window group has lost."""
         store, size = self._store, self._store.trie.page_bytes

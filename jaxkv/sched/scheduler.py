@@ -368,7 +368,7 @@ class Scheduler:
 
     def _end(self, seq: Sequence, reason: str) -> None:
         if seq.status is _RUNNING:
-            self._leave(seq)
+            self._leave(seq, ended=True)
         else:
             _remove(self._waiting, seq)
             self._leave_pages(seq)
@@ -381,17 +381,17 @@ class Scheduler:
             self._leading.discard(seq.request.parent)
 
     def _preempt(self, seq: Sequence) -> None:
-        self._leave(seq)
+        self._leave(seq, ended=False)
         seq.status = Status.WAITING
         insort(self._waiting, seq, key=_key)
         self.num_preemptions += 1
         if seq.request.child == 0:
             self._leading.discard(seq.request.parent)
 
-    def _leave(self, seq: Sequence) -> None:
+    def _leave(self, seq: Sequence, ended: bool) -> None:
         """Give up slot and pages; the pages stay in the trie for whoever needs their contents next."""
         _remove(self._running, seq)
-        self.cache.release(seq)
+        self.cache.release(seq, ended)
         heappush(self._slots, seq.slot)
         seq.slot = -1
         seq.num_scheduled = 0
