@@ -52,7 +52,7 @@ def test_two_engines_share_a_disk(highest_precision, tmp_path):
         writer.scheduler.commit(plan, writer.executor.submit(plan).read(), 0.0)
     assert theirs.flush(30)
     deadline = time.monotonic() + 10
-    while not mine.stats().pages and time.monotonic() < deadline:
+    while mine.stats().pages < theirs.stats().pages and time.monotonic() < deadline:
         time.sleep(0.02)
     reader = engine(run, pages=60, disk=mine)
     results = run_all(reader, prompts)

@@ -99,14 +99,15 @@ class Prefetcher:
         """Encoded tokens and digests of the pages that the disk tier has after the hit."""
         store, size = self._store, self._store.trie.page_bytes
         end = hit.path[-1]
-        at = hit.pages * size
-        if self.disk is None or end.end != hit.pages * store.page_size:
+        at, keep = hit.pages * size, hit.pages - store.first_page(end)
+        if self.disk is None:
             return b"", []
         data = encode(seq.tokens[:seq.match_limit])[at:]
         data = data[:len(data) // size * size]
-        if not data or data[:size] in end.children:
+        known = end.data[keep * size:(keep + 1) * size] == data[:size] if keep < len(end) else data[:size] in end.children
+        if not data or known:  # the hit was cut short
             return b"", []
-        keys = store.trie.digest(end.digests[-1], data)
+        keys = store.trie.digest(end.digests[keep - 1], data)
         count = self.disk.match(keys)
         return data[:count * size], keys[:count]
 
