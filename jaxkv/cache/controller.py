@@ -55,19 +55,22 @@ class CacheController:
     ``disk``: the tier below the host's, if there is one; it gets what the others drop and, with ``save_on_reuse``, what
     was used a second time. ``fetch_pages``: most pages of a fetch, two of which are under way at once. ``watermark``: share
     of the HBM pages that is kept free by offloading cold ones to the host tier ahead of need.
+    ``costs`` decides what is worth a move; None: by what it is told of steps and fetches.
     """
 
     def __init__(self, groups: tuple[KVGroup, ...], page_size: int, num_pages: tuple[int, ...],
                  num_host_pages: tuple[int, ...], policy: str = "lfu", root_salt: str = "",
                  enable_prefix_caching: bool = True, disk: DiskIndex | None = None, save_on_reuse: bool = True,
-                 fetch_pages: int = 64, watermark: float = 1 / 32, answer_worth: int = 0) -> None:
+                 fetch_pages: int = 64, watermark: float = 1 / 32, answer_worth: int = 0,
+                 costs: Costs | None = None) -> None:
         self.groups = groups
         self.page_size = page_size
         self.num_pages = num_pages
         self.num_host_pages = num_host_pages
         self.enable_prefix_caching = enable_prefix_caching
         self.trie = Trie(page_size, root_salt)
-        self.store = PageStore(self.trie, groups, num_pages, num_host_pages, policy, answer_worth)
+        self.store = PageStore(self.trie, groups, num_pages, num_host_pages, policy,
+                               costs or Costs(page_size, fetch_pages), answer_worth)
         self._now = 0.0
         self._tiering = Tiering(self.store, disk is not None)
         self._publisher = Publisher(self.store, self._tiering)
@@ -212,8 +215,8 @@ class CacheController:
         hit = find_hit(store, seq, plan_id, Use.COLD if cold else Use.HOT)
         first, runs = cold_runs(store, hit)
         cut = store.costs.best_cut(first * self.page_size, runs, len(seq.tokens))
-        if cut < len(runs):
-            hit = find_hit(store, seq, plan_id, Use.COLD, first + sum(pages for _, pages in runs[:cut]))
+        if cut < sum(pages for _, pages in runs):
+            hit = find_hit(store, seq, plan_id, Use.COLD, first + cut)
         source, node = hit.source, hit.path[-1]
         keep = hit.pages - store.first_page(node)
         if keep < len(node):

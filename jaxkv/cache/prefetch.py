@@ -116,14 +116,13 @@ class Prefetcher:
         store = self._store
         first, runs = cold_runs(store, hit)
         runs += [(Tier.DISK, min(DISK_RUN, len(keys) - at)) for at in range(0, len(keys), DISK_RUN)]
-        cut = store.costs.best_cut(first * store.page_size, runs, len(seq.tokens))
-        if cut == len(runs):
-            return hit, keys
-        from_disk = sum(pages for tier, pages in runs[:cut] if tier is Tier.DISK)
-        if not from_disk:
-            hit = find_hit(store, seq, plan_id, Use.COMING, first + sum(pages for _, pages in runs[:cut]))
-        store.stats.recomputed_tokens += sum(pages for _, pages in runs[cut:]) * store.page_size
-        return hit, keys[:from_disk]
+        cut = store.costs.best_cut(first * store.page_size, runs, len(seq.tokens),
+                                  [tier for tier in (Tier.HOST, Tier.DISK) if self._loader.under_way(tier)])
+        found = sum(pages for _, pages in runs)
+        if cut < found - len(keys):
+            hit = find_hit(store, seq, plan_id, Use.COMING, first + cut)
+        store.stats.recomputed_tokens += (found - cut) * store.page_size
+        return hit, keys[:max(0, cut - (found - len(keys)))]
 
     def _attach(self, parent: Node, data: bytes, keys: list[bytes], request: Request, load: Load) -> Node:
         """The node that pages on disk become; PROMPT if it lies within the prompt."""

@@ -27,7 +27,7 @@ from jaxkv.config import SchedConfig
 from jaxkv.sched.capacity import check_capacity, fits_beside, pages_needed
 from jaxkv.sched.chunking import append_tokens, chunk_length, excess_tokens, take_chunk
 from jaxkv.sched.policy import FCFS, SchedulerPolicy
-from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Status, StepPlan, StepResult, TokenEvent
+from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Status, StepPlan, StepResult, Tier, TokenEvent
 
 MEASURED_TOKENS = 64  # besides decodes, for a step to tell what prefill takes
 LOOKAHEAD = 8  # first waiting sequences whose pages are brought although they cannot enter yet
@@ -358,11 +358,12 @@ class Scheduler:
         return events
 
     def _measure(self, plan: StepPlan, seconds: float) -> None:
-        """Tell the cache what a step with prefill took."""
-        tokens = plan.num_tokens
-        if tokens >= len(plan.chunks) + MEASURED_TOKENS:
+        """Tell the cache what a step with prefill or with moves to and from HBM took."""
+        tokens, costs = plan.num_tokens, self.cache.costs
+        moved = sum(m.dst is not None and (m.src[0] is Tier.HBM) != (m.dst[0] is Tier.HBM) for m in plan.moves)
+        if tokens >= len(plan.chunks) + MEASURED_TOKENS or moved and costs.measured:
             positions = sum(len(c.tokens) * (2 * c.start + len(c.tokens) - 1) // 2 for c in plan.chunks)
-            self.cache.costs.stepped(tokens, positions, seconds)
+            costs.stepped(tokens, positions, moved // len(self.cache.groups), seconds)
 
     # ---- leaving
 
