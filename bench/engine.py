@@ -36,15 +36,15 @@ SHAPES = {  # hidden, layers, heads, kv heads, head_dim, mlp, vocab
 }
 
 
-def config_dir(shape: str) -> str:
-    """A directory with the config of a named Llama shape, for ``--load-format dummy``."""
+def config_dir(shape: str, **changes: Any) -> str:
+    """A directory with the config of a named Llama shape and ``changes`` to it, for ``--load-format dummy``."""
     hidden, layers, heads, kv_heads, head_dim, mlp, vocab = SHAPES[shape]
     folder = tempfile.mkdtemp(prefix=f"jaxkv-{shape}-")
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=hidden, num_hidden_layers=layers,
                   num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, intermediate_size=mlp,
                   vocab_size=vocab, max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0,
                   hidden_act="silu", tie_word_embeddings=shape == "tiny", torch_dtype="bfloat16")
-    Path(folder, "config.json").write_text(json.dumps(config))
+    Path(folder, "config.json").write_text(json.dumps(config | changes))
     return folder
 
 

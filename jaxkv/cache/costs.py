@@ -71,10 +71,10 @@ class Costs:
         return self._links[tier](1.0, pages) if pages and self._links[tier].count else 0.0
 
     def worth_moving(self, tier: Tier, start: int, end: int) -> bool:
-        """Whether bringing the KV of positions [start, end) back from ``tier`` would beat computing it again."""
-        if not self.measured:
-            return True
-        return self.fetch_seconds(tier, -(-(end - start) // self._page_size)) <= self.prefill_seconds(start, end)
+        """Whether bringing the KV of positions [start, end) back from ``tier`` would beat computing it again, as a part of a
+        longer prefix: what a fetch takes whatever its size does not count, or tails of a few pages would all be dropped."""
+        pages = -(-(end - start) // self._page_size)
+        return not self.measured or self._links[tier](0.0, pages) <= self.prefill_seconds(start, end)
 
     def best_cut(self, start: int, runs: list[tuple[Tier, int]], length: int) -> int:
         """How many of ``runs`` (tier and pages, one after the other from position ``start``) to bring before the rest of
