@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
 
 def replay(lines: Sequence[Line], policy: str, capacity: int, host: int = 0, hints: bool = False) -> Outcome:
     """Run the trace; ``capacity`` and ``host`` in blocks. ``hints``: the last request of a session says so."""
-    cache = CacheController((GROUP,), 1, (capacity,), (host,), policy)
+    cache = CacheController((GROUP,), 1, (capacity,), (host,), policy, watermark=0.0)
     for ranker in cache.store.policies.values():
         if isinstance(ranker, GDSF):
             ranker.balance /= BLOCK  # depths are in blocks here

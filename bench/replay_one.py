@@ -19,5 +19,5 @@ def serve(cache: CacheController, request: Request) -> int:
     assert grown, "one request at a time finds room for all that fits"
     seq.num_scheduled = length
     cache.release(seq, ended=True)
-    cache.take_moves()
+    cache.take_transfers()
     return found

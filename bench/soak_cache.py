@@ -51,7 +51,8 @@ def _life(seed: int, aborts: float) -> tuple[Driver, dict[str, int]]:
     counts["leaked"] = sum(pages - cache.available(g) for g in range(len(cache.groups)))
     moves, stats = driver.device.num_moves, cache.stats
     counts |= {"evictions": stats.evictions, "demotions": stats.demotions, "loads": stats.loads,
-               "failed_loads": stats.failed_loads, "from_disk": moves["fetch disk"], "preemptions": driver.inner.num_preemptions}
+               "failed_loads": stats.failed_loads, "from_disk": moves["fetch disk"],
+               "preemptions": driver.inner.num_preemptions}
     return driver, counts
 
 

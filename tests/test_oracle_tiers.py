@@ -2,6 +2,8 @@
 
 import pytest
 
+pytest.importorskip("xxhash", reason="the disk tier needs xxhash")
+
 from jaxkv.types import Tier
 from tests.engine_harness import disk_store, engine, executor, run_all
 from tests.test_oracle import assert_greedy, follow_ups, requests
@@ -60,3 +62,24 @@ def test_pages_that_do_not_come_are_computed(fault, highest_precision, tmp_path,
     assert stats.failed_loads > 0 and [e for e in with_disk.events if e[0] == "failed"]
     assert fault == "late" or store.stats().corrupt > 0
     with_disk.close()
+
+
+def test_host_memory_that_runs_out_costs_the_tier_only(highest_precision, monkeypatch, caplog):
+    run = executor(False)
+    with_host = engine(run, pages=20, host_pages=40)
+    to_host, calls = run.tiers._to_host, []
+
+    def fails_later(gathered, count):
+        calls.append(count)
+        if len(calls) > 3:
+            raise MemoryError("pinned allocation failed")
+        return to_host(gathered, count)
+
+    monkeypatch.setattr(run.tiers, "_to_host", fails_later)
+    first = run_all(with_host, requests(1))
+    second = run_all(with_host, follow_ups(first, 2))
+    mismatches = [0, 0]
+    assert_greedy(False, first | second, mismatches)
+    assert len(calls) >= 4 and not with_host.scheduler.cache.has_host_tier and not run.tiers.host
+    assert caplog.text.count("going on without the host KV tier") == len(calls) - 3
+    assert with_host.metrics.host.pages_used == 0

@@ -135,6 +135,15 @@ class CacheController:
         """Recompute all ownership; ``sequences``: those acquired and not released. AssertionError if it is broken."""
         check(self.store, sequences, self._loader.loads)
 
+    @property
+    def has_host_tier(self) -> bool:
+        return self.store.host_capacity > 0
+
+    def lose_host_tier(self) -> None:
+        """Forget what the host tier holds and use it no more; loads that need it have failed. Then ``bury``."""
+        self.store.host_capacity = 0
+        self._loader.fail_host()
+
     def save(self, pages: int) -> None:
         """Hand up to ``pages`` pages that only memory has to the disk tier, for the end of the process."""
         for node in self.trie.nodes():
@@ -175,8 +184,12 @@ class CacheController:
         return self._loader.cancel()
 
     def bury(self) -> None:
-        """Forget the pages of failed loads."""
+        """Forget the pages of failed loads, and of a host tier that was lost."""
         self._loader.bury()
+        if not self.store.host_capacity:
+            tops = [n for n in self.trie.nodes() if n.tier is Tier.HOST and n.parent and n.parent.tier is Tier.HBM]
+            for node in tops:
+                self.store.discard(node)
 
     # ---- a sequence enters
 

@@ -9,6 +9,7 @@ from heapq import nlargest
 from typing import Any
 
 from jaxkv.cache.controller import CacheController
+from jaxkv.cache.eviction import LFU
 from jaxkv.cache.trie import Node, Root
 from jaxkv.types import Tier
 
@@ -33,8 +34,18 @@ def inspect(cache: CacheController, top: int) -> dict[str, Any]:
         "seconds": {"bring_64_pages_from_host": cache.costs.fetch_seconds(Tier.HOST, 64),
                     "bring_64_pages_from_disk": cache.costs.fetch_seconds(Tier.DISK, 64),
                     "compute_64_pages": cache.costs.prefill_seconds(0, 64 * cache.page_size)},
+        "curve": curve(cache),
         "nodes": [_node(cache, node, below[id(node)]) for node in nodes if id(node) in shown],
     }
+
+
+def curve(cache: CacheController) -> list[dict[str, float]]:
+    """Page hit rates that other sizes of HBM and host tier together would give, by the shadows of the lowest tier's policy;
+    empty if the policy keeps none or knows nothing yet."""
+    policy = cache.store.policies[Tier.HOST if cache.store.host_capacity else Tier.HBM]
+    if not isinstance(policy, LFU):
+        return []
+    return [{"pages": point.capacity, "hit_rate": point.hit_rate} for point in policy.curve()]
 
 
 def _node(cache: CacheController, node: Node, below: int) -> dict[str, Any]:

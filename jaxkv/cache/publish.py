@@ -6,7 +6,7 @@ if that one is in the host tier, the trie takes the sequence's instead.
 
 from __future__ import annotations
 
-from jaxkv.cache.hints import session_of, worth
+from jaxkv.cache.hints import session_of, use, worth
 from jaxkv.cache.pages import WindowPool
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
@@ -43,6 +43,7 @@ class Publisher:
                 child = store.split(child, count)
             if child.tier is Tier.HBM:
                 store.hold(child)
+                use(store, child, seq.request)
                 self._swap(seq, child)
             else:
                 own = [pages[at // size:at // size + count] for pages in seq.pages]

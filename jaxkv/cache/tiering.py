@@ -9,7 +9,7 @@ policy, so that such models use the host tier too.
 
 Order is everything: the moves of a plan run one after the other before its step, so a page freed here may be taken
 again at once, in either tier. What a chunk of the plan under construction computes is never moved: its nodes are pinned
-by the sequence that runs, and no sequence with a chunk in a plan is released before ``take_moves`` ends the plan.
+by the sequence that runs, and no sequence with a chunk in a plan is released before ``take_transfers`` ends the plan.
 """
 
 from __future__ import annotations

@@ -7,13 +7,14 @@ from jaxkv.runtime.metrics import DISK_FAULTS, TIERS, EngineMetrics
 from jaxkv.runtime.tiers import Tiers
 from jaxkv.types import Tier
 
+DISK_STEPS = 16
 _SAME = ("partial_copies", "promotions", "offloads", "loads", "failed_loads", "cancelled_loads", "recomputed_tokens",
          "page_waits", "page_wait_seconds")
 _LINKS = {(a, b): f"{TIERS[a]}-{TIERS[b]}" for a in Tier for b in Tier if (a, b) != (Tier.HOST, Tier.HOST)}
 
 
-def refresh_cache(metrics: EngineMetrics, stats: CacheStats, tiers: Tiers) -> None:
-    """Once a step; the disk tier's counters take a lock and are read only if there is one."""
+def refresh_cache(metrics: EngineMetrics, stats: CacheStats, tiers: Tiers, idle: bool) -> None:
+    """Once a step; the disk tier's counters take locks and are read every ``DISK_STEPS`` steps and when ``idle``."""
     for name in _SAME:
         setattr(metrics, name, getattr(stats, name))
     metrics.saved_pages = stats.saves
@@ -24,7 +25,7 @@ def refresh_cache(metrics: EngineMetrics, stats: CacheStats, tiers: Tiers) -> No
     for pair, count in tiers.bytes_moved.items():
         if count:
             metrics.bytes_moved[_LINKS[pair]] = count
-    if tiers.disk is not None:
+    if tiers.disk is not None and (idle or metrics.steps % DISK_STEPS == 0):
         disk = tiers.disk.stats()
         metrics.disk_staging_bytes = tiers.disk_staging_bytes()
         metrics.disk.pages_used, metrics.disk.bytes_used = disk.pages, disk.bytes

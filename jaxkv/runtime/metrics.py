@@ -70,6 +70,7 @@ class EngineMetrics:
     bytes_moved: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LINKS, 0))  # keys never change
     disk_faults: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DISK_FAULTS, 0))
     preemptions: int = 0
+    curve: tuple[tuple[float, float], ...] = ()  # (bytes of device and host KV together, page hit rate they would give)
     # steps
     steps: int = 0
     computed_tokens: int = 0  # positions run through the model

@@ -149,6 +149,11 @@ class Scheduler:
         self._pending.append((self._next_plan - 1, now, []))
         return StepPlan(self._next_plan - 1, *transfers)
 
+    def lose_host_tier(self) -> None:
+        """Go on without the host tier, whose pages are lost."""
+        self.cache.lose_host_tier()
+        self._bury()
+
     def arrived(self, arrival: Arrival) -> None:
         """Learn that a fetch ended. Sequences whose pages will not come go without them."""
         if not self.cache.arrived(arrival):

@@ -103,8 +103,8 @@ class Service:
                 raise bad_request(f"{field_name}: {len(ids)} tokens do not fit: the model's window is "
                                   f"{engine.max_model_len} tokens, prompt and answer together", field_name,
                                   "context_length_exceeded")
-        name = form.head["id"]
-        calls = [Call(f"{name}-{i}", ids, params, mailbox, i, text, request.priority or 0, request.cache_salt or "")
+        name, hints = form.head["id"], request.cache_hints()
+        calls = [Call(f"{name}-{i}", ids, params, mailbox, i, text, hints)
                  for i, (ids, text) in enumerate(prompts)]
         return Answer(self.loop, calls, request, form)
 

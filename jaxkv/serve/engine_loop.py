@@ -21,7 +21,7 @@ from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.errors import ApiError, shutting_down
 from jaxkv.serve.metrics import Latencies
-from jaxkv.types import SamplingParams
+from jaxkv.types import CacheHints, SamplingParams
 
 log = logging.getLogger("jaxkv.serve")
 MAX_QUESTIONS = 8
@@ -40,8 +40,8 @@ class EngineLike(Protocol):
     def describe(self) -> Sequence[str]: ...
     @property
     def has_work(self) -> bool: ...
-    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *,
-                    priority: int = 0, cache_salt: str = "") -> None: ...
+    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams,
+                    hints: CacheHints = ...) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[Delta]: ...
     def check(self) -> None: ...
@@ -95,8 +95,7 @@ class Call:
     mailbox: Mailbox
     position: int = 0  # among the prompts of one HTTP request
     text: str | None = None  # the prompt as it came, None for token ids
-    priority: int = 0
-    cache_salt: str = ""
+    hints: CacheHints = field(default_factory=CacheHints)
     arrival: float = field(default_factory=time.monotonic)
     first: float = 0.0  # time of the first token, 0: none yet
     last: dict[int, float] = field(default_factory=dict)  # child -> time of its latest token
@@ -247,8 +246,7 @@ class EngineLoop:
             if call.id in gone:
                 continue
             try:
-                engine.add_request(call.id, call.prompt, call.params, priority=call.priority,
-                                   cache_salt=call.cache_salt)
+                engine.add_request(call.id, call.prompt, call.params, call.hints)
             except ValueError as error:
                 refused.append((call.id, error))
         for request_id in aborts:

@@ -77,6 +77,7 @@ class EngineCollector(Collector):
         yield self._counter("jaxkv:recomputed_tokens", "found below the device, quicker to compute", m.recomputed_tokens)
         yield self._counter("jaxkv:page_waits", "sequences that waited for pages", m.page_waits)
         yield self._counter("jaxkv:page_wait_seconds", "time they waited", m.page_wait_seconds)
+        yield self._curve()
         yield self._by("jaxkv:moved_bytes", "KV moved", "link", m.bytes_moved)
         yield self._by("jaxkv:disk_faults", "what went wrong with the disk tier", "kind", m.disk_faults)
         yield self._gauge("jaxkv:disk_staging_bytes", "host memory with pages to or from the disk", m.disk_staging_bytes)
@@ -94,6 +95,13 @@ class EngineCollector(Collector):
             for tier, usage in tiers.items():
                 family.add_metric([self.model, tier], getattr(usage, name))
             yield family
+
+    def _curve(self) -> Metric:
+        family = GaugeMetricFamily("jaxkv:cache_curve_hit_rate", "page hit rate that so many bytes of KV would give",
+                                   labels=["model_name", "bytes"])
+        for size, rate in self.metrics.curve:
+            family.add_metric([self.model, f"{size:.0f}"], rate)
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=["model_name"])

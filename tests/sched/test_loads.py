@@ -108,3 +108,22 @@ def test_another_process_finds_the_disk_warm():
     two.add(request("other tenant", LONG["a"], 3, namespace="x"))
     two.run()
     assert two.cached["other tenant"] == 0
+
+
+def test_the_host_tier_can_be_lost():
+    driver = Driver(pages=40, host_pages=60, max_model_len=96, delay=3)
+    for name, prompt in LONG.items():
+        driver.add(request(name, prompt, 4, arrival=driver.clock))
+        driver.run()
+    driver.add(request("busy", [400], 30, arrival=driver.clock))
+    driver.step()
+    driver.add(*(request(f"{name}+", [*prompt, 9], 3, arrival=driver.clock) for name, prompt in LONG.items()))
+    while not driver.inner.cache.loading:
+        driver.step()
+    driver.scheduler.lose_host_tier()
+    driver.check()
+    demoted = driver.device.num_moves["demote"]
+    driver.run()
+    driver.check_outputs()
+    assert driver.device.num_moves["demote"] == demoted > 0 and not driver.device.host[0]
+    assert driver.replayed(driver.log) == driver.plans

@@ -9,7 +9,7 @@ A segment that another process used is as young as that use. Every method may be
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jaxkv.runtime.disk.format import Entry
@@ -51,10 +51,6 @@ class Index:
 
     def __len__(self) -> int:
         return len(self._places)
-
-    def match(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys are there."""
-        return next((n for n, key in enumerate(keys) if key not in self._places), len(keys))
 
     def find(self, key: bytes) -> Place | None:
         return self._places.get(key)

@@ -35,6 +35,7 @@ BATCH_BYTES = 16 << 20
 QUEUE_BYTES = 64 << 20
 BATCHES_PER_SEGMENT = 4
 READ_BYTES = 8 << 20  # neighbours that are read by one call
+WRITE_WAIT_S = 5.0  # most time that a read waits for pages to be written first
 READERS = 2  # threads
 
 
@@ -97,8 +98,9 @@ class DiskStore:
                      self._directory.path, count, size / 1e9)
 
     def match(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys are on disk, as far as known: a page may be gone, or turn out bad, when it is read."""
-        return self._index.match(keys)
+        """How many leading keys are on disk or on their way, as far as known: a page may be gone, or turn out bad, when it is
+        read."""
+        return next((n for n, key in enumerate(keys) if key not in self._index and key not in self._queue), len(keys))
 
     def put(self, key: bytes, tokens: bytes, payload: Payload) -> bool:
         """Hands a page over to be written. Its arrays must not change any more. ValueError if it is none of the format.
@@ -161,6 +163,8 @@ class DiskStore:
     # ---- reader threads
 
     def _read(self, items: list[tuple[bytes, bytes]]) -> list[Payload]:
+        if any(key in self._queue for key, _ in items):
+            self._queue.drain(WRITE_WAIT_S)
         pages: list[Payload] = []
         runs = deque(_runs(self._find(items)))
         with Reader(self._directory.path, self._layout) as reader:

@@ -4,6 +4,9 @@ import time
 from hashlib import blake2b
 
 import numpy as np
+import pytest
+
+pytest.importorskip("xxhash", reason="the disk tier needs xxhash")
 
 from jaxkv.runtime.disk import DiskFormat, DiskStore
 

@@ -392,3 +392,12 @@ def test_close_is_not_held_up_by_reads(tmp_path):
     reads = [store.read(items(range(50))) for _ in range(10)]
     assert store.close()
     assert all(len(read.result(FAR)) == 50 for read in reads)
+
+
+def test_what_is_still_to_be_written_is_found(tmp_path):
+    store = open_store(tmp_path)
+    assert store.put(key(1), tokens(1), payload(1))
+    assert store.match([key(1), key(2)]) == 1 and store.stats().pages == 0
+    (found,) = store.read(items([1])).result(10)
+    assert same(found, payload(1))
+    store.close()
