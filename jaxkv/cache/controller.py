@@ -118,6 +118,11 @@ class CacheController:
         """Whether pages are under way: an ``arrived`` will follow."""
         return self._loader.busy
 
+    @property
+    def bringing(self) -> bool:
+        """Whether the step of the plan under construction waits for host pages."""
+        return any(move.src[0] is Tier.HOST and move.dst is not None and move.dst[0] is Tier.HBM for move in self.store.moves)
+
     def take_transfers(self) -> Transfers:
         """What the plan under construction does to pages, each kind in the order it must run. Ends the plan."""
         self._tiering.offload(self._watermark)

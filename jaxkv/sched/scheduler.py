@@ -202,7 +202,8 @@ class Scheduler:
 
     def _admit(self, plan_id: int, left: int, chunks: list[Chunk], seqs: list[Sequence], admits: list[Admit]) -> None:
         """First chunks of waiting sequences in order, up to the first that cannot enter; siblings may be passed, and
-        those whose pages are on their way. Pages start on their way for the first ``LOOKAHEAD`` that wait."""
+        those whose pages are on their way. Pages start on their way for the first ``LOOKAHEAD`` that wait. One whose pages
+        come right before the step has the step to itself."""
         waiting = self._waiting
         if len(waiting) > 1:
             for seq in waiting[:LOOKAHEAD]:
@@ -220,6 +221,7 @@ class Scheduler:
             if sibling or self._awaits_pages(seq, plan_id) or not room:
                 index += 1
                 continue
+            alone = not self._running
             length = self._acquire(seq, plan_id, left)
             if length == 0:
                 break
@@ -228,10 +230,12 @@ class Scheduler:
             admits.append(self._enter(seq))
             chunks.append(self._schedule(seq, length, plan_id))
             seqs.append(seq)
+            if alone and self.cache.bringing:
+                break
 
     def _awaits_pages(self, seq: Sequence, plan_id: int) -> bool:
-        """Whether pages of a waiting sequence's prefix are on their way; asks for them once there is room. With nothing
-        running they need not go ahead of the sequence, unless they come from the disk."""
+        """Whether pages of a waiting sequence's prefix are on their way; asks for them once there is room. If nobody else runs
+        or waits they need not go ahead of the sequence, unless they come from the disk."""
         if not seq.looked_up and not self._full:
             while (brought := self._prefetch(seq, plan_id)) is None and self._let_wait(seq.key):
                 pass
@@ -247,7 +251,7 @@ class Scheduler:
         most = [pages_needed(group, cache.page_size, len(seq.tokens), self._budget) for group in cache.groups]
         spare = [running + sum(other.rest[g] for other in self._ahead.values() if other.rest)
                  for g in range(len(cache.groups))]
-        return cache.prefetch(seq, plan_id, most, spare, cold=running > 0)
+        return cache.prefetch(seq, plan_id, most, spare, cold=running > 0 or len(self._waiting) > 1)
 
     def _leave_pages(self, seq: Sequence) -> None:
         """The sequence enters, or goes on without the pages that were brought for it."""
