@@ -17,7 +17,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +70,16 @@ class Case:
     later: tuple[float, float] | None = None
     load: float = 0.5  # share of the device's time that computing every prompt would take
     trace: str = ""
+    seed: int = 0
     conversations: int = 160
     hbm_tokens: int = 40960
     host_tokens: int = 131072
 
 
-def conversations(case: Case, seed: int = 0) -> list[Request]:
+def conversations(case: Case) -> list[Request]:
     """Multi-turn conversations that begin with one of a few system prompts; ids are dense in time. A turn's prompt
     contains the earlier turns and answers; arrivals do not depend on how fast they are served."""
-    rng = random.Random(seed)
+    rng = random.Random(case.seed)
     systems = [[rng.randrange(50000) for _ in range(rng.randrange(300, 1500))] for _ in range(4)]
     turns: list[tuple[float, list[int], int]] = []
     for _ in range(case.conversations):
@@ -143,46 +144,58 @@ def play(case: Case, rule: str) -> dict[str, Any]:
             "recomputed_tokens": s.recomputed_tokens, "demotions": s.demotions, "saves": s.saves}
 
 
-def cases(trace: str) -> list[Case]:
+def cases(trace: str, seed: int) -> list[Case]:
     """The sweeps: host link without a disk, disk behind a fast host link, loads, and links that change in mid-run."""
     out = []
     for name, m in MACHINES.items():
         even = m.page_bytes / PAGE_SIZE / m.per_token  # bytes per second at which bringing takes as long as computing
-        base = Case(name, even, 0.0, trace=trace)
+        base = Case(name, even, 0.0, trace=trace, seed=seed)
         out += [replace(base, host=even * x) for x in (1e-3, 1e-2, 0.1, 0.3, 0.7, 1.0, 1.5, 3.0, 10.0, 100.0)]
         out += [replace(base, host=even * 16, disk=even * x, host_tokens=40960)
                 for x in (1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)]
         out += [replace(base, host=even * x, load=load) for load in (0.1, 0.7) for x in (0.01, 0.5, 1.0, 2.0, 20.0)]
-        out += [replace(base, host=even * a, later=(even * b, 0.0)) for a, b in ((0.01, 20.0), (20.0, 0.01), (1.0, 30.0))]
+        out += [replace(base, host=even * a, later=(even * b, 0.0))
+                for a, b in ((0.01, 20.0), (20.0, 0.01), (0.3, 20.0), (20.0, 0.3), (1.0, 30.0))]
         out += [replace(base, host=even * 16, disk=even * a, later=(even * 16, even * b), host_tokens=40960)
                 for a, b in ((0.02, 20.0), (20.0, 0.02))]
     return out
 
 
 def point(case: Case) -> dict[str, Any]:
+    """What every rule takes; ``ratio``: measured costs over the best fixed rule."""
     rows = [play(case, rule) for rule in RULES]
     best = min((row for row in rows if row["rule"] != "measured"), key=lambda row: row["sum"])
-    return {"case": case.__dict__, "best": best["rule"], "ratio": rows[-1]["sum"] / best["sum"], "rules": rows}
+    return {"case": asdict(case), "best": best["rule"], "ratio": rows[-1]["sum"] / best["sum"], "rules": rows}
+
+
+def line(one: dict[str, Any]) -> str:
+    """A point's row of the table: rates in GB/s, mean time to first token in ms."""
+    case = one["case"]
+    rates = [f"{a / 1e9:.4g}" + (f" > {b / 1e9:.4g}" if a != b else "") for a, b in
+             zip((case["host"], case["disk"]), case["later"] or (case["host"], case["disk"]))]
+    return f"{case['machine']:24}{case['load']:5} {rates[0]:>16} {rates[1]:>16}" + \
+        "".join(f"{row['mean'] * 1e3:13.1f}" for row in one["rules"]) + f"{one['ratio']:8.3f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", default="", help="path of a trace, plain or .gz")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "cost-rules.json")
     args = parser.parse_args()
-    print(f"{'machine':24}{'load':>5} {'host GB/s':>16} {'disk GB/s':>16}" + "".join(f"{r:>10}" for r in RULES) + f"{'/ best':>8}")
+    print("mean time to first token, ms; rates in GB/s, \">\": changes in the middle of the run")
+    print(f"{'machine':24} load {'host':>16} {'disk':>16}" + "".join(f"{rule:>13}" for rule in RULES) + "  / best")
     points = []
     with ProcessPoolExecutor(args.jobs) as pool:
-        for one in pool.map(point, cases(args.trace)):
+        for one in pool.map(point, cases(args.trace, args.seed)):
             points.append(one)
-            case = one["case"]
-            later = case["later"] or (case["host"], case["disk"])
-            rates = [f"{a / 1e9:.4g}" + (f" > {b / 1e9:.4g}" if a != b else "") for a, b in zip((case["host"], case["disk"]), later)]
-            print(f"{case['machine']:24}{case['load']:5} {rates[0]:>16} {rates[1]:>16}"
-                  + "".join(f"{row['mean'] * 1e3:10.1f}" for row in one["rules"]) + f"{one['ratio']:8.3f}", flush=True)
-    print(f"worst: {max(one['ratio'] for one in points):.3f} of the best fixed rule (mean TTFT in ms above)")
-    args.json.write_text(json.dumps({"machines": {k: m.__dict__ for k, m in MACHINES.items()}, "points": points}, indent=1) + "\n")
+            print(line(one), flush=True)
+    worst = {name: max(one["ratio"] for one in points if bool(one["case"]["later"]) is changes)
+             for name, changes in (("constant links", False), ("links that change", True))}
+    print(f"worst over the best fixed rule: {worst}")
+    args.json.write_text(json.dumps({"machines": {name: asdict(m) for name, m in MACHINES.items()}, "worst": worst,
+                                     "points": points}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

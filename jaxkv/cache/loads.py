@@ -122,7 +122,7 @@ class Loader:
         for moves in load.pending:
             left[moves[0].src[0]] += len(moves) // len(self._store.hbm)
         end, tokens = (load.nodes[-1].end, left.total() * self._store.page_size) if left else (0, 0)
-        return costs.measured and costs.bring_seconds(left) > TOO_SLOW * costs.prefill_seconds(end - tokens, end)
+        return costs.measured and costs.fetch_seconds(left) > TOO_SLOW * costs.prefill_seconds(end - tokens, end)
 
     def under_way(self, tier: Tier) -> bool:
         """Whether pages of ``tier`` are on their way or will be."""

@@ -131,7 +131,7 @@ class Tiering:
             count = min(short, store.policies[Tier.HOST].tail(key))
             if len(victim) > count:
                 store.split(victim, len(victim) - count)
-            store.costs.dropped(len(victim), store.host_held)
+            store.costs.lost(len(victim), store.host_held)
             self._drop(victim)
         return True
 
@@ -179,7 +179,7 @@ class Tiering:
         ``load``, or, without one, before the step of this very plan.
         """
         store = self._store
-        store.costs.asked_for(node.start, node.end, store.host_held)
+        store.costs.used(node.start, node.end, store.host_held)
         start = store.first_page(node)
         for g, pages in enumerate(node.pages):
             pool = store.hbm[g]
@@ -210,7 +210,7 @@ class Tiering:
     def refill(self, node: Node, pages: list[list[int]]) -> None:
         """Give a HOST node the HBM pages of a sequence that computed the same tokens; it gets one more user."""
         store = self._store
-        store.costs.asked_for(node.start, node.end, store.host_held)
+        store.costs.used(node.start, node.end, store.host_held)
         for g, old in enumerate(node.pages):
             for page in old:
                 if page >= 0:
