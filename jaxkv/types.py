@@ -313,7 +313,7 @@ class Arrival:
 
     fetch_id: int
     ok: bool = True
-    seconds: float = 0.0  # from its start on the engine's clock
+    seconds: float = 0.0  # its link was busy with it: from its start, or the end of the one before it from the same tier
 
 
 @dataclass(frozen=True, slots=True)

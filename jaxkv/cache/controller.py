@@ -168,14 +168,14 @@ class CacheController:
         """Keep what HBM has of a waiting sequence's prefix until ``leave`` is called; False: nothing."""
         return self.enable_prefix_caching and self._prefetcher.keep(seq, plan_id)
 
-    def prefetch(self, seq: Sequence, plan_id: int, most: list[int], spare: list[int], cold: bool = True) -> bool | None:
+    def prefetch(self, seq: Sequence, plan_id: int, most: list[int], spare: list[int]) -> bool | None:
         """Begin to bring the prefix of a waiting sequence to HBM if all of it, at most ``most[group]`` pages besides the
         prefix, will fit and leave ``spare[group]`` to others.
 
-        Not ``cold``: only if a part is on disk, as ``acquire`` will bring the rest. True: the sequence has pages on the
+        True: the sequence has pages on the
         way, or kept for it, (``Sequence.waits``) until ``leave`` is called. None: there is no room.
         """
-        return self.enable_prefix_caching and self._prefetcher.prefetch(seq, plan_id, most, spare, cold)
+        return self.enable_prefix_caching and self._prefetcher.prefetch(seq, plan_id, most, spare)
 
     def leave(self, seq: Sequence) -> None:
         """A sequence that waits for pages enters, or gives up."""

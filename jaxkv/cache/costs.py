@@ -25,6 +25,8 @@ MEMORY = 64.0  # steps
 LINK_MEMORY = 8.0  # fetches, and steps with moves: links change, and are measured less often
 TRAINED = 8  # steps measured before moves are blamed for anything
 SURPRISE = 0.25  # share of a step that noise may explain
+GROWTH = 4
+FALL = 0.25  # share of what a link is remembered by, once it was found to be quicker
 LINK_WEIGHT = 0.5  # of a second on a link, while steps go on, against one of a step, for which others wait too
 BEGIN = 1.25  # gain over cost to take up moving again; at 1 it ends: half a path in a tier is of no use
 TRIALS = 0.004
@@ -35,7 +37,7 @@ class _Way:
 
     def __init__(self) -> None:
         self.fetches = Fit(2, LINK_MEMORY)  # pages, 1
-        self.open = True  # whether moving there was worth it when asked last
+        self.open = False  # whether moving there was worth it when asked last
         self.budget = 0.0  # seconds for trials
 
     def affordable(self, pages: int, each: float, fixed: float = 0.0) -> int:
@@ -57,26 +59,26 @@ class Costs:
         self._steps = Fit(3, MEMORY)  # tokens, positions, 1
         self._moves = Fit(1, LINK_MEMORY)  # pages, beyond the step
         self._fates = Fates()
-        self._most = 1  # pages of the next try to move
-        self._tried = False  # a try may be under way
+        self._most = 1  # pages that the next step may move to see what it takes
+        self._left = 0  # of those
         self._noticed = False  # whether a step took longer for its moves
 
     # ---- learn
 
     def fetched(self, tier: Tier, pages: int, seconds: float) -> None:
         """A fetch of ``pages`` from ``tier`` kept its link busy for ``seconds``."""
-        self._ways[tier].fetches.add(seconds, pages, 1.0)
+        self._ways[tier].fetches.add(seconds, pages, 1.0, fall=FALL)
 
     def stepped(self, tokens: int, positions: int, moved: int, seconds: float) -> None:
         """A step ran ``tokens`` whose positions add up to ``positions``; its plan moved ``moved`` pages to and from HBM."""
         step, moves = self._steps(tokens, positions, tokens > 0), self._moves(moved)
         if moved:
-            self._moves.add(seconds - step, moved)
+            self._moves.add(seconds - step, moved, fall=FALL)
             self._noticed |= seconds > (1.0 + SURPRISE) * step
-            self._most = max(self._most, 2 * moved)
-        if not moved or abs(seconds - step - moves) <= SURPRISE * (step + moves):
+            self._most = min(GROWTH * self._most, GROWTH * self._fetch_pages)
+        if not moved or abs(seconds - step - moves) <= SURPRISE * step:
             self._steps.add(max(0.0, seconds - moves), tokens, positions, tokens > 0)
-        self._tried = False
+        self._left = self._most if self._steps.count >= TRAINED else 0
         for way in self._ways.values():
             way.budget += TRIALS * seconds
 
@@ -109,9 +111,10 @@ class Costs:
         pages = self._pages(start, end)
         if not self.measured:
             return pages
-        if not self._noticed and self._most < self._fetch_pages:
-            tried, self._tried = self._tried, True
-            return 0 if tried or self._steps.count < TRAINED else min(pages, self._most)
+        if not self._noticed and self._most < GROWTH * self._fetch_pages:
+            pages = min(pages, self._left)
+            self._left -= pages
+            return pages
         way, cost = self._ways[tier], self._moves(1)
         saved = self._fates.saved(self.prefill_seconds(start, end) / pages) - LINK_WEIGHT * way.fetches(1)
         way.open = self._fates.share_used(held) * saved >= cost * (1.0 if way.open else BEGIN)

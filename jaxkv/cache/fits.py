@@ -22,8 +22,10 @@ class Fit:
     def __call__(self, *x: float) -> float:
         return sum(u * value for u, value in zip(self.terms, x))
 
-    def add(self, y: float, *x: float) -> None:
-        keep, u = self._keep, self.terms
+    def add(self, y: float, *x: float, fall: float = 1.0) -> None:
+        """Learn that ``x`` gave ``y``. If that is less than half of what was expected, all before counts ``fall`` of what it
+        did: a value far too high would take its time to fade, and keep what it speaks against from being measured."""
+        keep, u = self._keep * (fall if 2.0 * y < self(*x) else 1.0), self.terms
         for i, row in enumerate(self._xx):
             self._xx[i] = [keep * old + x[i] * value for old, value in zip(row, x)]
             self._xy[i] = keep * self._xy[i] + x[i] * y

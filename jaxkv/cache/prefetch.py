@@ -36,7 +36,7 @@ class Prefetcher:
         self._begin(seq, hit.path, hit.first, Load())
         return True
 
-    def prefetch(self, seq: Sequence, plan_id: int, most: list[int], spare: list[int], cold: bool) -> bool | None:
+    def prefetch(self, seq: Sequence, plan_id: int, most: list[int], spare: list[int]) -> bool | None:
         """See ``CacheController.prefetch``."""
         store = self._store
         if self.disk is None and not store.host_capacity:
@@ -48,7 +48,7 @@ class Prefetcher:
         if any(room - own < others for room, own, others in zip(room_beside(store, hit), rest, spare)):
             store.trie.prune(hit.path[0])
             return None
-        if not keys and not (cold and any(node.tier is Tier.HOST for node in hit.path[1:])):
+        if not keys and all(node.tier is Tier.HBM for node in hit.path[1:]):
             for load in dict.fromkeys(node.load for node in hit.path[1:] if node.load is not None):
                 self._wait(seq, load)
             store.trie.prune(hit.path[0])

@@ -1,15 +1,17 @@
 """Fetches under way: pages from the host tier or the disk into staging memory on the device, while steps run.
 
 Owns the staged arrays until a plan lands or refuses them, and the clock of each fetch. Decides nothing and never waits:
-host pages are copied by ``device_put``, disk pages are read, checked and put by the disk tier's reader threads, and
-``arrivals`` only looks. What does not come, or takes longer than ``LIMIT_S``, is reported as failed.
+host pages are copied by ``device_put``, disk pages are read, checked and put by the disk tier's reader threads, a watcher
+thread notes when copies have ended, and ``arrivals`` only looks. The engine looks once a step, which may be much later:
+taken for the link's doing, that would speak against fetches that cost nothing. What does not come, or takes longer than
+``LIMIT_S``, is reported as failed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -17,7 +19,7 @@ import jax
 
 from jaxkv.cache.trie import encode
 from jaxkv.runtime.disk import DiskStore, Payload
-from jaxkv.types import Arrival, Fetch, PageKey, PageMove
+from jaxkv.types import Arrival, Fetch, PageKey, PageMove, Tier
 
 LIMIT_S = 10.0  # a fetch of some megabytes that takes longer is not worth waiting for
 
@@ -28,6 +30,7 @@ class _Flight:
     start: float
     host_bytes: int = 0  # read buffers
     copies: list[jax.Array] | None = None  # of each move; None: not read yet
+    end: float | None = None  # on the device
     failed: bool = False
     reported: bool = False
 
@@ -47,6 +50,8 @@ class Fetches:
         self.disk = disk
         self._clock = clock
         self._flights: dict[int, _Flight] = {}
+        self._ended = dict.fromkeys(Tier, 0.0)  # when the latest fetch from a tier did
+        self._watcher = ThreadPoolExecutor(1, "fetches")
 
     def clear(self) -> None:
         """Forget everything under way."""
@@ -66,6 +71,7 @@ class Fetches:
         flight = self._flights[fetch.id] = _Flight(fetch, self._clock())
         if not fetch.keys:
             flight.copies = jax.device_put([host[m.group, m.src[1]] for m in fetch.moves], self._on_device)
+            self._watcher.submit(self._watch, flight)
             return
         assert self.disk is not None
         flight.host_bytes = sum(self._page_bytes[m.group] for m in fetch.moves)
@@ -80,7 +86,15 @@ class Fetches:
                 flight.failed = True
             else:
                 flight.copies = jax.device_put([pages[m.src[1]][m.group] for m in moves], self._on_device)
+                self._watcher.submit(self._watch, flight)
         except Exception:  # reported as a failed fetch: its pages are computed instead
+            flight.failed = True
+
+    def _watch(self, flight: _Flight) -> None:
+        try:
+            jax.block_until_ready(flight.copies)
+            flight.end = self._clock()
+        except Exception:  # as above
             flight.failed = True
 
     def arrivals(self) -> list[Arrival]:
@@ -89,11 +103,12 @@ class Fetches:
         for number, flight in self._flights.items():
             if flight.reported:
                 continue
-            seconds = self._clock() - flight.start
-            ok = flight.copies is not None and all(copy.is_ready() for copy in flight.copies)  # type: ignore[attr-defined]
-            if ok or flight.failed or seconds > LIMIT_S:
+            now, end = self._clock(), flight.end
+            if end is not None or flight.failed or now - flight.start > LIMIT_S:
                 flight.reported = True
-                out.append(Arrival(number, ok and not flight.failed, seconds))
+                tier = flight.fetch.moves[0].src[0]
+                out.append(Arrival(number, end is not None, (end or now) - max(flight.start, self._ended[tier])))
+                self._ended[tier] = end or now
         return out
 
     def wait(self, seconds: float) -> None:

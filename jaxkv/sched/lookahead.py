@@ -41,12 +41,10 @@ class Lookahead:
                 if self._cache.keep(seq, plan_id):
                     self._ahead[seq.request.id] = seq
 
-    def awaits_pages(self, seq: Sequence, plan_id: int, running: int, waiting: int) -> bool:
-        """Whether pages of a waiting sequence's prefix are on their way; asks for them once there is room. If nobody else
-        runs or waits they need not go ahead of the sequence, unless they come from the disk."""
+    def awaits_pages(self, seq: Sequence, plan_id: int, running: int) -> bool:
+        """Whether pages of a waiting sequence's prefix are on their way; asks for them once there is room."""
         if not seq.looked_up and not self._full:
-            cold = running > 0 or waiting > 1
-            while (brought := self._prefetch(seq, plan_id, running, cold)) is None and self.give_way(seq.key):
+            while (brought := self._prefetch(seq, plan_id, running)) is None and self.give_way(seq.key):
                 pass
             seq.looked_up = brought is not None
             self._full = brought is None
@@ -55,12 +53,12 @@ class Lookahead:
                 seq.asked = self._now
         return any(not load.done for load in seq.waits)
 
-    def _prefetch(self, seq: Sequence, plan_id: int, running: int, cold: bool) -> bool | None:
+    def _prefetch(self, seq: Sequence, plan_id: int, running: int) -> bool | None:
         cache = self._cache
         most = [pages_needed(group, cache.page_size, len(seq.tokens), self._budget) for group in cache.groups]
         spare = [running + sum(other.rest[g] for other in self._ahead.values() if other.rest)
                  for g in range(len(cache.groups))]
-        return cache.prefetch(seq, plan_id, most, spare, cold)
+        return cache.prefetch(seq, plan_id, most, spare)
 
     def enter(self, seq: Sequence) -> None:
         """The sequence enters a slot."""

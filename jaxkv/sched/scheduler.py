@@ -210,7 +210,7 @@ class Scheduler:
             if seq.in_flight or seq is self._stuck or not room and index >= LOOKAHEAD:
                 break
             sibling = seq.request.child and seq.request.parent in self._leading and not seq.owes_prompt_logprobs
-            if sibling or self._lookahead.awaits_pages(seq, plan_id, len(self._running), len(waiting)) or not room:
+            if sibling or self._lookahead.awaits_pages(seq, plan_id, len(self._running)) or not room:
                 index += 1
                 continue
             alone = not self._running

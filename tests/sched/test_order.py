@@ -216,7 +216,7 @@ def test_coming_back_is_a_prefix_hit():
     driver.run()
     driver.check_outputs()
     assert driver.inner.num_preemptions > 0
-    assert any(m.src[0] is Tier.HOST for p in driver.plans for m in p.moves)
+    assert any(m.src[0] is Tier.HOST for p in driver.plans for fetch in p.fetches for m in fetch.moves)
     assert scheduled(driver, "a") == 20 + 27
     assert scheduled(driver, "b") <= 20 + 27 + 2 * driver.inner.num_preemptions
 
