@@ -1,5 +1,7 @@
 """Pages that come from the disk, or fail to, change nothing in the tokens: the oracle of test_oracle.py below the host tier."""
 
+import time
+
 import pytest
 
 pytest.importorskip("xxhash", reason="the disk tier needs xxhash")
@@ -38,6 +40,27 @@ def test_pages_from_disk(devices, windows, host_pages, overlap, highest_precisio
     assert again.scheduler.cache.stats.disk_hit_tokens > 0 and run.tiers.bytes_moved[Tier.DISK, Tier.HBM] > 0
     assert [e for e in again.events if e[0] == "arrived"] and not [e for e in again.events if e[0] == "failed"]
     again.close()
+
+
+def test_two_engines_share_a_disk(highest_precision, tmp_path):
+    run = executor(False)
+    theirs, mine = (disk_store(tmp_path, run, refresh_s=0.01) for _ in range(2))
+    prompts = requests(1)
+    writer = engine(run, pages=60, disk=theirs)
+    run_all(writer, prompts)
+    while plan := writer.scheduler.plan_saves(1000, 0.0):
+        writer.scheduler.commit(plan, writer.executor.submit(plan).read(), 0.0)
+    assert theirs.flush(30)
+    deadline = time.monotonic() + 10
+    while mine.stats().pages < theirs.stats().pages and time.monotonic() < deadline:
+        time.sleep(0.02)
+    reader = engine(run, pages=60, disk=mine)
+    results = run_all(reader, prompts)
+    assert_greedy(False, results, [0, 0])
+    cached = {name: max(d.num_cached_tokens for d in r.deltas) for name, r in results.items()}
+    assert all(cached[name] >= (len(prompt) - 1) // 4 * 4 for name, (prompt, _) in prompts.items() if name in cached), cached
+    for store in (theirs, mine):
+        store.close()
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "late"])

@@ -25,6 +25,7 @@ from typing import NamedTuple
 from jaxkv.cache import hints
 from jaxkv.cache.check import check
 from jaxkv.cache.costs import Costs
+from jaxkv.cache.eviction import Point
 from jaxkv.cache.hit import Use, cold_runs, find_hit
 from jaxkv.cache.loads import Loader
 from jaxkv.cache.prefetch import Prefetcher
@@ -54,19 +55,22 @@ class CacheController:
     ``disk``: the tier below the host's, if there is one; it gets what the others drop and, with ``save_on_reuse``, what
     was used a second time. ``fetch_pages``: most pages of a fetch, two of which are under way at once. ``watermark``: share
     of the HBM pages that is kept free by offloading cold ones to the host tier ahead of need.
+    ``costs`` decides what is worth a move; None: by what it is told of steps and fetches.
     """
 
     def __init__(self, groups: tuple[KVGroup, ...], page_size: int, num_pages: tuple[int, ...],
                  num_host_pages: tuple[int, ...], policy: str = "lfu", root_salt: str = "",
                  enable_prefix_caching: bool = True, disk: DiskIndex | None = None, save_on_reuse: bool = True,
-                 fetch_pages: int = 64, watermark: float = 1 / 32, answer_worth: int = 0) -> None:
+                 fetch_pages: int = 64, watermark: float = 1 / 32, answer_worth: int = 0,
+                 costs: Costs | None = None) -> None:
         self.groups = groups
         self.page_size = page_size
         self.num_pages = num_pages
         self.num_host_pages = num_host_pages
         self.enable_prefix_caching = enable_prefix_caching
         self.trie = Trie(page_size, root_salt)
-        self.store = PageStore(self.trie, groups, num_pages, num_host_pages, policy, answer_worth)
+        self.store = PageStore(self.trie, groups, num_pages, num_host_pages, policy,
+                               costs or Costs(page_size, fetch_pages), answer_worth)
         self._now = 0.0
         self._tiering = Tiering(self.store, disk is not None)
         self._publisher = Publisher(self.store, self._tiering)
@@ -95,6 +99,10 @@ class CacheController:
         """Pages in use per tier and group; cached pages that nobody uses count."""
         return {Tier.HBM: tuple(pool.used for pool in self.store.hbm),
                 Tier.HOST: tuple(pool.used for pool in self.store.host)}
+
+    def curves(self) -> dict[Tier, list[Point]]:
+        """Page hit rates over capacities of each tier and those above together: what more memory would be worth."""
+        return {tier: policy.curve() for tier, policy in self.store.policies.items()}
 
     @property
     def disk(self) -> DiskIndex | None:
@@ -151,7 +159,7 @@ class CacheController:
                 return
             if self.disk is not None and not node.refs:
                 before = len(self.store.saves)
-                self._tiering.save(node, -1, pages)
+                self._tiering.save(node, most=pages)
                 pages -= len(self.store.saves) - before
 
     # ---- a sequence waits
@@ -212,8 +220,8 @@ class CacheController:
         hit = find_hit(store, seq, plan_id, Use.COLD if cold else Use.HOT)
         first, runs = cold_runs(store, hit)
         cut = store.costs.best_cut(first * self.page_size, runs, len(seq.tokens))
-        if cut < len(runs):
-            hit = find_hit(store, seq, plan_id, Use.COLD, first + sum(pages for _, pages in runs[:cut]))
+        if cut < sum(pages for _, pages in runs):
+            hit = find_hit(store, seq, plan_id, Use.COLD, first + cut)
         source, node = hit.source, hit.path[-1]
         keep = hit.pages - store.first_page(node)
         if keep < len(node):

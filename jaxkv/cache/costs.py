@@ -1,92 +1,143 @@
 """What it costs to bring pages back and to compute them, learnt from what steps and fetches took.
 
-Owns two running fits and the choice between the two ways. A fetch takes ``a + b * pages`` seconds per link; prefill of
-tokens at positions p takes ``c * tokens + d * sum(p)``, the second term being attention over what came before, which is why
-computing a page costs more the deeper it lies (RAGCache, Jin et al. 2024, weighs nodes so). Old measurements count half
-after ``MEMORY`` newer ones. Until both sides were measured, moving is taken to be cheaper.
+Owns the estimates and the choices that follow from them. A fetch takes ``a * pages + b`` seconds of its link. A step takes
+``c * tokens + d * positions + e``, where ``positions`` is the sum of its tokens' positions: attention over what came before
+makes computing a page cost more the deeper it lies (RAGCache, Jin et al. 2024, weighs nodes so). What a step with moves
+takes beyond that is the moves' doing, by page.
+
+A page moves down if its share of being used again times what that saves is more than the move costs. The share and the
+saving are those of pages that moved down before, whatever their depth: shallow ones are asked for more often, deep ones save
+more, and a path is lost with its upper part.
+
+Trying takes time too. Until prefill was measured, everything moves. Then few pages do, twice as many each time, as long
+as steps do not notice, and of a tier never fetched from comes one. What the estimates speak against is tried again once it
+should take less than ``TRIALS`` of what steps took since the last try: the link may have become quicker.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+
+from jaxkv.cache.fits import Fates, Fit
 from jaxkv.types import Tier
 
-MEMORY = 64.0  # measurements
+MEMORY = 64.0  # steps
+LINK_MEMORY = 8.0  # fetches, and steps with moves: links change, and are measured less often
+TRAINED = 8  # steps measured before moves are blamed for anything
+SURPRISE = 0.25  # share of a step that noise may explain
+LINK_WEIGHT = 0.5  # of a second on a link, while steps go on, against one of a step, for which others wait too
+BEGIN = 1.25  # gain over cost to take up moving again; at 1 it ends: half a path in a tier is of no use
+TRIALS = 0.004
 
 
-class _Fit:
-    """y = u * x1 + v * x2 with u, v >= 0 by decayed least squares."""
+class _Way:
+    """A tier to move to and to fetch from."""
 
     def __init__(self) -> None:
-        self._sums = [0.0] * 5  # x1 x1, x1 x2, x2 x2, x1 y, x2 y
-        self.count = 0
+        self.fetches = Fit(2, LINK_MEMORY)  # pages, 1
+        self.open = True  # whether moving there was worth it when asked last
+        self.budget = 0.0  # seconds for trials
 
-    def add(self, x1: float, x2: float, y: float) -> None:
-        keep = 0.5 ** (1.0 / MEMORY)
-        new = (x1 * x1, x1 * x2, x2 * x2, x1 * y, x2 * y)
-        self._sums = [keep * old + value for old, value in zip(self._sums, new)]
-        self.count += 1
-
-    def __call__(self, x1: float, x2: float) -> float:
-        a, b, c, p, q = self._sums
-        det = a * c - b * b
-        if det > 1e-9 * a * c:
-            u, v = (p * c - q * b) / det, (q * a - p * b) / det
-            if u >= 0.0 and v >= 0.0:
-                return u * x1 + v * x2
-        alone = ((p / a if a else 0.0) * x1, (q / c if c else 0.0) * x2)  # one term explains it all
-        errors = (-p * p / a if a else 0.0, -q * q / c if c else 0.0)
-        return alone[errors[1] < errors[0]]
+    def affordable(self, pages: int, each: float, fixed: float = 0.0) -> int:
+        """How many of ``pages`` to try, which should take ``fixed`` + ``each`` * pages seconds; spends them."""
+        spare = self.budget - fixed
+        pages = 0 if spare <= 0.0 else min(pages, int(spare / each)) if each else pages
+        if pages:
+            self.budget -= fixed + pages * each
+        return pages
 
 
 class Costs:
     """Seconds by link and of prefill. One instance per cache; what it is told decides all it says."""
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, fetch_pages: int = 64) -> None:
         self._page_size = page_size
-        self._links = {Tier.HOST: _Fit(), Tier.DISK: _Fit()}
-        self._prefill = _Fit()
+        self._fetch_pages = fetch_pages  # most of one fetch
+        self._ways = {Tier.HOST: _Way(), Tier.DISK: _Way()}
+        self._steps = Fit(3, MEMORY)  # tokens, positions, 1
+        self._moves = Fit(1, LINK_MEMORY)  # pages, beyond the step
+        self._fates = Fates()
+        self._most = 1  # pages of the next try to move
+        self._tried = False  # a try may be under way
+        self._noticed = False  # whether a step took longer for its moves
 
     # ---- learn
 
     def fetched(self, tier: Tier, pages: int, seconds: float) -> None:
-        """A fetch of ``pages`` from ``tier`` took ``seconds``."""
-        self._links[tier].add(1.0, pages, seconds)
+        """A fetch of ``pages`` from ``tier`` kept its link busy for ``seconds``."""
+        self._ways[tier].fetches.add(seconds, pages, 1.0)
 
-    def stepped(self, tokens: int, positions: int, seconds: float) -> None:
-        """A step with prefill ran ``tokens`` whose positions add up to ``positions``."""
-        self._prefill.add(tokens, positions, seconds)
+    def stepped(self, tokens: int, positions: int, moved: int, seconds: float) -> None:
+        """A step ran ``tokens`` whose positions add up to ``positions``; its plan moved ``moved`` pages to and from HBM."""
+        step, moves = self._steps(tokens, positions, tokens > 0), self._moves(moved)
+        if moved:
+            self._moves.add(seconds - step, moved)
+            self._noticed |= seconds > (1.0 + SURPRISE) * step
+            self._most = max(self._most, 2 * moved)
+        if not moved or abs(seconds - step - moves) <= SURPRISE * (step + moves):
+            self._steps.add(max(0.0, seconds - moves), tokens, positions, tokens > 0)
+        self._tried = False
+        for way in self._ways.values():
+            way.budget += TRIALS * seconds
+
+    def used(self, start: int, end: int, held: int) -> None:
+        """Somebody asked for positions [start, end), which the host tier has among ``held`` pages."""
+        self._fates.used(self._pages(start, end), self.prefill_seconds(start, end), held)
+
+    def lost(self, pages: int, held: int) -> None:
+        """The host tier drops ``pages`` of its ``held`` ones."""
+        self._fates.lost(pages, held)
 
     # ---- say
 
     @property
     def measured(self) -> bool:
-        return self._prefill.count > 0
+        """Whether prefill was."""
+        return self._steps.count > 0
 
     def prefill_seconds(self, start: int, end: int) -> float:
-        """To compute positions [start, end)."""
-        return self._prefill(end - start, (end - start) * (start + end - 1) / 2)
+        """To compute positions [start, end), besides what a step takes anyway."""
+        return self._steps(end - start, (end - start) * (start + end - 1) / 2)
 
-    def fetch_seconds(self, tier: Tier, pages: int) -> float:
-        """To bring ``pages`` from ``tier``; 0 for none, and until the link was measured."""
-        return self._links[tier](1.0, pages) if pages and self._links[tier].count else 0.0
+    def fetch_seconds(self, pages: Mapping[Tier, int]) -> float:
+        """To bring ``pages[tier]`` over idle links, one tier after the other; 0 from tiers that were not measured."""
+        return sum(self._ways[tier].fetches(count, -(-count // self._fetch_pages)) for tier, count in pages.items())
 
-    def worth_moving(self, tier: Tier, start: int, end: int) -> bool:
-        """Whether bringing the KV of positions [start, end) back from ``tier`` would beat computing it again, as a part of a
-        longer prefix: what a fetch takes whatever its size does not count, or tails of a few pages would all be dropped."""
-        pages = -(-(end - start) // self._page_size)
-        return not self.measured or self._links[tier](0.0, pages) <= self.prefill_seconds(start, end)
-
-    def best_cut(self, start: int, runs: list[tuple[Tier, int]], length: int) -> int:
-        """How many of ``runs`` (tier and pages, one after the other from position ``start``) to bring before the rest of
-        ``length`` tokens is computed, so that the first token comes soonest."""
+    def worth_moving(self, tier: Tier, start: int, end: int, held: int) -> int:
+        """How many pages of the KV of positions [start, end), which would be lost, to move to ``tier``: all, none, or the
+        first few to see what it takes. ``held``: pages in the host tier."""
+        pages = self._pages(start, end)
         if not self.measured:
-            return len(runs)
-        pages = dict.fromkeys(self._links, 0)
-        at, best, cut = start, self.prefill_seconds(start, length), 0
-        for index, (tier, count) in enumerate(runs, 1):
-            pages[tier] += count
-            at += count * self._page_size
-            seconds = sum(self.fetch_seconds(t, n) for t, n in pages.items()) + self.prefill_seconds(min(at, length), length)
-            if seconds <= best:
-                best, cut = seconds, index
+            return pages
+        if not self._noticed and self._most < self._fetch_pages:
+            tried, self._tried = self._tried, True
+            return 0 if tried or self._steps.count < TRAINED else min(pages, self._most)
+        way, cost = self._ways[tier], self._moves(1)
+        saved = self._fates.saved(self.prefill_seconds(start, end) / pages) - LINK_WEIGHT * way.fetches(1)
+        way.open = self._fates.share_used(held) * saved >= cost * (1.0 if way.open else BEGIN)
+        return pages if way.open else way.affordable(pages, cost)
+
+    def best_cut(self, start: int, runs: list[tuple[Tier, int]], length: int, busy: Container[Tier] = ()) -> int:
+        """How many pages of ``runs`` (tier and pages, one after the other from position ``start``) to bring before the rest
+        of ``length`` tokens is computed, so that the first token comes soonest. From a tier that was never measured at
+        most one, and none while it is ``busy``."""
+        if not self.measured:
+            return sum(pages for _, pages in runs)
+        brought = dict.fromkeys(self._ways, 0)
+        at, best, cut = 0, self.prefill_seconds(start, length), 0
+        for tier, pages in runs:
+            few = pages if self._ways[tier].fetches.count else int(tier not in busy)
+            brought[tier] += few
+            at += few
+            rest = self.prefill_seconds(min(start + at * self._page_size, length), length)
+            if self.fetch_seconds(brought) + rest <= best:
+                best, cut = self.fetch_seconds(brought) + rest, at
+            if few < pages:
+                break
+        if runs and not cut and self._ways[runs[0][0]].fetches.count:
+            way = self._ways[runs[0][0]]
+            return way.affordable(runs[0][1], *way.fetches.terms)
         return cut
+
+    def _pages(self, start: int, end: int) -> int:
+        return -(-(end - start) // self._page_size)

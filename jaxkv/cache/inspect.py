@@ -9,7 +9,6 @@ from heapq import nlargest
 from typing import Any
 
 from jaxkv.cache.controller import CacheController
-from jaxkv.cache.eviction import LFU
 from jaxkv.cache.trie import Node, Root
 from jaxkv.types import Tier
 
@@ -42,10 +41,8 @@ def inspect(cache: CacheController, top: int) -> dict[str, Any]:
 def curve(cache: CacheController) -> list[dict[str, float]]:
     """Page hit rates that other sizes of HBM and host tier together would give, by the shadows of the lowest tier's policy;
     empty if the policy keeps none or knows nothing yet."""
-    policy = cache.store.policies[Tier.HOST if cache.store.host_capacity else Tier.HBM]
-    if not isinstance(policy, LFU):
-        return []
-    return [{"pages": point.capacity, "hit_rate": point.hit_rate} for point in policy.curve()]
+    lowest = Tier.HOST if cache.store.host_capacity else Tier.HBM
+    return [{"pages": point.capacity, "hit_rate": point.hit_rate} for point in cache.curves()[lowest]]
 
 
 def _node(cache: CacheController, node: Node, below: int) -> dict[str, Any]:

@@ -11,13 +11,14 @@ A load that fails takes its nodes out of the tree, and whoever waited computes t
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.trie import Node
 from jaxkv.types import Arrival, Fetch, PageKey, PageMove, Tier
 
 IN_FLIGHT = 2  # fetches
+TOO_SLOW = 2.0  # times what computing takes, for the rest of a load to be given up
 
 
 class Load:
@@ -92,6 +93,7 @@ class Loader:
     def arrived(self, arrival: Arrival) -> bool:
         """Learn how a fetch ended. False: loads have failed, and whoever waits for one leaves before ``bury``."""
         load, moves = self._flying.pop(arrival.fetch_id)
+        self._store.costs.fetched(moves[0].src[0], len(moves) // len(self._store.hbm), arrival.seconds)
         wanted = arrival.ok and not load.failed
         self._landings.append((arrival.fetch_id, wanted))
         if load.failed:
@@ -100,17 +102,31 @@ class Loader:
             self._store.stats.failed_loads += 1
             self._fail(load)
             return False
-        self._store.costs.fetched(moves[0].src[0], len(moves) // len(self._store.hbm), arrival.seconds)
         for move in moves:
             if move.last:
                 self._store.host[move.group].give(move.src[1])
         load.pending.remove(moves)
+        given_up = [late for late in self.loads if not late.failed and self._too_slow(late)]
+        for late in given_up:
+            self._give_up(late)
         if load.done:
             for node in load.nodes:
                 node.load = None
             if not load.users:
                 self._end(load)
-        return True
+        return not given_up
+
+    def _too_slow(self, load: Load) -> bool:
+        """Whether what is to come of a load takes far longer than to compute it: the link has become slower."""
+        costs, left = self._store.costs, Counter[Tier]()
+        for moves in load.pending:
+            left[moves[0].src[0]] += len(moves) // len(self._store.hbm)
+        end, tokens = (load.nodes[-1].end, left.total() * self._store.page_size) if left else (0, 0)
+        return costs.measured and costs.fetch_seconds(left) > TOO_SLOW * costs.prefill_seconds(end - tokens, end)
+
+    def under_way(self, tier: Tier) -> bool:
+        """Whether pages of ``tier`` are on their way or will be."""
+        return any(moves[0].src[0] is tier for load in self.loads for moves in load.pending)
 
     def join(self, load: Load) -> None:
         """One more sequence waits for the load."""
@@ -134,9 +150,12 @@ class Loader:
         load = next((load for load in reversed(self.loads) if not load.done), None)
         if load is None:
             return False
+        self._give_up(load)
+        return True
+
+    def _give_up(self, load: Load) -> None:
         self._store.stats.cancelled_loads += 1
         self._fail(load)
-        return True
 
     def _fail(self, load: Load) -> None:
         """Mark ``load``, and every load that keeps or brings something below its nodes; their fetches will not land."""

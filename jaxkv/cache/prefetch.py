@@ -99,14 +99,15 @@ class Prefetcher:
         """Encoded tokens and digests of the pages that the disk tier has after the hit."""
         store, size = self._store, self._store.trie.page_bytes
         end = hit.path[-1]
-        at = hit.pages * size
-        if self.disk is None or end.end != hit.pages * store.page_size:
+        at, keep = hit.pages * size, hit.pages - store.first_page(end)
+        if self.disk is None:
             return b"", []
         data = encode(seq.tokens[:seq.match_limit])[at:]
         data = data[:len(data) // size * size]
-        if not data or data[:size] in end.children:
+        known = end.data[keep * size:(keep + 1) * size] == data[:size] if keep < len(end) else data[:size] in end.children
+        if not data or known:  # the hit was cut short
             return b"", []
-        keys = store.trie.digest(end.digests[-1], data)
+        keys = store.trie.digest(end.digests[keep - 1], data)
         count = self.disk.match(keys)
         return data[:count * size], keys[:count]
 
@@ -115,14 +116,13 @@ class Prefetcher:
         store = self._store
         first, runs = cold_runs(store, hit)
         runs += [(Tier.DISK, min(DISK_RUN, len(keys) - at)) for at in range(0, len(keys), DISK_RUN)]
-        cut = store.costs.best_cut(first * store.page_size, runs, len(seq.tokens))
-        if cut == len(runs):
-            return hit, keys
-        from_disk = sum(pages for tier, pages in runs[:cut] if tier is Tier.DISK)
-        if not from_disk:
-            hit = find_hit(store, seq, plan_id, Use.COMING, first + sum(pages for _, pages in runs[:cut]))
-        store.stats.recomputed_tokens += sum(pages for _, pages in runs[cut:]) * store.page_size
-        return hit, keys[:from_disk]
+        cut = store.costs.best_cut(first * store.page_size, runs, len(seq.tokens),
+                                  [tier for tier in (Tier.HOST, Tier.DISK) if self._loader.under_way(tier)])
+        found = sum(pages for _, pages in runs)
+        if cut < found - len(keys):
+            hit = find_hit(store, seq, plan_id, Use.COMING, first + cut)
+        store.stats.recomputed_tokens += (found - cut) * store.page_size
+        return hit, keys[:max(0, cut - (found - len(keys)))]
 
     def _attach(self, parent: Node, data: bytes, keys: list[bytes], request: Request, load: Load) -> Node:
         """The node that pages on disk become; PROMPT if it lies within the prompt."""

@@ -43,12 +43,12 @@ class Publisher:
                 child = store.split(child, count)
             if child.tier is Tier.HBM:
                 store.hold(child)
-                use(store, child, seq.request)
                 self._swap(seq, child)
             else:
                 own = [pages[at // size:at // size + count] for pages in seq.pages]
                 self._tiering.refill(child, own)
                 _mark(child, settled, plan_id)
+            use(store, child, seq.request)
             store.claim(child, len(seq.request.prompt))
             data = data[count * store.trie.page_bytes:]
             at = seq.num_published = child.end

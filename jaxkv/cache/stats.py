@@ -24,7 +24,7 @@ class CacheStats:
     page_wait_seconds: float = 0.0  # how long, together
     loads: int = 0  # sequences whose pages came while others ran
     failed_loads: int = 0  # those whose pages did not come: computed instead
-    cancelled_loads: int = 0  # those given up for room
+    cancelled_loads: int = 0  # those given up, for room or as their link became slow
     offloads: int = 0  # demoted pages that left ahead of need
     recomputed_tokens: int = 0  # found below HBM, and quicker to compute than to bring
     saves: int = 0  # pages handed to the disk tier

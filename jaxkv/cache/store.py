@@ -22,11 +22,11 @@ class PageStore:
     """Pools, policies and moves behind the trie."""
 
     def __init__(self, trie: Trie, groups: Sequence[KVGroup], num_pages: Sequence[int], num_host_pages: Sequence[int],
-                 policy: str, answer_worth: int = 0) -> None:
+                 policy: str, costs: Costs, answer_worth: int = 0) -> None:
         self.trie = trie
         self.page_size = trie.page_size
         self.stats = CacheStats()
-        self.costs = Costs(trie.page_size)
+        self.costs = costs
         self.answer_worth = answer_worth  # log2 of what a use of an ANSWER node counts, compared with a PROMPT node
         self._spans = [group.window for group in groups]
         self.full = [g for g, group in enumerate(groups) if group.window is None]
@@ -204,6 +204,11 @@ class PageStore:
         self.moves.append(PageMove(group, (Tier.HOST, page), None))
 
     # ---- room
+
+    @property
+    def host_held(self) -> int:
+        """Pages (of every group) in the host tier."""
+        return max(pool.used for pool in self.host)
 
     def available(self, group: int) -> int:
         """Pages of a group that are free or can be made free."""

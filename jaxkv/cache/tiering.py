@@ -76,9 +76,13 @@ class Tiering:
             count = min(count, store.host_capacity)
         if len(node) > count:
             store.split(node, len(node) - count)
-        policy = store.policies[Tier.HBM]
-        moving = not policy.is_over(node.key) and store.costs.worth_moving(Tier.HOST, node.start, node.end)
-        if moving and self._host_room(node):
+        over = not store.host_capacity or store.policies[Tier.HBM].is_over(node.key)
+        worth = 0 if over else store.costs.worth_moving(Tier.HOST, node.start, node.end, store.host_held)
+        if 0 < worth < len(node):
+            upper = store.split(node, worth)
+            self._drop(node)
+            node = upper
+        if worth and self._host_room(node):
             self._demote(node)
         else:
             self._drop(node)
@@ -90,27 +94,28 @@ class Tiering:
             below = [node]
             for node in below:
                 below.extend(node.children.values())
-                self.save(node, -1)
+                self.save(node)
         self._store.discard(below[0] if self._disk else node)
 
-    def save(self, node: Node, plan_id: int, most: int = sys.maxsize) -> None:
+    def save(self, node: Node, plan_id: int | None = None, most: int = sys.maxsize) -> None:
         """Hand the first ``most`` full pages of a node that the disk tier did not get yet to it; none that plan ``plan_id``
         computes or that a window group has lost."""
         store, size = self._store, self._store.trie.page_bytes
         if node.load is not None or node.born == plan_id:
             return
-        over = store.policies[node.tier].is_over(node.key)
-        if over or not store.costs.worth_moving(Tier.DISK, node.start, node.end):
+        full = min(len(node.data) // size, node.saved + most)
+        if node.saved >= full or store.policies[node.tier].is_over(node.key):
             return
-        end = min(len(node.data) // size, node.saved + most)
-        for i in range(node.saved, end):
+        start, end = node.start + node.saved * store.page_size, node.start + full * store.page_size
+        full = min(full, node.saved + store.costs.worth_moving(Tier.DISK, start, end, store.host_held))
+        for i in range(node.saved, full):
             if all(pages[i] >= 0 for pages in node.pages):
                 tokens = memoryview(node.data[i * size:(i + 1) * size]).cast("i")
                 store.moves += [PageMove(g, (node.tier, pages[i]), (Tier.DISK, len(store.saves)))
                                 for g, pages in enumerate(node.pages)]
                 store.saves.append(PageKey(node.digests[i].hex(), tuple(tokens)))
-        store.stats.saves += max(0, end - node.saved)
-        node.saved = max(node.saved, end)
+        store.stats.saves += full - node.saved
+        node.saved = full
 
     def _host_room(self, node: Node) -> bool:
         """Make room in the host tier for all pages of ``node``, dropping host nodes by policy."""
@@ -126,6 +131,7 @@ class Tiering:
             count = min(short, store.policies[Tier.HOST].tail(key))
             if len(victim) > count:
                 store.split(victim, len(victim) - count)
+            store.costs.lost(len(victim), store.host_held)
             self._drop(victim)
         return True
 
@@ -173,6 +179,7 @@ class Tiering:
         ``load``, or, without one, before the step of this very plan.
         """
         store = self._store
+        store.costs.used(node.start, node.end, store.host_held)
         start = store.first_page(node)
         for g, pages in enumerate(node.pages):
             pool = store.hbm[g]
@@ -203,6 +210,7 @@ class Tiering:
     def refill(self, node: Node, pages: list[list[int]]) -> None:
         """Give a HOST node the HBM pages of a sequence that computed the same tokens; it gets one more user."""
         store = self._store
+        store.costs.used(node.start, node.end, store.host_held)
         for g, old in enumerate(node.pages):
             for page in old:
                 if page >= 0:

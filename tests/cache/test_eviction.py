@@ -1,11 +1,15 @@
 """One contract for all policies; then what is special about each."""
 
+import random
+from itertools import pairwise
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from jaxkv.cache.eviction import ARC, GDSF, LFU, LRU, POLICIES, DecayedLFU, TwoQueue
+from jaxkv.cache.eviction.reuse import STEPS, ReuseModel
 from jaxkv.config import EVICTION_POLICIES
 
 
@@ -320,3 +324,91 @@ def test_arc_prefers_the_list_that_exceeds_its_share():
     policy.withdraw(key(2))
     policy._target = 4.0
     assert policy.victim() == key(0), "the other list gives when one has no candidate"
+
+
+# ---- the default
+
+
+def requests(policy, paths):
+    """Each path is read or written by one request, top first; full tiers give room. Pages found."""
+    found = 0
+    for path in paths:
+        have = [k for k in path if k in policy]
+        found += len(have)
+        for k in have:
+            policy.withdraw(k)
+            policy.touch(k)
+        while len(policy.sizes()) + len(path) - len(have) > policy.capacity:
+            policy.remove(policy.victim())
+        for depth, k in enumerate(path):
+            if k not in policy:
+                policy.add(k, [k], depth)
+        for k in reversed(path):
+            policy.rest(k)
+            policy.offer(k)
+    return found
+
+
+def popular_and_once(count, popular=8):
+    """Pages 0..popular - 1 now and then, others never again."""
+    return [[key(i * 5 % popular if i % 3 == 0 else 1000 + i)] for i in range(count)]
+
+
+def test_lfu_learns_what_never_comes_back():
+    paths = popular_and_once(3000)
+    assert requests(LFU(12), paths) > 2 * requests(LRU(12), paths) + 500
+
+
+def test_lfu_goes_back_to_recency_when_it_is_better():
+    rng = random.Random(0)
+    paths = [[key((i // 6 * 3 + rng.randrange(4)) % 9000)] for i in range(4000)]  # each page for a short time only
+    assert requests(LFU(8), paths) >= 0.98 * requests(LRU(8), paths)
+
+
+def test_the_curve_is_what_a_larger_tier_gives():
+    rng = random.Random(1)
+    paths = [[key(int(rng.paretovariate(0.6)) % 3000)] for _ in range(12000)]
+    policy = LFU(200)
+    requests(policy, paths[:6000])
+    points = policy.curve()
+    assert [p.capacity for p in points] == [200, 250, 300, 400, 800]
+    assert all(a.hit_rate <= b.hit_rate + 0.01 for a, b in pairwise(points))
+    for point in points:
+        larger = LFU(point.capacity)
+        requests(larger, paths[:3000])
+        assert requests(larger, paths[3000:6000]) / 3000 == pytest.approx(point.hit_rate, abs=0.05)
+
+
+def test_lower_tiers_follow_the_requests_of_the_top():
+    top = LFU(8)
+    low = LFU(8, top)
+    requests(top, popular_and_once(300))
+    assert [p.capacity for p in low.curve()][0] == 16
+    assert low.curve()[0].hit_rate >= top.curve()[0].hit_rate > 0.1
+
+
+def test_a_count_speaks_for_its_part_of_the_node():
+    policy = LFU(10)
+    path = [key(i) for i in range(6)]
+    policy.add(path[0], path[:2], 0)
+    for _ in range(5):
+        policy.touch(path[0])
+    policy.remove(path[0])
+    policy.add(path[0], path, 0)  # two pages were here before, four are new
+    policy.offer(path[0])
+    assert policy.victim() == path[0] and policy.tail(path[0]) == 4
+    policy.split(path[0], path[2], 4, 2)
+    assert policy.victim() == path[2] and policy.tail(path[0]) == 2
+
+
+def test_gittins_index_is_the_best_rate():
+    model = ReuseModel(100)
+    rng = random.Random(2)
+    chances = [rng.random() ** 3 for _ in range(STEPS)]
+    for start, worth in enumerate(model._worths(chances)):
+        left, cost, best = 1.0, 0.0, 0.0
+        for chance, low, high in list(zip(chances, model._edges, model._edges[1:]))[start:]:
+            cost += left * (1 - chance / 2) * (high - low)
+            left *= 1 - chance
+            best = max(best, (1 - left) / cost)
+        assert worth == pytest.approx(best)

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
+from typing import NamedTuple
 
 
 class Entry:
@@ -91,6 +92,13 @@ class Candidates:
         while heap and heap[0][4].offer != heap[0][2]:
             heappop(heap)
         return heap[0][3:] if heap else None
+
+
+class Point(NamedTuple):
+    """Of a curve: ``capacity`` in pages of this tier and those above, ``hit_rate`` of page reads in 0..1."""
+
+    capacity: int
+    hit_rate: float
 
 
 class EvictionPolicy(ABC):
@@ -244,7 +252,11 @@ class EvictionPolicy(ABC):
     def _push(self, key: bytes, entry: Entry) -> None:
         self._candidates(entry).push(key, entry, entry.until if entry.until and not entry.ended else entry.rank)
 
-    # ---- integrity
+    # ---- what is there to know
+
+    def curve(self) -> list[Point]:
+        """Hit rates that other capacities would give, by the shadows of a policy that has any; its own comes first."""
+        return []
 
     def offered(self) -> dict[bytes, int]:
         """Pages of every offered node. O(n): for integrity checks."""

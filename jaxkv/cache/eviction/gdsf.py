@@ -6,7 +6,7 @@ weights, growing with its position for attention. ``balance`` is the position wh
 for a dense transformer with 12 width^2 weights a layer, 24,576 for Llama-3-8B's width.
 
 Token hit rate in % at 1, 5, 10, 25, 50 % of the distinct blocks of two traces (``bench.replay``):
-GDSF_ROWS
+    chat 5.8 19.8 28.9 34.5 36.5   agent 16.6 66.2 82.7 93.6 95.7
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class ReuseModel:
                         self._cohorts[step + 1].append(cohort)
 
     def refresh(self, turnovers: float) -> None:
-        """Recompute the table, and forget what is due after ``turnovers`` more. O(CLASSES * STEPS^2) at most."""
+        """Recompute the table, and forget what is due after ``turnovers`` more. O(CLASSES * STEPS)."""
         used = [sum(column) for column in zip(*self._used)]
         risk = [sum(column) for column in zip(*self._risk)]
         common = [(u + 0.02) / (r + 1.0) for u, r in zip(used, risk)]
@@ -120,15 +120,19 @@ class ReuseModel:
                 table[cls] = [x * keep for x in row]
 
     def _worths(self, chances: Sequence[float]) -> list[float]:
-        """Gittins' index by age step, from the chance of a use in each."""
-        widths = [self._edges[i + 1] - self._edges[i] for i in range(STEPS)]
-        worths = []
-        for start in range(STEPS):
-            left, cost, best = 1.0, 0.0, 0.0
-            for chance, width in zip(chances[start:], widths[start:]):
-                cost += left * (1.0 - chance / 2) * width
-                left *= 1.0 - chance
-                if 1.0 - left > best * cost:
-                    best = (1.0 - left) / cost
-            worths.append(best)
+        """Gittins' index by age step, from the chance of a use in each. O(STEPS).
+
+        Backwards: a step takes the steps after it along as long as they are better than itself, so that what is left is
+        a list of blocks of falling worth. A block holds the chance of a use in it and its expected space-time.
+        """
+        worths = [0.0] * STEPS
+        blocks: list[tuple[float, float]] = []
+        for step in reversed(range(STEPS)):
+            chance = chances[step]
+            cost = (1.0 - chance / 2) * (self._edges[step + 1] - self._edges[step])
+            while blocks and blocks[-1][0] * cost >= chance * blocks[-1][1]:
+                then = blocks.pop()
+                chance, cost = chance + (1.0 - chance) * then[0], cost + (1.0 - chance) * then[1]
+            blocks.append((chance, cost))
+            worths[step] = chance / cost
         return worths

@@ -10,9 +10,10 @@ their hits are the curve "so much more memory = so many more hits".
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heappop, heappush
 from math import sqrt
-from typing import NamedTuple
 
+from jaxkv.cache.eviction.base import Point
 from jaxkv.cache.eviction.reuse import CLASSES, NEVER, Cohort, ReuseModel, class_of, one_more
 
 RECENCY, WORTH = 0, 1  # rankings
@@ -21,14 +22,7 @@ HISTORY = 8  # times the capacity is remembered of pages that left
 WINDOW = 2.0  # turnovers after which hits count half in the comparison
 CERTAIN = 0.5  # standard errors that a ranking must be ahead by to be taken
 REFRESH = 16  # comparisons in a turnover
-CURVE = (0.5, 1.0, 1.25, 1.5, 2.0, 4.0)  # capacities of the curve, in those of this tier and the ones above
-
-
-class Point(NamedTuple):
-    """Of a curve: ``capacity`` in pages of this tier and those above, ``hit_rate`` of page reads in 0..1."""
-
-    capacity: int
-    hit_rate: float
+CURVE = (1.0, 1.25, 1.5, 2.0, 4.0)  # capacities of the curve, in those of this tier and the ones above
 
 
 class _Page:
@@ -61,18 +55,23 @@ class _Shadow:
         self.queues[cls][digest] = clock
 
     def shrink(self, ranking: int, model: ReuseModel, clock: float) -> None:
-        """Evict down to the capacity."""
+        """Evict down to the capacity: ranks of the heads of the queues stand still while ``clock`` does."""
+        if self.size <= self.capacity:
+            return
+        heads: list[tuple[float, float, int]] = []  # rank, clock of last use, class
+
+        def enter(cls: int) -> None:
+            if queue := self.queues[cls]:
+                used = queue[next(iter(queue))]
+                heappush(heads, (model.table[cls][model.step(clock - used)] if ranking == WORTH else 0.0, used, cls))
+
+        for cls in range(CLASSES):
+            enter(cls)
         while self.size > self.capacity:
-            best, victim = None, None
-            for cls, queue in enumerate(self.queues):
-                if queue:
-                    digest, used = next(iter(queue.items()))
-                    rank = (model.table[cls][model.step(clock - used)] if ranking else 0.0, used)
-                    if best is None or rank < best:
-                        best, victim = rank, (queue, digest)
-            assert victim is not None
-            del victim[0][victim[1]]
+            _, _, cls = heappop(heads)
+            del self.queues[cls][next(iter(self.queues[cls]))]
             self.size -= 1
+            enter(cls)
 
 
 class Directory:
@@ -136,7 +135,7 @@ class Directory:
             self._compare(turnovers)
 
     def _forget(self) -> None:
-        """Drop what was not used for long and is in no shadow but a large one."""
+        """Drop what was not used for long; at most the largest shadow still holds it."""
         limit = HISTORY * self.reach * self._share + 1024
         while len(self._pages) > limit:
             digest, page = next(iter(self._pages.items()))
