@@ -114,7 +114,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         label = "computed" + (f" ({result['computed_layers']} layer(s) x {result['factor']:g})" if result["factor"] > 1 else "")
         panel.plot(x, [r["prefill_s"] for r in rows], "-k", linewidth=2, label=label)
         panel.set(title=result["model"], xlabel="prompt (tokens)", ylabel="seconds", xscale="log", yscale="log")
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="upper left")
         panel.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)

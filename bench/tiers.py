@@ -202,7 +202,8 @@ def summary(cell: str, runs: list[dict[str, Any]], base: list[dict[str, Any]]) -
              for q in ("p50", "p90")}
     prompts = sum(run["prompt_tokens"] for run in runs)
     hits = {tier: sum(run["hit_tokens"][tier] for run in runs) / prompts for tier in runs[0]["hit_tokens"]}
-    return {"cell": cell, **middle, **gains, "hit_share": hits, "same_tokens": statistics.mean(same)}
+    return {"cell": cell, **middle, **gains, "hit_share": hits, "same_tokens": statistics.mean(same),
+            "ttft_p50_runs_s": [run["ttft_p50_s"] for run in runs]}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -252,12 +253,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory (default: the built-in model)")
     parser.add_argument("--cells", default=",".join(CELLS), help="with commas; the first is the one to beat")
-    parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="with commas; the JSON keeps the others")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "tiers.json")
     args = parser.parse_args()
+    wanted = {name: WORKLOADS[name] for name in args.workloads.split(",")}
     report = {"device": jax.devices()[0].device_kind, "cpus": os.cpu_count(), "jax": jax.__version__, "commit": commit(),
-              **compare(args.model, args.cells.split(","), {n: WORKLOADS[n] for n in args.workloads.split(",")}, args.repeat)}
+              **compare(args.model, args.cells.split(","), wanted, args.repeat)}
+    old = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
+    report["rows"] = [row for row in old if row["workload"] not in wanted] + report["rows"]
     print(table(report))
     args.json.write_text(json.dumps(report, indent=1) + "\n")
 
