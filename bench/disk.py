@@ -1,6 +1,6 @@
 """The disk tier against plain files: GB/s of writing and reading pages, and the time to reopen.
 
-    python -m bench.disk                     1 GiB in pages of Llama-3-8B and of a small model, JSON in bench/results/disk.json
+    python -m bench.disk          512 MiB in pages of Llama-3-8B and of a small model, JSON in bench/results/disk.json
 
 Plain: the same bytes from the same arrays in calls of one batch, synced as often as the store seals a segment; read back page
 by page into new arrays. Both take turns, best of --repeat. "cold" reads come after the system was asked to forget the files,
@@ -124,8 +124,8 @@ def measure(folder: Path, name: str, shape: tuple[int, ...], size: int, repeat: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=1024)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--mib", type=int, default=512)
+    parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--dir", type=Path, help="where to write; default: the system's temporary directory")
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "disk.json")
     args = parser.parse_args()
@@ -140,7 +140,7 @@ def main() -> None:
             plain, store = rate[f"plain_{job}"], rate[f"store_{job}"]
             print(f"{row['shape']:<24}{row['page_bytes'] >> 10:>6}{job:>12}{plain:>12.2f}{store:>12.2f}{store / plain:>7.2f}")
         print(f"{row['shape']:<24}{'':>6}{'reopen':>12}{row['pages']:>8} pages in {row['reopen_s'] * 1e3:.1f} ms")
-    args.json.write_text(json.dumps({"cpus": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+    args.json.write_text(json.dumps({"cpus": os.cpu_count(), "load": os.getloadavg()[0], "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

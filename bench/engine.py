@@ -36,15 +36,15 @@ SHAPES = {  # hidden, layers, heads, kv heads, head_dim, mlp, vocab
 }
 
 
-def config_dir(shape: str) -> str:
-    """A directory with the config of a named Llama shape, for ``--load-format dummy``."""
+def config_dir(shape: str, **changes: Any) -> str:
+    """A directory with the config of a named Llama shape and ``changes`` to it, for ``--load-format dummy``."""
     hidden, layers, heads, kv_heads, head_dim, mlp, vocab = SHAPES[shape]
     folder = tempfile.mkdtemp(prefix=f"jaxkv-{shape}-")
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=hidden, num_hidden_layers=layers,
                   num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, intermediate_size=mlp,
                   vocab_size=vocab, max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0,
                   hidden_act="silu", tie_word_embeddings=shape == "tiny", torch_dtype="bfloat16")
-    Path(folder, "config.json").write_text(json.dumps(config))
+    Path(folder, "config.json").write_text(json.dumps(config | changes))
     return folder
 
 
@@ -58,7 +58,8 @@ class Clock:
 
 
 def drive(engine: Any, jobs: list[Job], rate: float | None, seed: int) -> tuple[float, Clock]:
-    """Runs the jobs to their end; returns wall seconds and the record. ``rate``: arrivals per second, None: all at once."""
+    """Runs the jobs to their end; returns wall seconds and the record. ``rate``: arrivals per second of jobs that come after no
+    other, None: all at once. A job arrives when it is due, even if a step is under way then."""
     from jaxkv import SamplingParams
 
     clock, rng = Clock(), random.Random(seed)
@@ -76,7 +77,7 @@ def drive(engine: Any, jobs: list[Job], rate: float | None, seed: int) -> tuple[
         for job in [j for j in waiting.values() if due.get(j.id, float("inf")) <= now]:
             del waiting[job.id]
             history[job.id] = (history[job.after] + clock.tokens[job.after] if job.after else []) + job.prompt
-            clock.arrival[job.id], clock.times[job.id], clock.tokens[job.id] = max(now, due[job.id]), [], []
+            clock.arrival[job.id], clock.times[job.id], clock.tokens[job.id] = due[job.id], [], []
             engine.add_request(job.id, history[job.id],
                                SamplingParams(temperature=0.0, max_tokens=job.max_new, ignore_eos=True))
         if not engine.has_work:
@@ -87,7 +88,7 @@ def drive(engine: Any, jobs: list[Job], rate: float | None, seed: int) -> tuple[
             clock.times[delta.request_id] += [now] * len(delta.token_ids)
             clock.tokens[delta.request_id] += delta.token_ids
             if delta.finish_reason:
-                due |= {j.id: now for j in waiting.values() if j.after == delta.request_id}
+                due |= {j.id: now + j.think for j in waiting.values() if j.after == delta.request_id}
     wall = time.perf_counter() - start
     wrong = [job.id for job in jobs if len(clock.tokens[job.id]) != job.max_new]
     assert not wrong, f"wrong number of tokens: {wrong}"

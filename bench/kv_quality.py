@@ -14,17 +14,29 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from jaxkv import LLM, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "checkpoints"))
 
+from eval_tiny import MIN_DISTANCE, unseen_task  # noqa: E402  the path comes first
+from text_data import stdlib_texts, token_stream  # noqa: E402
 
-def card(dtype: str, prompts: list[tuple[str, str]], windows: list[list[int]], exact: list[list[int]] | None) -> dict[str, Any]:
-    """The figures of one KV dtype; ``exact``: answers to the same prompts with exact KV."""
-    from jaxkv import LLM, SamplingParams
 
-    llm = LLM(kv_cache_dtype=dtype, dtype="float32", max_num_seqs=8, max_num_batched_tokens=512, enable_prefix_caching=False)
+class Questions(NamedTuple):
+    """What every cache is asked. prompts: (prompt, its one right answer); windows: held-out token ids to score."""
+
+    prompts: list[tuple[str, str]]
+    windows: list[list[int]]
+
+
+def card(llm: LLM, questions: Questions, exact: list[list[int]] | None) -> dict[str, Any]:
+    """The figures of an engine's KV cache; `exact`: answers to the same prompts with exact KV."""
+    prompts, windows = questions
     scored = llm.generate(windows, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     nll = [-row[token].logprob for out, ids in zip(scored, windows)
            for row, token in zip(out.prompt_logprobs[1:], ids[1:])]
@@ -35,11 +47,24 @@ def card(dtype: str, prompts: list[tuple[str, str]], windows: list[list[int]], e
     for mine, other in zip(answers, exact or answers):
         same += next((i for i, (a, b) in enumerate(zip(mine, other)) if a != b), min(len(mine), len(other)))
         total += len(other)
-    metrics = llm.engine.metrics
-    return {"kv_cache_dtype": metrics.info["kv_cache_dtype"], "tokens": len(nll),
-            "bytes_per_token": metrics.device.bytes_total // metrics.device.tokens_total, "loss": sum(nll) / len(nll),
-            "perplexity": math.exp(sum(nll) / len(nll)), "recall": right / len(prompts), "prompts": len(prompts),
-            "agreement": same / total, "answers": answers}
+    return {"tokens": len(nll), "loss": sum(nll) / len(nll), "perplexity": math.exp(sum(nll) / len(nll)),
+            "recall": right / len(prompts), "prompts": len(prompts), "agreement": same / total, "answers": answers}
+
+
+def make_llm(kv_cache_dtype: str) -> LLM:
+    """The built-in model in float32, every request computed as a whole."""
+    return LLM(kv_cache_dtype=kv_cache_dtype, dtype="float32", max_num_seqs=8, max_num_batched_tokens=512,
+               enable_prefix_caching=False)
+
+
+def ask(prompts: int, windows: int) -> Questions:
+    """Unseen recall tasks, and the first windows of 2,047 tokens of the held-out files."""
+    tokenizer = Tokenizer.from_file(str(ROOT / "checkpoints" / "default" / "tokenizer.json"))
+    texts = [text for _, text in stdlib_texts(held_out=True) if len(text) > 6 * MIN_DISTANCE]
+    tasks = [unseen_task(tokenizer, texts, seed, "recall", chat=False) for seed in range(prompts)]
+    stream = token_stream(tokenizer, held_out=True)
+    return Questions([(t.prompt(), t.queries[0].answer + t.queries[0].close) for t in tasks],
+                     [[int(t) for t in stream[i * 2047 : (i + 1) * 2047]] for i in range(windows)])
 
 
 def main() -> None:
@@ -49,20 +74,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "kv-quality.json")
     args = parser.parse_args()
 
-    from eval_tiny import MIN_DISTANCE, unseen_task
-    from text_data import stdlib_texts, token_stream
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(ROOT / "checkpoints" / "default" / "tokenizer.json"))
-    texts = [text for _, text in stdlib_texts(held_out=True) if len(text) > 6 * MIN_DISTANCE]
-    tasks = [unseen_task(tokenizer, texts, seed, "recall", chat=False) for seed in range(args.prompts)]
-    prompts = [(t.prompt(), t.queries[0].answer + t.queries[0].close) for t in tasks]
-    stream = token_stream(tokenizer, held_out=True)
-    windows = [[int(t) for t in stream[i * 2047 : (i + 1) * 2047]] for i in range(args.windows)]
-
+    questions = ask(args.prompts, args.windows)
     rows: list[dict[str, Any]] = []
     for dtype in ("auto", "bfloat16", "int8", "fp8_e4m3"):
-        rows.append(card(dtype, prompts, windows, rows[0]["answers"] if rows else None))
+        llm = make_llm(dtype)
+        metrics = llm.engine.metrics
+        rows.append({"kv_cache_dtype": metrics.info["kv_cache_dtype"],
+                     "bytes_per_token": metrics.device.bytes_total // metrics.device.tokens_total,
+                     **card(llm, questions, rows[0]["answers"] if rows else None)})
     for row in rows:
         del row["answers"]
         row["loss_more"] = row["loss"] - rows[0]["loss"]

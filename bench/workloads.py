@@ -1,4 +1,4 @@
-"""Request lists the engine benchmark runs: the four peer workloads' shapes and a shared-prefix probe.
+"""Request lists the benchmarks run: the four peer workloads' shapes, conversations with think time, questions on documents.
 
 Token ids are random above the special tokens; lengths depend on the workload only, ids on the seed too, so that a
 repeat is never answered from the cache of the one before.
@@ -20,6 +20,7 @@ class Job:
     prompt: list[int]
     max_new: int
     after: str | None = None
+    think: float = 0.0  # seconds from the end of ``after`` to the arrival
 
 
 def make(name: str, vocab: int, seed: int) -> list[Job]:
@@ -45,3 +46,23 @@ def make(name: str, vocab: int, seed: int) -> list[Job]:
                 jobs.append(Job(f"d{c}.{t}", ids(n), m, f"d{c}.{t - 1}" if t else None))
         return jobs
     raise ValueError(f"workload must be one of a, b, c, d, got {name!r}")
+
+
+def conversations(count: int, turns: int, first: int, turn: int, answer: int, think: float, vocab: int, seed: int) -> list[Job]:
+    """``count`` conversations: a prompt of ``first`` tokens, then ``turns`` - 1 of ``turn`` tokens, each answered with
+    ``answer`` tokens; between them exponential think times of ``think`` seconds in the mean."""
+    rng = random.Random(f"conversations {seed}")
+    ids = lambda n: [rng.randrange(min(FIRST_ID, vocab // 2), vocab) for _ in range(n)]  # noqa: E731
+    return [Job(f"{c}.{t}", ids(turn if t else first), answer, f"{c}.{t - 1}" if t else None, rng.expovariate(1 / think))
+            for c in range(count) for t in range(turns)]
+
+
+def questions(count: int, documents: int, document: int, question: int, answer: int, vocab: int, seed: int) -> list[Job]:
+    """``count`` questions of ``question`` tokens, each on one of ``documents`` prefixes of ``document`` tokens in random
+    order, every document equally often, answered with ``answer`` tokens."""
+    rng = random.Random(f"questions {seed}")
+    ids = lambda n: [rng.randrange(min(FIRST_ID, vocab // 2), vocab) for _ in range(n)]  # noqa: E731
+    texts = [ids(document) for _ in range(documents)]
+    order = [i % documents for i in range(count)]
+    rng.shuffle(order)
+    return [Job(f"{n}.{i}", texts[i] + ids(question), answer) for n, i in enumerate(order)]

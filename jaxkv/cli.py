@@ -45,6 +45,7 @@ class EngineOptions(TypedDict, total=False):
     disk_kv_required: bool
     kv_codec: str
     eviction_policy: str
+    answer_worth: int
     enable_prefix_caching: bool
     kv_cache_dtype: str
     kv_layout: str
@@ -84,6 +85,7 @@ _OPTIONS = (
     _Option("kv_codec", "text", "form of KV pages in host memory and on disk: exact; int8, int4, mixed (int8, deeper half "
                                 "int4), or a level for each layer with commas between: approximate"),
     _Option("eviction_policy", "text", "which pages leave first", choices=EVICTION_POLICIES),
+    _Option("answer_worth", "int", "log2 of what a use of an answer's KV counts beside a prompt's, for the eviction policy"),
     _Option("tensor_parallel_size", "int", "devices that share the model"),
     _Option("load_format", "text", "auto: safetensors; dummy: random weights", choices=("auto", "dummy")),
     _Option("kv_cache_dtype", "text", "dtype of the KV cache; auto: that of the model; int8, fp8_e4m3: quantised, approximate",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-EVICTION_POLICIES = ("lfu", "lru", "arc")
+EVICTION_POLICIES = ("lfu", "lru", "lfu-plain", "lfu-decayed", "arc", "2q", "gdsf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DISK_WRITES = ("reuse", "evict")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "int8", "fp8_e4m3")
@@ -63,6 +63,7 @@ class CacheConfig:
     kv_cache_memory: int | None = None  # bytes over the whole mesh; None: from free memory
     host_kv_memory: int | None = None  # bytes; None: from free memory; 0: no host tier
     eviction_policy: str = "lfu"
+    answer_worth: int = 0  # log2 of what a use of an answer's KV counts for the policy, beside a prompt's
     enable_prefix_caching: bool = True
     kv_cache_dtype: str = "auto"  # auto: the model's dtype; int8 and fp8_e4m3 with a scale per token and KV head
     kv_codec: str = "exact"  # form of pages below the device: exact, int8, int4, mixed, or a level for each layer
@@ -80,6 +81,8 @@ class CacheConfig:
             raise ConfigError(f"eviction_policy must be one of {', '.join(EVICTION_POLICIES)}, "
                               f"got {self.eviction_policy!r}")
         _at_least("disk_kv_memory", self.disk_kv_memory, 1)
+        if not -4 <= self.answer_worth <= 4:
+            raise ConfigError(f"answer_worth must be in [-4, 4], got {self.answer_worth}")
         if self.disk_kv_write not in DISK_WRITES:
             raise ConfigError(f"disk_kv_write must be one of {', '.join(DISK_WRITES)}, got {self.disk_kv_write!r}")
         if self.disk_kv_path is None and (self.disk_kv_memory is not None or self.disk_kv_required):

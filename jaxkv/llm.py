@@ -10,7 +10,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, TypeAlias, Unpack
 
@@ -21,10 +21,13 @@ from jaxkv.cli import EngineOptions, engine_config
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.outputs import RequestOutput, RequestState
 from jaxkv.runtime.startup import build_engine
-from jaxkv.types import SamplingParams
+from jaxkv.types import CacheHints, SamplingParams
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 Message: TypeAlias = Mapping[str, Any]
+
+
+_HINTS = tuple(f.name for f in fields(CacheHints))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class _Input:
 
     text: str | None
     token_ids: list[int]
-    cache_salt: str = ""
+    hints: CacheHints = CacheHints()
 
 
 class LLM:
@@ -71,7 +74,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Completes each prompt: a text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` (the dicts
-        may carry a ``cache_salt``: prompts of different salts share no KV), or a list of these.
+        may carry the fields of ``CacheHints``, such as ``cache_salt``), or a list of these.
 
         ``sampling_params`` is one for all or a list with one per prompt. Everything is checked before anything runs:
         ValueError names the prompt, the field and the limit. After any exception, Ctrl-C included, nothing of this
@@ -99,7 +102,10 @@ class LLM:
         return self._run(inputs, sampling_params, use_tqdm)
 
     def shutdown(self) -> None:
-        """Frees the engine and its memory; the object is of no further use. May be called twice."""
+        """Frees the engine and its memory, writes what a disk tier is to keep; the object is of no further use. May be
+        called twice."""
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
 
     def __enter__(self) -> LLM:
@@ -117,29 +123,30 @@ class LLM:
         return self.engine.tokenizer
 
     def _input(self, prompt: Prompt, name: str) -> _Input:
-        salt, field = "", name
+        hints, field = CacheHints(), name
         if isinstance(prompt, Mapping):
             keys = set(prompt) & {"prompt", "prompt_token_ids"}
-            if unknown := sorted(map(str, set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"})):
+            if unknown := sorted(map(str, set(prompt) - {"prompt", "prompt_token_ids", *_HINTS})):
                 raise ValueError(f"{name} has an unknown key {unknown[0]!r}; known: prompt, prompt_token_ids, "
-                                 "cache_salt")
+                                 + ", ".join(_HINTS))
             if not keys:
                 raise ValueError(f"{name} must hold prompt or prompt_token_ids")
-            salt = prompt.get("cache_salt", "")
-            if not isinstance(salt, str):
-                raise ValueError(f"{name}.cache_salt must be a string, got {salt!r}")
+            try:
+                hints = CacheHints(**{key: prompt[key] for key in _HINTS if key in prompt})
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from None
             if len(keys) == 2:
                 text, ids = prompt["prompt"], prompt["prompt_token_ids"]
                 ids = _token_ids(ids, f"{name}.prompt_token_ids")
-                return _Input(text if isinstance(text, str) else None, ids, salt)
+                return _Input(text if isinstance(text, str) else None, ids, hints)
             key = keys.pop()
             prompt, field = prompt[key], f"{name}.{key}"
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError(f"{field} must not be empty")
             with _naming(name):
-                return _Input(prompt, self._tokenizer("a prompt as text").encode(prompt), salt)
-        return _Input(None, _token_ids(prompt, field), salt)
+                return _Input(prompt, self._tokenizer("a prompt as text").encode(prompt), hints)
+        return _Input(None, _token_ids(prompt, field), hints)
 
     def _run(self, inputs: Sequence[_Input], sampling_params: SamplingParams | Sequence[SamplingParams] | None,
              use_tqdm: bool) -> list[RequestOutput]:
@@ -152,7 +159,7 @@ class LLM:
                     request_id = str(self._next_id)
                     self._next_id += 1
                     with _naming(f"prompts[{index}]" if len(inputs) > 1 else ""):
-                        engine.add_request(request_id, item.token_ids, param, cache_salt=item.cache_salt)
+                        engine.add_request(request_id, item.token_ids, param, item.hints)
                     states[request_id] = RequestState(request_id, item.text, item.token_ids, param, engine.tokenizer)
                 with _Progress(len(inputs), use_tqdm) as progress:
                     while engine.has_work:

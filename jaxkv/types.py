@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 MAX_LOGPROBS = 20  # top-n log-probabilities a request may ask for
 MAX_LOGIT_BIAS = 300  # entries of `logit_bias`, as the OpenAI API allows
+MAX_NAME = 256  # characters of a session id or a cache salt
+MAX_RETENTION = 7 * 86400.0  # seconds
 MAX_STOP_IDS = 32  # stop ids and end-of-sequence ids of one request together
 
 
@@ -144,6 +146,35 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheHints:
+    """What a request says about itself besides its tokens. Hints change which KV stays, never what is answered.
+
+    Raises ValueError that names the field and the limit.
+    """
+
+    priority: int = 0  # lower runs earlier, and its KV is worth more
+    cache_salt: str = ""  # prompts of different salts share no KV
+    session_id: str = ""  # conversation or agent session that the prompt is a turn of
+    end_session: bool = False  # the last turn: KV that only this session used may leave first
+    retention: float | None = None  # seconds for which other KV leaves before this
+    no_store: bool = False  # read the cache, leave nothing in it
+
+    def __post_init__(self) -> None:
+        _int("priority", self.priority, -(2**31), 2**31 - 1)
+        for name in ("cache_salt", "session_id"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or len(value) > MAX_NAME:
+                raise ValueError(f"{name} must be a string of at most {MAX_NAME} characters, got {value!r:.80}")
+        for name in ("end_session", "no_store"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.retention is not None:
+            _number("retention", self.retention, 0.0, MAX_RETENTION)
+        if self.end_session and not self.session_id:
+            raise ValueError("end_session needs a session_id")
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to complete once: a request with n > 1 is n of these with the same ``parent`` and child 0..n-1."""
 
@@ -158,6 +189,10 @@ class Request:
     priority: int = 0  # lower runs earlier
     namespace: str = ""  # cache salt: requests of different namespaces share no KV
     stop_ids: tuple[int, ...] = ()  # ends the sequence: stop_token_ids plus eos unless ignore_eos
+    session_id: str = ""  # conversation or agent session that the request is a turn of
+    end_session: bool = False  # the last turn: KV that only this session used may leave first
+    retention: float | None = None  # seconds that the KV is kept after use as long as anything else can leave
+    no_store: bool = False  # reads the cache, leaves nothing in it
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -201,6 +236,8 @@ class Sequence:
     dirty: list[int] = field(default_factory=list)  # [group] first page index the device's table does not know yet
     waits: list[Any] = field(default_factory=list)  # loads that bring pages of its prefix; left when it enters a slot
     rest: list[int] = field(default_factory=list)  # [group] pages it will need besides those that wait for it
+    brought: dict[Tier, int] = field(default_factory=dict)  # tokens of its prefix that came for it since it began to wait
+    asked: float | None = None  # when its pages were asked for, if they were
     kept: bool = False  # whether what HBM has of its prefix was kept since it began to wait
     looked_up: bool = False  # whether its prefix was asked for since it began to wait
 

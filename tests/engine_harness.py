@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,10 +17,12 @@ from jaxkv.device import models
 from jaxkv.device.batch import step_sizes
 from jaxkv.device.sharding import param_shardings
 from jaxkv.device.spec import KVSpec, ModelSpec, kv_groups
+from jaxkv.runtime.disk import DiskFormat, DiskStore
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.executor import JaxExecutor
 from jaxkv.runtime.memory import Capacity
 from jaxkv.runtime.outputs import Delta
+from jaxkv.runtime.page_ops import PageForm
 from jaxkv.sched.scheduler import Scheduler
 from jaxkv.types import SamplingParams
 
@@ -54,18 +58,28 @@ def executor(
 def engine(
     run: JaxExecutor, *, pages: int = POOL, host_pages: int = 0, policy: str = "lfu", budget: int = BUDGET,
     chunked: bool = True, overlap: bool = True, prefix_caching: bool = True, max_num_seqs: int = SEQS,
+    disk: DiskStore | None = None, fetch_pages: int = 8,
 ) -> Engine:
     """A fresh engine on a compiled executor; the controller may be told of fewer pages than the pool has."""
     groups = run.kv.groups
     run.tiers.clear()
     run.tiers.host_bytes = (host_pages + 2) * sum(g.page_bytes(PAGE) for g in groups)  # two pages of staging
+    run.tiers.disk = run.tiers.fetches.disk = disk
     config = EngineConfig(sched=SchedConfig(max_num_seqs, budget, chunked, overlap), cache=CacheConfig(PAGE))
     num_pages, num_host = (pages,) * len(groups), (host_pages,) * len(groups)
-    controller = CacheController(groups, PAGE, num_pages, num_host, policy, "test", prefix_caching)
+    controller = CacheController(groups, PAGE, num_pages, num_host, policy, "test", prefix_caching, disk,
+                                 fetch_pages=fetch_pages)
     capacity = Capacity(num_pages, 1, num_host, 1)
     scheduler = Scheduler(config.sched, controller, MAX_LEN, step_sizes=step_sizes(run.shapes))
     return Engine(config, scheduler, run, model_name="test", max_model_len=MAX_LEN, vocab_size=CONFIG["vocab_size"],
                   capacity=capacity)
+
+
+def disk_store(path: Path, run: JaxExecutor, **options: Any) -> DiskStore:
+    """A disk tier for the pages of ``run``; batches are so small that pages are on disk soon."""
+    form = PageForm(run.kv, run.mesh)
+    pages = tuple((shape, dtype.name) for shape, dtype in form.shapes)
+    return DiskStore(path, 2**26, DiskFormat("test", PAGE, pages), **options)
 
 
 @dataclass

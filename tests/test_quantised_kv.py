@@ -23,7 +23,7 @@ def tokens(results: dict[str, Result]) -> dict[str, list[int]]:
 @DTYPES
 def test_no_move_changes_a_token(kv_dtype, highest_precision):
     calm, run = serve(kv_dtype)
-    assert run.metrics.demotions == 0
+    assert run.metrics.evictions["demoted"] == 0
     moved, run = serve(kv_dtype, pages=20, host_pages=40)
     m, stats = run.metrics, run.scheduler.cache.stats
     assert m.demotions > 0 and m.promotions > 0 and stats.partial_copies > 0

@@ -22,8 +22,10 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
+from jaxkv.cache import hints
 from jaxkv.cache.check import check
 from jaxkv.cache.costs import Costs
+from jaxkv.cache.eviction import Point
 from jaxkv.cache.hit import Use, cold_runs, find_hit
 from jaxkv.cache.loads import Loader
 from jaxkv.cache.prefetch import Prefetcher
@@ -51,14 +53,16 @@ class CacheController:
 
     ``root_salt`` names all that KV depends on besides tokens and namespace: model fingerprint, layout, adapter.
     ``disk``: the tier below the host's, if there is one; it gets what the others drop and, with ``save_on_reuse``, what
-    was used a second time. ``fetch_pages``: most pages of a fetch, two of which are under way at once.
+    was used a second time. ``fetch_pages``: most pages of a fetch, two of which are under way at once. ``watermark``: share
+    of the HBM pages that is kept free by offloading cold ones to the host tier ahead of need.
     ``costs`` decides what is worth a move; None: by what it is told of steps and fetches.
     """
 
     def __init__(self, groups: tuple[KVGroup, ...], page_size: int, num_pages: tuple[int, ...],
                  num_host_pages: tuple[int, ...], policy: str = "lfu", root_salt: str = "",
                  enable_prefix_caching: bool = True, disk: DiskIndex | None = None, save_on_reuse: bool = True,
-                 fetch_pages: int = 64, costs: Costs | None = None) -> None:
+                 fetch_pages: int = 64, watermark: float = 1 / 32, answer_worth: int = 0,
+                 costs: Costs | None = None) -> None:
         self.groups = groups
         self.page_size = page_size
         self.num_pages = num_pages
@@ -66,11 +70,13 @@ class CacheController:
         self.enable_prefix_caching = enable_prefix_caching
         self.trie = Trie(page_size, root_salt)
         self.store = PageStore(self.trie, groups, num_pages, num_host_pages, policy,
-                               costs or Costs(page_size, fetch_pages))
+                               costs or Costs(page_size, fetch_pages), answer_worth)
+        self._now = 0.0
         self._tiering = Tiering(self.store, disk is not None)
         self._publisher = Publisher(self.store, self._tiering)
         self._loader = Loader(self.store, fetch_pages)
         self._prefetcher = Prefetcher(self.store, self._tiering, self._loader, disk)
+        self._watermark = int(watermark * min(num_pages))
         self._save_on_reuse = save_on_reuse and disk is not None
         self._windows = [(g, group.window) for g, group in enumerate(groups) if group.window is not None]
 
@@ -94,6 +100,10 @@ class CacheController:
         return {Tier.HBM: tuple(pool.used for pool in self.store.hbm),
                 Tier.HOST: tuple(pool.used for pool in self.store.host)}
 
+    def curves(self) -> dict[Tier, list[Point]]:
+        """Page hit rates over capacities of each tier and those above together: what more memory would be worth."""
+        return {tier: policy.curve() for tier, policy in self.store.policies.items()}
+
     @property
     def disk(self) -> DiskIndex | None:
         """The disk tier, if there is one."""
@@ -108,17 +118,49 @@ class CacheController:
         """Whether pages are under way: an ``arrived`` will follow."""
         return self._loader.busy
 
+    @property
+    def bringing(self) -> bool:
+        """Whether the step of the plan under construction waits for host pages."""
+        return any(move.src[0] is Tier.HOST and move.dst is not None and move.dst[0] is Tier.HBM for move in self.store.moves)
+
     def take_transfers(self) -> Transfers:
         """What the plan under construction does to pages, each kind in the order it must run. Ends the plan."""
+        self._tiering.offload(self._watermark)
         landings, fetches = self._loader.take()
         moves, saves = tuple(self.store.moves), tuple(self.store.saves)
         self.store.moves.clear()
         self.store.saves.clear()
+        self.store.plan += 1
         return Transfers(landings, moves, saves, fetches)
+
+    def tick(self, now: float) -> None:
+        """Time passes, for retention; seconds on the injected clock, once a plan."""
+        self._now = now
+        for policy in self.store.policies.values():
+            policy.tick(now)
 
     def check(self, sequences: list[Sequence]) -> None:
         """Recompute all ownership; ``sequences``: those acquired and not released. AssertionError if it is broken."""
         check(self.store, sequences, self._loader.loads)
+
+    @property
+    def has_host_tier(self) -> bool:
+        return self.store.host_capacity > 0
+
+    def lose_host_tier(self) -> None:
+        """Forget what the host tier holds and use it no more; loads that need it have failed. Then ``bury``."""
+        self.store.host_capacity = 0
+        self._loader.fail_host()
+
+    def save(self, pages: int) -> None:
+        """Hand up to ``pages`` pages that only memory has to the disk tier, for the end of the process."""
+        for node in self.trie.nodes():
+            if pages <= 0:
+                return
+            if self.disk is not None and not node.refs:
+                before = len(self.store.saves)
+                self._tiering.save(node, most=pages)
+                pages -= len(self.store.saves) - before
 
     # ---- a sequence waits
 
@@ -150,8 +192,12 @@ class CacheController:
         return self._loader.cancel()
 
     def bury(self) -> None:
-        """Forget the pages of failed loads."""
+        """Forget the pages of failed loads, and of a host tier that was lost."""
         self._loader.bury()
+        if not self.store.host_capacity:
+            tops = [n for n in self.trie.nodes() if n.tier is Tier.HOST and n.parent and n.parent.tier is Tier.HBM]
+            for node in tops:
+                self.store.discard(node)
 
     # ---- a sequence enters
 
@@ -196,6 +242,8 @@ class CacheController:
             self._protect(source, False)
         stats.query_tokens += len(seq.tokens)
         stats.hit_tokens += seq.num_scheduled
+        for tier, tokens in seq.brought.items():
+            stats.came_from(tier, min(tokens, seq.num_scheduled))
         return seq.num_scheduled
 
     def _pin(self, node: Node, first: list[int]) -> list[Node]:
@@ -218,11 +266,11 @@ class CacheController:
         """Bring a pinned path into HBM, count the use and give the sequence the pages."""
         for node in path:
             if node.tier is Tier.HOST:
-                self.store.stats.host_hit_tokens += len(node) * self.page_size
+                self.store.stats.came_from(Tier.HOST, len(node) * self.page_size)
                 self._tiering.promote(node, seq.first, None)
             elif self._save_on_reuse:
                 self._tiering.save(node, plan_id)
-            self.store.policies[Tier.HBM].touch(node.key)
+            hints.use(self.store, node, seq.request)
             for mine, pages in zip(seq.pages, node.pages, strict=True):
                 mine += pages
         for g, _ in self._windows:
@@ -246,7 +294,7 @@ class CacheController:
         if self.trie.partial(node):
             store.policies[node.tier].touch(node.key)
         if node.tier is Tier.HOST:
-            store.stats.host_hit_tokens += source.tokens
+            store.stats.came_from(Tier.HOST, source.tokens)
         store.stats.partial_copies += 1
 
     # ---- a sequence runs
@@ -287,7 +335,7 @@ class CacheController:
 
         Where the trie has a page already the sequence goes over to it. Cheap when there is nothing to give.
         """
-        if not self.enable_prefix_caching:
+        if not self._stores(seq):
             return
         done = min(len(seq.tokens), seq.num_scheduled)
         full = done - done % self.page_size
@@ -296,14 +344,17 @@ class CacheController:
         if done == len(seq.request.prompt) and seq.num_published == full < done:
             self._publisher.last_page(seq, done, seq.num_settled, plan_id)
 
-    def release(self, seq: Sequence) -> None:
+    def _stores(self, seq: Sequence) -> bool:
+        return self.enable_prefix_caching and not seq.request.no_store
+
+    def release(self, seq: Sequence, ended: bool = False) -> None:
         """Publish everything, a partly filled last page included, and hold nothing any more.
 
-        For the end of a sequence, an abort and a preemption alike, but not while a chunk of it is in the plan under
-        construction.
+        For the end of a sequence and an abort (``ended``) and for a preemption, but not while a chunk of it is in the
+        plan under construction.
         """
         store = self.store
-        if seq.node is not None:
+        if seq.node is not None and self._stores(seq):
             done = min(len(seq.tokens), seq.num_scheduled)
             full = done - done % self.page_size
             if full > seq.num_published:
@@ -320,4 +371,5 @@ class CacheController:
             for page in reversed(seq.pages[g][seq.first[g]:shared]):
                 store.window_pool(g).unshare(page)
         store.unpin(seq.node)
+        hints.leave(store, seq.node, seq.request, ended, self._now)
         seq.pages, seq.first, seq.dirty, seq.node, seq.num_published = [], [], [], None, 0

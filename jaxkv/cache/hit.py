@@ -48,7 +48,8 @@ def find_hit(store: PageStore, seq: Sequence, plan_id: int, use: Use, most: int 
             break
     if pages > most:
         pages, sources = most, []
-    source = next((s for s in sources if s.ready(plan_id, store.page_size) and use is not Use.COMING), None)
+    copied = {Use.HOT: (Tier.HBM,), Use.COLD: (Tier.HBM, Tier.HOST), Use.COMING: ()}[use]
+    source = next((s for s in sources if s.node.tier in copied and s.ready(plan_id, store.page_size)), None)
     while True:
         tokens = pages * store.page_size + (source.tokens if source else 0)
         hit = Hit(path, pages, source, store.first_visible(tokens), [])

@@ -139,6 +139,12 @@ class Loader:
         if load.done and not load.failed and not load.users:
             self._end(load)
 
+    def fail_host(self) -> None:
+        """Every load that brings or keeps something of the host tier fails."""
+        for load in list(self.loads):
+            if not load.failed and (load.host_pages or (load.end and load.end.tier is Tier.HOST)):
+                self._fail(load)
+
     def cancel(self) -> bool:
         """Give up the load that was begun last of those under way; False if there is none. Its pages are free after
         ``bury``, its KV is lost unless the disk has it."""

@@ -6,12 +6,13 @@ trie but finds pages by their digest; they become nodes when their load begins.
 
 from __future__ import annotations
 
+from jaxkv.cache import hints
 from jaxkv.cache.hit import Hit, Use, cold_runs, find_hit, room_beside
 from jaxkv.cache.loads import Load, Loader
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
 from jaxkv.cache.trie import Node, encode
-from jaxkv.types import DiskIndex, Kind, PageKey, PageMove, Sequence, Tier
+from jaxkv.types import DiskIndex, Kind, PageKey, PageMove, Request, Sequence, Tier
 
 DISK_RUN = 16  # pages: how finely a run on disk may be cut
 
@@ -66,10 +67,11 @@ class Prefetcher:
         assert room, "find_hit chose a prefix that there is no room for"
         for node in path:
             if node.tier is Tier.HOST:
-                store.stats.host_hit_tokens += len(node) * store.page_size
+                seq.brought[Tier.HOST] = seq.brought.get(Tier.HOST, 0) + len(node) * store.page_size
                 self._tiering.promote(node, hit.first, load)
         if keys:
-            load.end = self._attach(end, data[:len(keys) * store.trie.page_bytes], keys, len(seq.request.prompt), load)
+            seq.brought[Tier.DISK] = seq.brought.get(Tier.DISK, 0) + len(keys) * store.page_size
+            load.end = self._attach(end, data[:len(keys) * store.trie.page_bytes], keys, seq.request, load)
         seq.rest = [max(0, n - len(keys)) for n in rest]
         store.stats.loads += 1
         self._loader.fetch(load)
@@ -97,14 +99,15 @@ class Prefetcher:
         """Encoded tokens and digests of the pages that the disk tier has after the hit."""
         store, size = self._store, self._store.trie.page_bytes
         end = hit.path[-1]
-        at = hit.pages * size
-        if self.disk is None or end.end != hit.pages * store.page_size:
+        at, keep = hit.pages * size, hit.pages - store.first_page(end)
+        if self.disk is None:
             return b"", []
         data = encode(seq.tokens[:seq.match_limit])[at:]
         data = data[:len(data) // size * size]
-        if not data or data[:size] in end.children:
+        known = end.data[keep * size:(keep + 1) * size] == data[:size] if keep < len(end) else data[:size] in end.children
+        if not data or known:  # the hit was cut short
             return b"", []
-        keys = store.trie.digest(end.digests[-1], data)
+        keys = store.trie.digest(end.digests[keep - 1], data)
         count = self.disk.match(keys)
         return data[:count * size], keys[:count]
 
@@ -121,13 +124,13 @@ class Prefetcher:
         store.stats.recomputed_tokens += (found - cut) * store.page_size
         return hit, keys[:max(0, cut - (found - len(keys)))]
 
-    def _attach(self, parent: Node, data: bytes, keys: list[bytes], prompt: int, load: Load) -> Node:
-        """The node that pages on disk become; PROMPT if it lies within the first ``prompt`` tokens."""
+    def _attach(self, parent: Node, data: bytes, keys: list[bytes], request: Request, load: Load) -> Node:
+        """The node that pages on disk become; PROMPT if it lies within the prompt."""
         store = self._store
         size, page_size = store.trie.page_bytes, store.page_size
         pages = [pool.take_many(len(keys)) for pool in store.hbm]
-        inside = parent.kind is Kind.PROMPT and parent.end + len(keys) * page_size <= prompt
-        node = store.attach(parent, data, Kind.PROMPT if inside else Kind.ANSWER, pages)
+        inside = parent.kind is Kind.PROMPT and parent.end + len(keys) * page_size <= len(request.prompt)
+        node = store.attach(parent, data, Kind.PROMPT if inside else Kind.ANSWER, pages, hints.session_of(request))
         node.load, node.saved = load, len(keys)
         load.nodes.append(node)
         load.shared += [(g, page) for g in store.windows for page in pages[g]]
@@ -135,7 +138,6 @@ class Prefetcher:
             tokens = memoryview(data[i * size:(i + 1) * size]).cast("i")
             load.keys.append(PageKey(key.hex(), tuple(tokens)))
             load.moves += [PageMove(g, (Tier.DISK, i), (Tier.HBM, own[i])) for g, own in enumerate(pages)]
-        store.stats.disk_hit_tokens += len(keys) * page_size
         return node
 
 

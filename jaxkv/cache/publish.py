@@ -6,6 +6,7 @@ if that one is in the host tier, the trie takes the sequence's instead.
 
 from __future__ import annotations
 
+from jaxkv.cache.hints import session_of, use, worth
 from jaxkv.cache.pages import WindowPool
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
@@ -47,6 +48,7 @@ class Publisher:
                 own = [pages[at // size:at // size + count] for pages in seq.pages]
                 self._tiering.refill(child, own)
                 _mark(child, settled, plan_id)
+            use(store, child, seq.request)
             store.claim(child, len(seq.request.prompt))
             data = data[count * store.trie.page_bytes:]
             at = seq.num_published = child.end
@@ -92,7 +94,8 @@ class Publisher:
                 store.extend(node, run, pages)
             else:
                 self._supersede(node, run[:store.trie.page_bytes])
-                seq.node = store.attach(node, run, kind, pages)
+                seq.node = store.attach(node, run, kind, pages, session_of(seq.request),
+                                        worth(seq.request, kind, store.answer_worth))
             _mark(seq.node, settled, plan_id)
             seq.num_published += count * store.page_size
 
@@ -107,7 +110,8 @@ class Publisher:
             return
         self._supersede(seq.node, data)
         kind = Kind.PROMPT if done <= len(seq.request.prompt) else Kind.ANSWER
-        seq.node = store.attach(seq.node, data, kind, [[page] for page in pages])
+        seq.node = store.attach(seq.node, data, kind, [[page] for page in pages], session_of(seq.request),
+                                worth(seq.request, kind, store.answer_worth))
         _mark(seq.node, settled, plan_id)
         seq.num_published = done
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxkv.types import Tier
+
 
 @dataclass
 class CacheStats:
@@ -11,19 +13,29 @@ class CacheStats:
 
     query_tokens: int = 0  # tokens of sequences at admission, the one that always runs included
     hit_tokens: int = 0  # those found in any tier
-    host_hit_tokens: int = 0  # those found in the host tier
-    disk_hit_tokens: int = 0  # those found on disk
+    host_hit_tokens: int = 0  # of the found ones those that came from the host tier
+    disk_hit_tokens: int = 0  # and from disk
     demotions: int = 0  # pages HBM -> HOST
     promotions: int = 0  # pages HOST -> HBM
     evictions: int = 0  # pages dropped for room: their KV is lost
     holes: int = 0  # pages of one window group dropped for room
     partial_copies: int = 0  # pages copied because a match ended inside
+    page_waits: int = 0  # sequences that waited for pages before they entered
+    page_wait_seconds: float = 0.0  # how long, together
     loads: int = 0  # sequences whose pages came while others ran
     failed_loads: int = 0  # those whose pages did not come: computed instead
     cancelled_loads: int = 0  # those given up, for room or as their link became slow
+    offloads: int = 0  # demoted pages that left ahead of need
     recomputed_tokens: int = 0  # found below HBM, and quicker to compute than to bring
     saves: int = 0  # pages handed to the disk tier
     splits: int = 0
     claims: int = 0  # ANSWER nodes that became PROMPT
     swaps: int = 0  # pages computed twice: the trie's page replaced the sequence's
     supersedes: int = 0  # partly filled leaves replaced by longer ones
+
+    def came_from(self, tier: Tier, tokens: int) -> None:
+        """Found tokens were brought from a lower tier."""
+        if tier is Tier.HOST:
+            self.host_hit_tokens += tokens
+        else:
+            self.disk_hit_tokens += tokens

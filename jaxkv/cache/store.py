@@ -22,11 +22,12 @@ class PageStore:
     """Pools, policies and moves behind the trie."""
 
     def __init__(self, trie: Trie, groups: Sequence[KVGroup], num_pages: Sequence[int], num_host_pages: Sequence[int],
-                 policy: str, costs: Costs) -> None:
+                 policy: str, costs: Costs, answer_worth: int = 0) -> None:
         self.trie = trie
         self.page_size = trie.page_size
         self.stats = CacheStats()
         self.costs = costs
+        self.answer_worth = answer_worth  # log2 of what a use of an ANSWER node counts, compared with a PROMPT node
         self._spans = [group.window for group in groups]
         self.full = [g for g, group in enumerate(groups) if group.window is None]
         self.windows = [g for g, group in enumerate(groups) if group.window is not None]
@@ -35,9 +36,11 @@ class PageStore:
         self.host = [PagePool(n) for n in num_host_pages]
         counted = self.full or self.windows
         self.host_capacity = min(num_host_pages[g] for g in counted)
-        self.policies = {tier: POLICIES[policy](min(pages[g] for g in counted))
-                         for tier, pages in ((Tier.HBM, num_pages), (Tier.HOST, num_host_pages))}
+        hbm = POLICIES[policy](min(num_pages[g] for g in counted))
+        host = POLICIES[policy](self.host_capacity, hbm if self.host_capacity else None)
+        self.policies = {Tier.HBM: hbm, Tier.HOST: host}
         self.nodes: dict[bytes, Node] = {}  # by Node.key
+        self.plan = 0  # plans that ended
         self.idle = 0  # pages (of every full group) of HBM nodes that nobody uses
         self.moves: list[PageMove] = []
         self.saves: list[PageKey] = []
@@ -102,20 +105,23 @@ class PageStore:
 
     # ---- nodes
 
-    def attach(self, parent: Node, data: bytes, kind: Kind, pages: list[list[int]]) -> Node:
-        """A new HBM node with one user, the sequence that brings the pages."""
+    def attach(self, parent: Node, data: bytes, kind: Kind, pages: list[list[int]], session: str | None = None,
+               worth: int = 0) -> Node:
+        """A new HBM node with one user, the sequence that brings the pages. ``worth``: log2 of what this use counts."""
         node = self.trie.attach(parent, data, kind, pages)
+        node.session = session
         node.refs = 1
         self.nodes[node.key] = node
-        self.policies[Tier.HBM].add(node.key, len(node), node.start)
+        self.policies[Tier.HBM].add(node.key, node.digests, node.start, worth)
         self.adopt(node, pages)
         self.settle(parent)
         return node
 
     def extend(self, node: Node, data: bytes, pages: list[list[int]]) -> None:
         """Append pages of its only user to a node without children."""
+        known = len(node)
         self.trie.extend(node, data, pages)
-        self.policies[Tier.HBM].extend(node.key, len(pages[0]))
+        self.policies[Tier.HBM].extend(node.key, node.digests[known:])
         self.adopt(node, pages)
 
     def adopt(self, node: Node, pages: list[list[int]]) -> None:
@@ -157,15 +163,14 @@ class PageStore:
             self.window_pool(g).disown(node.pages[g][0])
         self._forget(node)
 
-    def _forget(self, node: Node) -> float:
-        """Take a node whose pages are taken care of out of the tree; its heat."""
+    def _forget(self, node: Node) -> None:
+        """Take a node whose pages are taken care of out of the tree."""
         parent = node.parent
         assert parent is not None
         del self.nodes[node.key]
-        heat = self.policies[node.tier].remove(node.key)
+        self.policies[node.tier].remove(node.key)
         self.trie.detach(node)
         self.settle(parent)
-        return heat
 
     def discard(self, node: Node) -> None:
         """Drop an unused node and everything below it."""

@@ -9,11 +9,12 @@ policy, so that such models use the host tier too.
 
 Order is everything: the moves of a plan run one after the other before its step, so a page freed here may be taken
 again at once, in either tier. What a chunk of the plan under construction computes is never moved: its nodes are pinned
-by the sequence that runs, and no sequence with a chunk in a plan is released before ``take_moves`` ends the plan.
+by the sequence that runs, and no sequence with a chunk in a plan is released before ``take_transfers`` ends the plan.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from jaxkv.cache.loads import Load
@@ -21,6 +22,9 @@ from jaxkv.cache.pages import WindowPool
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.trie import Node
 from jaxkv.types import PageKey, PageMove, Tier
+
+WINDOW = 32  # plans that a page rests after it changed its tier, unless room is needed at once
+OFFLOAD_PAGES = 16  # most pages that one plan offloads ahead of need
 
 
 class Tiering:
@@ -45,17 +49,35 @@ class Tiering:
                 self._reclaim(g)
         return True
 
+    def offload(self, watermark: int) -> None:
+        """Keep ``watermark`` pages free by demoting a few cold ones ahead of need, as FastServe does (Wu et al. 2023).
+
+        What came within the last ``WINDOW`` plans stays, and so does what a waiting sequence keeps, being pinned."""
+        store = self._store
+        if not store.host_capacity or not store.full:
+            return
+        short = watermark - min(store.hbm[g].free for g in store.full)
+        if short <= 0 or not store.idle:
+            return
+        key = store.policies[Tier.HBM].victim()
+        if key is not None and store.plan - store.nodes[key].moved >= WINDOW:
+            before = store.stats.demotions
+            self._evict(min(short, OFFLOAD_PAGES))
+            store.stats.offloads += store.stats.demotions - before
+
     def _evict(self, count: int) -> None:
         """Take up to ``count`` tail pages of the policy's victim out of HBM."""
         store = self._store
         key = store.policies[Tier.HBM].victim()
         assert key is not None, "idle pages without a candidate"
         node = store.nodes[key]
+        count = min(count, store.policies[Tier.HBM].tail(key))
         if store.host_capacity:
             count = min(count, store.host_capacity)
         if len(node) > count:
             store.split(node, len(node) - count)
-        worth = store.costs.worth_moving(Tier.HOST, node.start, node.end, store.host_held) if store.host_capacity else 0
+        over = not store.host_capacity or store.policies[Tier.HBM].is_over(node.key)
+        worth = 0 if over else store.costs.worth_moving(Tier.HOST, node.start, node.end, store.host_held)
         if 0 < worth < len(node):
             upper = store.split(node, worth)
             self._drop(node)
@@ -72,17 +94,17 @@ class Tiering:
             below = [node]
             for node in below:
                 below.extend(node.children.values())
-                self.save(node, -1)
+                self.save(node)
         self._store.discard(below[0] if self._disk else node)
 
-    def save(self, node: Node, plan_id: int) -> None:
-        """Hand the full pages of a node to the disk tier, once; none that plan ``plan_id`` computes or that a window
-        group has lost."""
+    def save(self, node: Node, plan_id: int | None = None, most: int = sys.maxsize) -> None:
+        """Hand the first ``most`` full pages of a node that the disk tier did not get yet to it; none that plan ``plan_id``
+        computes or that a window group has lost."""
         store, size = self._store, self._store.trie.page_bytes
         if node.load is not None or node.born == plan_id:
             return
-        full = len(node.data) // size
-        if node.saved >= full:
+        full = min(len(node.data) // size, node.saved + most)
+        if node.saved >= full or store.policies[node.tier].is_over(node.key):
             return
         start, end = node.start + node.saved * store.page_size, node.start + full * store.page_size
         full = min(full, node.saved + store.costs.worth_moving(Tier.DISK, start, end, store.host_held))
@@ -106,8 +128,9 @@ class Tiering:
             if key is None:
                 return False
             victim = store.nodes[key]
-            if len(victim) > short:
-                store.split(victim, len(victim) - short)
+            count = min(short, store.policies[Tier.HOST].tail(key))
+            if len(victim) > count:
+                store.split(victim, len(victim) - count)
             store.costs.lost(len(victim), store.host_held)
             self._drop(victim)
         return True
@@ -118,16 +141,16 @@ class Tiering:
         parent, key = node.parent, node.key
         assert parent is not None and not node.refs and not node.hot
         store.idle -= len(node)
-        heat = store.policies[Tier.HBM].remove(key)
+        entry = store.policies[Tier.HBM].remove(key)
         store.free_hbm(node)
         for g, pages in enumerate(node.pages):
             for i, page in enumerate(pages):
                 if page >= 0:
                     pages[i] = store.host[g].take()
                     store.moves.append(PageMove(g, (Tier.HBM, page), (Tier.HOST, pages[i])))
-        node.tier = Tier.HOST
+        node.tier, node.moved = Tier.HOST, store.plan
         parent.hot -= 1
-        store.policies[Tier.HOST].add(key, len(node), node.start, heat)
+        store.policies[Tier.HOST].arrive(key, entry)
         store.settle(node)
         store.settle(parent)
         store.stats.demotions += len(node)
@@ -203,8 +226,8 @@ class Tiering:
         store = self._store
         parent = node.parent
         assert parent is not None
-        heat = store.policies[Tier.HOST].remove(node.key)
-        node.tier = Tier.HBM
+        entry = store.policies[Tier.HOST].remove(node.key)
+        node.tier, node.moved = Tier.HBM, store.plan
         parent.hot += 1
-        store.policies[Tier.HBM].add(node.key, len(node), node.start, heat)
+        store.policies[Tier.HBM].arrive(node.key, entry)
         store.settle(parent)

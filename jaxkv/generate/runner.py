@@ -96,8 +96,7 @@ class _Batch:
         self._num_sequences += work.num_sequences
         try:
             for call in work.calls:
-                self._engine.add_request(call.id, call.prompt, call.params, priority=call.priority,
-                                         cache_salt=call.cache_salt)
+                self._engine.add_request(call.id, call.prompt, call.params, call.hints)
         except ValueError as error:
             for call in work.calls:
                 self._engine.abort(call.id)

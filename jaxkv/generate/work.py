@@ -142,13 +142,14 @@ class Preparer:
             form = completions.CompletionForm(f"cmpl-{name}", self._model_name, completion, self._tokens)
         if request.stream:
             raise bad_request("stream is not available in a batch", "stream")
+        hints = request.cache_hints()
         try:
             params = replace(params, **self._overrides)
         except ValueError as error:
             raise request.api_error(error) from None
         calls = [Call(f"{name}-{index}", ids,
                       params if params.seed is not None else replace(params, seed=self._draw_seed(number, index)),
-                      Mailbox(), index, text, request.priority or 0, request.cache_salt or "")
+                      Mailbox(), index, text, hints)
                  for index, (ids, text) in enumerate(prompts)]
         return Work(number, line, envelope, request, form, calls)
 

@@ -14,14 +14,19 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from jaxkv.cache.inspect import curve, inspect
 from jaxkv.config import EngineConfig
+from jaxkv.runtime.cache_metrics import refresh_cache
 from jaxkv.runtime.executor import JaxExecutor
 from jaxkv.runtime.memory import Capacity
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
+from jaxkv.runtime.report import Reporter
 from jaxkv.sched.scheduler import Scheduler
-from jaxkv.types import MAX_STOP_IDS, Request, SamplingParams, StepHandle, StepPlan, Tier, TokenEvent
+from jaxkv.types import MAX_STOP_IDS, CacheHints, Request, SamplingParams, StepHandle, StepPlan, Tier, TokenEvent
 
+NO_HINTS = CacheHints()
+SAVE_PAGES = 64  # pages written at a time when the engine ends
 IDLE_WAIT_S = 0.01  # longest sleep while nothing but fetches is under way
 
 
@@ -46,6 +51,7 @@ class Engine:
         self._size_tiers()
         self._description = tuple(description)
         self._clock = clock
+        self._reporter = Reporter(self.metrics, clock())
         self._outputs: dict[str, OutputProcessor] = {}  # by child id
         self._unseen: set[str] = set()  # children that gave no event yet
         self._children: dict[str, list[str]] = {}  # user's request id -> ids of its open children
@@ -61,8 +67,8 @@ class Engine:
         return self.scheduler.has_work or self._pending is not None
 
     def add_request(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0,
-        cache_salt: str = "",
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams,
+        hints: CacheHints = NO_HINTS,
     ) -> None:
         """Queues a prompt; its ``params.n`` children share the prompt's KV. ValueError names the field and the limit."""
         if request_id in self._children:
@@ -79,7 +85,8 @@ class Engine:
         quiet = replace(params, prompt_logprobs=None)  # one child reports for all: the others reuse its prompt
         requests = [
             Request(child, prompt, params if i == 0 else quiet, max_tokens, seed=seed, child=i, parent=request_id, arrival=now,
-                    priority=priority, namespace=cache_salt, stop_ids=stop_ids)
+                    priority=hints.priority, namespace=hints.cache_salt, stop_ids=stop_ids, session_id=hints.session_id,
+                    end_session=hints.end_session, retention=hints.retention, no_store=hints.no_store)
             for i, child in enumerate(children)
         ]
         outputs = [OutputProcessor(request, self.tokenizer) for request in requests]
@@ -103,6 +110,8 @@ class Engine:
     def step(self) -> list[Delta]:
         """One iteration: plan and submit, then learn from the step before (or, without overlap, from this one)."""
         t0 = time.thread_time()
+        if self.executor.tiers.host_lost and self.scheduler.cache.has_host_tier:
+            self.scheduler.lose_host_tier()
         for arrival in self.executor.arrivals():
             self.events.append(("arrived" if arrival.ok else "failed", arrival.fetch_id))
             self.scheduler.arrived(arrival)
@@ -124,6 +133,27 @@ class Engine:
         self._refresh()
         return deltas
 
+    def inspect_kv(self, top: int) -> dict[str, Any]:
+        """The cache as JSON: tiers, counters, the ``top`` nodes of the trie."""
+        return inspect(self.scheduler.cache, top)
+
+    def report(self) -> str | None:
+        """A line about what happened since the last call; None if nothing did. Brings the hit-rate curve up to date."""
+        page = sum(self._page_bytes)
+        self.metrics.curve = tuple((point["pages"] * page, point["hit_rate"]) for point in curve(self.scheduler.cache))
+        return self._reporter.line(self._clock())
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Ends the disk tier, if there is one: what memory holds is written first, as far as ``timeout`` seconds allow."""
+        disk = self.executor.tiers.disk
+        if disk is None:
+            return
+        end = self._clock() + timeout
+        while not self.has_work and self._clock() < end and (plan := self.scheduler.plan_saves(SAVE_PAGES, self._clock())):
+            self.scheduler.commit(plan, self.executor.submit(plan).read(), self._clock())
+            disk.flush(max(0.0, end - self._clock()))
+        disk.close(max(1.0, end - self._clock()))
+
     def check(self) -> None:
         """Recomputes all ownership of pages; AssertionError if anything is lost or shared twice. Cheap when idle."""
         self.scheduler.check()
@@ -138,8 +168,7 @@ class Engine:
         m, scheduler, cache = self.metrics, self.scheduler, self.scheduler.cache
         m.running, m.waiting, m.preemptions = scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions
         stats = cache.stats
-        m.host_hit_tokens, m.partial_copies = stats.host_hit_tokens, stats.partial_copies
-        m.demotions, m.promotions, m.evictions = stats.demotions, stats.promotions, stats.evictions
+        refresh_cache(m, stats, self.executor.tiers, not self.has_work)
         m.stage_seconds |= self.executor.stage_seconds
         usage = cache.usage()
         m.device.pages_used, m.host.pages_used = sum(usage[Tier.HBM]), sum(usage[Tier.HOST])

@@ -41,7 +41,7 @@ class JaxExecutor:
         disk: DiskStore | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.kv, self.slots, self.params = kv, max_num_seqs, params
+        self.kv, self.mesh, self.slots, self.params = kv, mesh, max_num_seqs, params
         self.shapes = batch_shapes(max_num_seqs, max_num_batched_tokens)
         # CPU seconds of this thread, but for "wait": wall seconds until a result was there
         self.stage_seconds = {"moves": 0.0, "pack": 0.0, "dispatch": 0.0, "wait": 0.0}

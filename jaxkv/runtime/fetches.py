@@ -47,7 +47,7 @@ class Fetches:
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._page_bytes = page_bytes
         self._on_device = on_device
-        self._disk = disk
+        self.disk = disk
         self._clock = clock
         self._flights: dict[int, _Flight] = {}
         self._ended = dict.fromkeys(Tier, 0.0)  # when the latest fetch from a tier did
@@ -73,9 +73,9 @@ class Fetches:
             flight.copies = jax.device_put([host[m.group, m.src[1]] for m in fetch.moves], self._on_device)
             self._watcher.submit(self._watch, flight)
             return
-        assert self._disk is not None
+        assert self.disk is not None
         flight.host_bytes = sum(self._page_bytes[m.group] for m in fetch.moves)
-        self._disk.read([key_bytes(key) for key in fetch.keys]).add_done_callback(
+        self.disk.read([key_bytes(key) for key in fetch.keys]).add_done_callback(
             lambda future: self._put(flight, future))
 
     def _put(self, flight: _Flight, future: Future[list[Payload]]) -> None:

@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 STAGES = ("plan", "moves", "pack", "dispatch", "wait", "commit", "output")  # host time of a step; "wait" is idle
+TIERS = ("device", "host", "disk")
+EVICTIONS = ("demoted", "dropped", "hole", "superseded")  # a hole: one window group's page
+LINKS = ("device-device", "device-host", "host-device", "device-disk", "host-disk", "disk-device")
+DISK_FAULTS = ("corrupt", "refused", "lost", "write_errors", "read_errors")
 REASONS = ("stop", "length", "abort")
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -42,6 +46,8 @@ class EngineMetrics:
     waiting: int = 0
     device: TierUsage = field(default_factory=TierUsage)
     host: TierUsage = field(default_factory=TierUsage)
+    disk: TierUsage = field(default_factory=TierUsage)
+    disk_staging_bytes: int = 0  # host memory with pages on their way to or from the disk
     # requests
     prompt_tokens: int = 0  # of accepted requests, once for all n children
     generation_tokens: int = 0  # delivered, end-of-sequence tokens included
@@ -49,12 +55,22 @@ class EngineMetrics:
     # prefix cache
     prefix_query_tokens: int = 0  # prompt tokens looked up at admission
     prefix_hit_tokens: int = 0  # of those found, in any tier
-    host_hit_tokens: int = 0  # of those found in host memory
+    hit_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TIERS, 0))  # tokens not computed, by tier
     partial_copies: int = 0  # partly matching pages copied into a private page
-    demotions: int = 0  # pages moved device -> host
+    evictions: dict[str, int] = field(default_factory=lambda: dict.fromkeys(EVICTIONS, 0))  # pages that left a tier
+    offloads: int = 0  # of the demoted pages those that left ahead of need
     promotions: int = 0  # pages moved host -> device
-    evictions: int = 0  # pages dropped: no tier below had room
+    loads: int = 0  # prefixes brought ahead of their sequences
+    failed_loads: int = 0  # of those, computed instead because their pages did not come
+    cancelled_loads: int = 0  # and because others needed the room
+    recomputed_tokens: int = 0  # found below the device and computed because that was quicker
+    page_waits: int = 0  # sequences that waited for pages
+    page_wait_seconds: float = 0.0
+    saved_pages: int = 0  # handed to the disk tier
+    bytes_moved: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LINKS, 0))  # keys never change
+    disk_faults: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DISK_FAULTS, 0))
     preemptions: int = 0
+    curve: tuple[tuple[float, float], ...] = ()  # (bytes of device and host KV together, page hit rate they would give)
     # steps
     steps: int = 0
     computed_tokens: int = 0  # positions run through the model

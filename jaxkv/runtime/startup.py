@@ -62,7 +62,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
         groups, cache.page_size, capacity.num_pages, capacity.num_host_pages, cache.eviction_policy,
         root_salt=f"{model.fingerprint}/{cache.page_size}/{kv_dtype}/{cache.kv_codec}",
         enable_prefix_caching=cache.enable_prefix_caching, disk=disk, save_on_reuse=cache.disk_kv_write == "reuse",
-        fetch_pages=FETCH_PAGES)
+        fetch_pages=FETCH_PAGES, answer_worth=cache.answer_worth)
     shapes = batch_shapes(sched.max_num_seqs, sched.max_num_batched_tokens)
     scheduler = Scheduler(sched, controller, max_model_len, step_sizes=step_sizes(shapes))
     loaded = time.perf_counter()

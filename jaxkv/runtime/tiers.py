@@ -8,6 +8,7 @@ device unless host memory would exceed its size.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
@@ -23,6 +24,8 @@ from jaxkv.runtime.fetches import Fetches, key_bytes
 from jaxkv.runtime.page_ops import BATCHES, PageForm, compile_page_ops, padded
 from jaxkv.types import PageKey, PageMove, StepPlan, Tier
 
+log = logging.getLogger("jaxkv")
+
 
 class Tiers:
     """``apply`` runs the transfers of a plan on the pools and returns the new pools."""
@@ -30,6 +33,7 @@ class Tiers:
     def __init__(self, kv: KVSpec, mesh: Mesh, host_bytes: int, form: PageForm, disk: DiskStore | None = None) -> None:
         self.host: dict[tuple[int, int], jax.Array] = {}  # (group, host page) -> page
         self.host_bytes = host_bytes
+        self.host_lost = False  # memory ran out: pages demoted since then do not exist
         self.disk = disk
         self._kv = kv
         self._on_device = form.sharding()
@@ -59,6 +63,7 @@ class Tiers:
         self._copies.clear()
         self._leaving.clear()
         self.fetches.clear()
+        self.host_lost = False
         self._held = 0
         self.bytes_moved = dict.fromkeys(self.bytes_moved, 0)
 
@@ -118,7 +123,7 @@ class Tiers:
             pages = [self.host[g, m.src[1]] for m in moves]
         else:
             gathered = self._op(g, "gather", moves)(pools, self._ids(g, moves, [m.src[1] for m in moves]))
-            pages = jax.device_put(list(gathered[: len(moves)]), self._on_host)
+            pages = self._to_host(gathered, len(moves))
         for number, page in zip(_destinations(moves), pages):
             self._saving.setdefault(number, []).append(page)
 
@@ -136,10 +141,18 @@ class Tiers:
         while self._leaving and self.bytes_held() + need > self.host_bytes:
             self._leaving[0][1].block_until_ready()
         assert self._held + need <= self.host_bytes, "host tier would exceed its size"
-        pages = self._op(g, "gather", moves)(pools, self._ids(g, moves, [m.src[1] for m in moves]))
-        for number, page in zip(_destinations(moves), jax.device_put(list(pages[: len(moves)]), self._on_host)):
-            self.host[g, number] = page
+        gathered = self._op(g, "gather", moves)(pools, self._ids(g, moves, [m.src[1] for m in moves]))
+        try:
+            pages = self._to_host(gathered, len(moves))
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            log.error("host memory ran out (%s): going on without the host KV tier", str(error).partition("\n")[0])
+            self.host_lost = True
+            return
+        self.host.update(zip([(g, number) for number in _destinations(moves)], pages))
         self._held += need
+
+    def _to_host(self, gathered: tuple[jax.Array, ...], count: int) -> list[jax.Array]:
+        return jax.device_put(list(gathered[:count]), self._on_host)
 
     def _promote(self, g: int, pools: tuple[ops.Pool, ...], moves: list[PageMove]) -> tuple[ops.Pool, ...]:
         pages = [self.host[g, m.src[1]] for m in moves]
@@ -155,7 +168,9 @@ class Tiers:
 
     def _drop(self, g: int, moves: list[PageMove]) -> None:
         for m in moves:  # a transfer from or into the page may still be under way
-            page = self.host.pop((g, m.src[1]))
+            page = self.host.pop((g, m.src[1]), None)
+            if page is None:  # it never came: see host_lost
+                continue
             self._leaving.append((page, self._copies.pop((g, m.src[1]), page), self._page_bytes[g]))
 
     def _op(self, g: int, name: str, moves: list[PageMove]) -> Callable:

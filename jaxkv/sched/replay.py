@@ -41,6 +41,10 @@ class Recorder:
         self._sink({"event": "plan", "now": now})
         return self._scheduler.plan(now)
 
+    def lose_host_tier(self) -> None:
+        self._sink({"event": "host lost"})
+        self._scheduler.lose_host_tier()
+
     def arrived(self, arrival: Arrival) -> None:
         self._sink({"event": "arrived", "arrival": asdict(arrival)})
         self._scheduler.arrived(arrival)
@@ -97,6 +101,8 @@ def replay(events: Iterable[dict[str, Any]], scheduler: Scheduler) -> list[StepP
                 scheduler.commit(plans[event["plan"]], result, event["now"])
             case "arrived":
                 scheduler.arrived(Arrival(**event["arrival"]))
+            case "host lost":
+                scheduler.lose_host_tier()
             case "disk":
                 pass  # RecordedDisk gives it
             case unknown:

@@ -1,8 +1,9 @@
 """Continuous batching at iteration level: every plan is decided anew from who waits, who runs and which pages are left.
 
 Owns the waiting and running order, slots, the token budget, preemption and the end of sequences. Owns no pages (the
-CacheController does) and never talks to a device: ``plan`` returns a value, ``commit`` takes one. Both are pure
-functions of the calls made so far, so a recorded run can be replayed (``jaxkv.sched.replay``).
+CacheController does), leaves what is brought ahead of waiting sequences to ``lookahead``, and never talks to a device:
+``plan`` returns a value, ``commit`` takes one. Both are pure functions of the calls made so far, so a recorded run can be
+replayed (``jaxkv.sched.replay``).
 
 One order decides everything: sequences are served by ascending key, and when a running one cannot grow, the running
 sequence with the largest key is released. Nobody is preempted to admit someone else, a plan that preempts admits
@@ -24,13 +25,13 @@ from operator import attrgetter
 
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import SchedConfig
-from jaxkv.sched.capacity import check_capacity, fits_beside, pages_needed
+from jaxkv.sched.capacity import check_capacity, fits_beside
 from jaxkv.sched.chunking import append_tokens, chunk_length, excess_tokens, take_chunk
+from jaxkv.sched.lookahead import LOOKAHEAD, Lookahead
 from jaxkv.sched.policy import FCFS, SchedulerPolicy
 from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Status, StepPlan, StepResult, Tier, TokenEvent
 
 MEASURED_TOKENS = 64  # besides decodes, for a step to tell what prefill takes
-LOOKAHEAD = 8  # first waiting sequences whose pages are brought although they cannot enter yet
 _RUNNING, _FINISHED = Status.RUNNING, Status.FINISHED
 _key = attrgetter("key")
 
@@ -63,8 +64,7 @@ class Scheduler:
         self._next_plan = 0
         self._num_added = 0
         self._stuck: Sequence | None = None  # did not fit; not tried again until a sequence is released
-        self._full = False  # a prefix did not fit; none is brought until a sequence is released
-        self._ahead: dict[str, Sequence] = {}  # waiting ones that pages are brought for
+        self._lookahead = Lookahead(cache, config.max_num_batched_tokens)
         self._leading: set[str] = set()  # parents whose siblings wait for child 0's prompt
         self._led: list[str] = []  # those whose child 0 finished its prompt in the latest plan
 
@@ -118,6 +118,8 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when nothing can run before a commit or an arrival. ``now``: the injected clock."""
         plan_id = self._next_plan
+        self._lookahead.begin(now)
+        self.cache.tick(now)
         if self._led:
             self._leading.difference_update(self._led)
             self._led.clear()
@@ -136,12 +138,25 @@ class Scheduler:
         self._pending.append((plan_id, now, seqs))
         return StepPlan(plan_id, *transfers, tuple(admits), tuple(chunks))
 
+    def plan_saves(self, pages: int, now: float) -> StepPlan | None:
+        """A plan that only hands up to ``pages`` pages to the disk tier; None when it has all that memory has. For the
+        end, with nothing running."""
+        self.cache.save(pages)
+        transfers = self.cache.take_transfers()
+        if not transfers.saves:
+            return None
+        self._next_plan += 1
+        self._pending.append((self._next_plan - 1, now, []))
+        return StepPlan(self._next_plan - 1, *transfers)
+
+    def lose_host_tier(self) -> None:
+        """Go on without the host tier, whose pages are lost."""
+        self._lookahead.lose_host_tier()
+
     def arrived(self, arrival: Arrival) -> None:
         """Learn that a fetch ended. Sequences whose pages will not come go without them."""
-        if not self.cache.arrived(arrival):
-            self._bury()
-        self._stuck = None
-        self._full = False
+        self._lookahead.arrived(arrival)
+        self._unblock()
 
     def _continue(self, plan_id: int, chunks: list[Chunk], seqs: list[Sequence]) -> tuple[int, bool]:
         """Chunks of the running sequences: one token each is theirs, prompts share what the budget has beyond that.
@@ -169,7 +184,7 @@ class Scheduler:
                     length -= excess_tokens(self._budget - left + length - 1, length - 1, self._step_sizes)
                 left -= length - 1
             while not grow(seq, start + length):
-                if self._let_wait() or self._cancel():
+                if self._lookahead.give_way() or self._lookahead.cancel():
                     continue
                 victim = running[-1]
                 self._preempt(victim)
@@ -184,14 +199,10 @@ class Scheduler:
 
     def _admit(self, plan_id: int, left: int, chunks: list[Chunk], seqs: list[Sequence], admits: list[Admit]) -> None:
         """First chunks of waiting sequences in order, up to the first that cannot enter; siblings may be passed, and
-        those whose pages are on their way. Pages start on their way for the first ``LOOKAHEAD`` that wait."""
+        those whose pages are on their way. Pages start on their way for the first ``LOOKAHEAD`` that wait. One whose pages
+        come right before the step has the step to itself."""
         waiting = self._waiting
-        if len(waiting) > 1:
-            for seq in waiting[:LOOKAHEAD]:
-                if not seq.kept:
-                    seq.kept = True
-                    if self.cache.keep(seq, plan_id):
-                        self._ahead[seq.request.id] = seq
+        self._lookahead.keep(waiting, plan_id)
         index = 0
         while index < len(waiting):
             seq = waiting[index]
@@ -199,9 +210,10 @@ class Scheduler:
             if seq.in_flight or seq is self._stuck or not room and index >= LOOKAHEAD:
                 break
             sibling = seq.request.child and seq.request.parent in self._leading and not seq.owes_prompt_logprobs
-            if sibling or self._awaits_pages(seq, plan_id) or not room:
+            if sibling or self._lookahead.awaits_pages(seq, plan_id, len(self._running)) or not room:
                 index += 1
                 continue
+            alone = not self._running
             length = self._acquire(seq, plan_id, left)
             if length == 0:
                 break
@@ -210,58 +222,14 @@ class Scheduler:
             admits.append(self._enter(seq))
             chunks.append(self._schedule(seq, length, plan_id))
             seqs.append(seq)
-
-    def _awaits_pages(self, seq: Sequence, plan_id: int) -> bool:
-        """Whether pages of a waiting sequence's prefix are on their way; asks for them once there is room."""
-        if not seq.looked_up and not self._full:
-            while (brought := self._prefetch(seq, plan_id)) is None and self._let_wait(seq.key):
-                pass
-            seq.looked_up = brought is not None
-            self._full = brought is None
-            if brought:
-                self._ahead[seq.request.id] = seq
-        return any(not load.done for load in seq.waits)
-
-    def _prefetch(self, seq: Sequence, plan_id: int) -> bool | None:
-        cache, running = self.cache, len(self._running)
-        most = [pages_needed(group, cache.page_size, len(seq.tokens), self._budget) for group in cache.groups]
-        spare = [running + sum(other.rest[g] for other in self._ahead.values() if other.rest)
-                 for g in range(len(cache.groups))]
-        return cache.prefetch(seq, plan_id, most, spare)
-
-    def _leave_pages(self, seq: Sequence) -> None:
-        """The sequence enters, or goes on without the pages that were brought for it."""
-        if self._ahead.pop(seq.request.id, None):
-            self.cache.leave(seq)
-            seq.rest = []
-
-    def _cancel(self) -> bool:
-        """Give up pages on their way, so that those who run never wait for room; False if there are none."""
-        if not self.cache.cancel():
-            return False
-        self._bury()
-        return True
-
-    def _bury(self) -> None:
-        """Sequences whose pages will not come go without them."""
-        for seq in list(self._ahead.values()):
-            if any(load.failed for load in seq.waits):
-                self._leave_pages(seq)
-        self.cache.bury()
-
-    def _let_wait(self, key: tuple[float, ...] = ()) -> bool:
-        """Let go of the pages that are kept for the last waiting sequence after ``key``; False if there is none."""
-        last = max(self._ahead.values(), key=_key, default=None)
-        if last is None or last.key <= key:
-            return False
-        self._leave_pages(last)
-        return True
+            if alone and self.cache.bringing:
+                break
 
     def _acquire(self, seq: Sequence, plan_id: int, left: int) -> int:
         """Pages for the cached prefix and the first chunk; the chunk's length, or 0 with nothing held."""
         cache = self.cache
         cache.acquire(seq, plan_id, cold=not self._running)
-        self._leave_pages(seq)
+        self._lookahead.leave(seq)
         length = chunk_length(seq, left)
         if len(self._waiting) == 1:
             length -= excess_tokens(self._budget - left + length, length - 1, self._step_sizes)
@@ -271,7 +239,7 @@ class Scheduler:
                 fits = not others or fits_beside(cache, seq, others, self._budget)
                 if fits and cache.grow(seq, seq.num_scheduled + length):
                     return length
-                if not self._let_wait():
+                if not self._lookahead.give_way():
                     break
             self._stuck = seq
         cache.release(seq)
@@ -281,7 +249,7 @@ class Scheduler:
         request = seq.request
         seq.slot = heappop(self._slots)
         seq.status = _RUNNING
-        seq.looked_up = seq.kept = False
+        self._lookahead.enter(seq)
         seq.dirty = [0] * len(seq.pages)  # the slot's row belonged to someone else
         if seq.first_admission:
             seq.first_admission = False
@@ -344,12 +312,11 @@ class Scheduler:
 
     def _end(self, seq: Sequence, reason: str) -> None:
         if seq.status is _RUNNING:
-            self._leave(seq)
+            self._leave(seq, ended=True)
         else:
             _remove(self._waiting, seq)
-            self._leave_pages(seq)
-            self._stuck = None
-            self._full = False
+            self._lookahead.leave(seq)
+            self._unblock()
         seq.status = _FINISHED
         seq.finish_reason = reason
         del self._sequences[seq.request.id]
@@ -357,22 +324,26 @@ class Scheduler:
             self._leading.discard(seq.request.parent)
 
     def _preempt(self, seq: Sequence) -> None:
-        self._leave(seq)
+        self._leave(seq, ended=False)
         seq.status = Status.WAITING
         insort(self._waiting, seq, key=_key)
         self.num_preemptions += 1
         if seq.request.child == 0:
             self._leading.discard(seq.request.parent)
 
-    def _leave(self, seq: Sequence) -> None:
+    def _leave(self, seq: Sequence, ended: bool) -> None:
         """Give up slot and pages; the pages stay in the trie for whoever needs their contents next."""
         _remove(self._running, seq)
-        self.cache.release(seq)
+        self.cache.release(seq, ended)
         heappush(self._slots, seq.slot)
         seq.slot = -1
         seq.num_scheduled = 0
+        self._unblock()
+
+    def _unblock(self) -> None:
+        """There may be more room: who did not fit is tried again."""
         self._stuck = None
-        self._full = False
+        self._lookahead.room_may_have_grown()
 
     def check(self) -> None:
         """Assert that every sequence is in exactly one place and every slot and page is accounted for."""

@@ -14,9 +14,10 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -102,8 +103,8 @@ class Service:
                 raise bad_request(f"{field_name}: {len(ids)} tokens do not fit: the model's window is "
                                   f"{engine.max_model_len} tokens, prompt and answer together", field_name,
                                   "context_length_exceeded")
-        name = form.head["id"]
-        calls = [Call(f"{name}-{i}", ids, params, mailbox, i, text, request.priority or 0, request.cache_salt or "")
+        name, hints = form.head["id"], request.cache_hints()
+        calls = [Call(f"{name}-{i}", ids, params, mailbox, i, text, hints)
                  for i, (ids, text) in enumerate(prompts)]
         return Answer(self.loop, calls, request, form)
 
@@ -164,6 +165,11 @@ def _add_status(app: FastAPI, service: Service) -> None:
     async def show_version() -> Any:
         return {"version": app.version}
 
+    @app.get("/debug/kv")
+    async def inspect_kv(top: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Any:
+        service.engine()
+        return await service.loop.ask(lambda engine: engine.inspect_kv(top))
+
     @app.get("/metrics")
     async def metrics() -> Response:
         if not registry:
@@ -183,6 +189,12 @@ def _add_errors(app: FastAPI) -> None:
         refusal = ApiError(error.status_code, f"{message}: {request.method} {request.url.path[:200]}")
         return JSONResponse(refusal.body(), refusal.status, error.headers)
 
+    @app.exception_handler(RequestValidationError)
+    async def bad_query(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        refusal = ApiError(400, f"{first['loc'][-1]}: {first['msg']}", param=str(first["loc"][-1]))
+        return JSONResponse(refusal.body(), refusal.status)
+
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=499)  # nobody reads it
@@ -193,13 +205,13 @@ def _add_errors(app: FastAPI) -> None:
 
 
 class _KeyCheck:
-    """Lets only requests with a known bearer token reach /v1; keys are compared in constant time and never logged."""
+    """Lets only requests with a known bearer token reach /v1 and /debug; keys are compared in constant time, never logged."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[bytes]):
         self.app, self.keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.keys and scope["type"] == "http" and scope["path"].startswith("/v1"):
+        if self.keys and scope["type"] == "http" and scope["path"].startswith(("/v1", "/debug")):
             header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             scheme, _, token = header.partition(b" ")
             matches = [hmac.compare_digest(token.strip(), key) for key in self.keys]

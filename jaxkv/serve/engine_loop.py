@@ -21,9 +21,11 @@ from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.errors import ApiError, shutting_down
 from jaxkv.serve.metrics import Latencies
-from jaxkv.types import SamplingParams
+from jaxkv.types import CacheHints, SamplingParams
 
 log = logging.getLogger("jaxkv.serve")
+MAX_QUESTIONS = 8
+REPORT_S = 10.0  # between two lines in the log about a busy engine
 IDLE_CHECK_S = 5.0  # idle time after which the engine recomputes its page ownership, once
 
 
@@ -38,11 +40,14 @@ class EngineLike(Protocol):
     def describe(self) -> Sequence[str]: ...
     @property
     def has_work(self) -> bool: ...
-    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *,
-                    priority: int = 0, cache_salt: str = "") -> None: ...
+    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams,
+                    hints: CacheHints = ...) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[Delta]: ...
     def check(self) -> None: ...
+    def inspect_kv(self, top: int) -> dict[str, Any]: ...
+    def report(self) -> str | None: ...
+    def close(self) -> None: ...
 
 
 class Mailbox:
@@ -90,8 +95,7 @@ class Call:
     mailbox: Mailbox
     position: int = 0  # among the prompts of one HTTP request
     text: str | None = None  # the prompt as it came, None for token ids
-    priority: int = 0
-    cache_salt: str = ""
+    hints: CacheHints = field(default_factory=CacheHints)
     arrival: float = field(default_factory=time.monotonic)
     first: float = 0.0  # time of the first token, 0: none yet
     last: dict[int, float] = field(default_factory=dict)  # child -> time of its latest token
@@ -113,7 +117,9 @@ class EngineLoop:
         self._wakeup = threading.Condition()
         self._adds: list[Call] = []  # under _wakeup, like the next two
         self._aborts: list[str] = []
+        self._questions: list[tuple[Callable[[EngineLike], Any], asyncio.Future[Any]]] = []
         self._stopping = False
+        self._next_report = time.monotonic() + REPORT_S
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> tuple[asyncio.Future[None], asyncio.Future[None]]:
@@ -146,6 +152,18 @@ class EngineLoop:
             with self._wakeup:
                 self._aborts.extend(ids)
                 self._wakeup.notify()
+
+    async def ask(self, question: Callable[[EngineLike], Any]) -> Any:
+        """What ``question`` says of the engine between two steps. ApiError: 429 when too many ask at once, 503 when dead."""
+        if self.failure is not None or self.engine is None or self.draining:
+            raise ApiError(503, "the engine does not run")
+        answer = self._loop.create_future()
+        with self._wakeup:
+            if len(self._questions) >= MAX_QUESTIONS:
+                raise ApiError(429, "too many ask at once", code="too_many_requests", headers={"retry-after": "1"})
+            self._questions.append((question, answer))
+            self._wakeup.notify()
+        return await answer
 
     def abort_all(self, error: Exception) -> None:
         """Ends every open call with an error."""
@@ -211,6 +229,7 @@ class EngineLoop:
             self._post(self._set_ready, engine)
             while self._work(engine):
                 pass
+            engine.close()
         except BaseException as error:  # reported, then the process ends: a supervisor starts a fresh one
             if not isinstance(error, ConfigError):
                 log.exception("the engine failed")
@@ -227,13 +246,16 @@ class EngineLoop:
             if call.id in gone:
                 continue
             try:
-                engine.add_request(call.id, call.prompt, call.params, priority=call.priority,
-                                   cache_salt=call.cache_salt)
+                engine.add_request(call.id, call.prompt, call.params, call.hints)
             except ValueError as error:
                 refused.append((call.id, error))
         for request_id in aborts:
             engine.abort(request_id)
         deltas = engine.step() if engine.has_work else []
+        if (now := time.monotonic()) >= self._next_report:
+            self._next_report = now + REPORT_S
+            if line := engine.report():
+                log.info(line)
         if deltas or refused:
             self._post(self._deliver, deltas, refused)
         return True
@@ -245,10 +267,18 @@ class EngineLoop:
         with self._wakeup:
             adds, self._adds = self._adds, []
             aborts, self._aborts = self._aborts, []
+            questions, self._questions = self._questions, []
+        for question, answer in questions:
+            self._post(_settle, answer, question(engine))
         return adds, aborts
 
     def _wait(self, engine: EngineLike, timeout: float | None) -> bool:
         """Sleeps until there is something to do; False after `timeout` seconds of nothing."""
         with self._wakeup:
             return self._wakeup.wait_for(
-                lambda: bool(self._adds or self._aborts or self._stopping or engine.has_work), timeout)
+                lambda: bool(self._adds or self._aborts or self._questions or self._stopping or engine.has_work), timeout)
+
+
+def _settle(answer: asyncio.Future[Any], value: Any) -> None:
+    if not answer.done():
+        answer.set_result(value)

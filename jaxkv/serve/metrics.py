@@ -65,11 +65,22 @@ class EngineCollector(Collector):
         yield self._histogram("vllm:inter_token_latency_seconds", "between tokens", self.latencies.between_tokens)
         yield self._histogram("vllm:e2e_request_latency_seconds", "arrival to last token", self.latencies.whole)
         yield from self._tiers()
-        yield self._counter("jaxkv:host_hit_tokens", "prompt tokens found in host memory", m.host_hit_tokens)
+        yield self._by("jaxkv:cache_hit_tokens", "tokens found and not computed", "tier", m.hit_tokens)
         yield self._counter("jaxkv:partial_page_copies", "partly matching pages copied", m.partial_copies)
-        yield self._counter("jaxkv:demoted_pages", "pages moved device to host", m.demotions)
+        yield self._by("jaxkv:evicted_pages", "pages that left a tier for room", "reason", m.evictions)
+        yield self._counter("jaxkv:offloaded_pages", "demoted pages that left ahead of need", m.offloads)
         yield self._counter("jaxkv:promoted_pages", "pages moved host to device", m.promotions)
-        yield self._counter("jaxkv:dropped_pages", "cached pages dropped", m.evictions)
+        yield self._counter("jaxkv:saved_pages", "pages handed to the disk tier", m.saved_pages)
+        yield self._counter("jaxkv:prefix_loads", "prefixes brought ahead of their sequences", m.loads)
+        yield self._by("jaxkv:prefix_loads_ended", "prefixes that did not come", "reason",
+                       {"failed": m.failed_loads, "cancelled": m.cancelled_loads})
+        yield self._counter("jaxkv:recomputed_tokens", "found below the device, quicker to compute", m.recomputed_tokens)
+        yield self._counter("jaxkv:page_waits", "sequences that waited for pages", m.page_waits)
+        yield self._counter("jaxkv:page_wait_seconds", "time they waited", m.page_wait_seconds)
+        yield self._curve()
+        yield self._by("jaxkv:moved_bytes", "KV moved", "link", m.bytes_moved)
+        yield self._by("jaxkv:disk_faults", "what went wrong with the disk tier", "kind", m.disk_faults)
+        yield self._gauge("jaxkv:disk_staging_bytes", "host memory with pages to or from the disk", m.disk_staging_bytes)
         yield self._counter("jaxkv:steps", "steps submitted", m.steps)
         yield self._counter("jaxkv:computed_tokens", "positions run through the model", m.computed_tokens)
         yield self._by("jaxkv:step_host_seconds", "host time of steps by stage", "stage", m.stage_seconds)
@@ -78,12 +89,19 @@ class EngineCollector(Collector):
     def _tiers(self) -> Iterator[Metric]:
         names = (("pages_used", "pages referenced or cached"), ("pages_total", "pages"), ("bytes_used", "bytes held"),
                  ("bytes_total", "bytes allowed"), ("tokens_total", "tokens that fit"))
-        tiers = {"device": self.metrics.device, "host": self.metrics.host}
+        tiers = {"device": self.metrics.device, "host": self.metrics.host, "disk": self.metrics.disk}
         for name, text in names:
             family = GaugeMetricFamily(f"jaxkv:tier_{name}", f"{text}, by memory tier", labels=["model_name", "tier"])
             for tier, usage in tiers.items():
                 family.add_metric([self.model, tier], getattr(usage, name))
             yield family
+
+    def _curve(self) -> Metric:
+        family = GaugeMetricFamily("jaxkv:cache_curve_hit_rate", "page hit rate that so many bytes of KV would give",
+                                   labels=["model_name", "bytes"])
+        for size, rate in self.metrics.curve:
+            family.add_metric([self.model, f"{size:.0f}"], rate)
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=["model_name"])

@@ -7,13 +7,14 @@ Owns the request models and the list of known fields that this version refuses. 
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jaxkv.serve.errors import ApiError, bad_request, from_validation, from_value_error
-from jaxkv.types import SamplingParams
+from jaxkv.types import CacheHints, SamplingParams
 
 R = TypeVar("R", bound="GenerationRequest")
 log = logging.getLogger("jaxkv.serve")
@@ -65,8 +66,20 @@ class GenerationRequest(BaseModel):
     include_stop_str_in_output: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
-    cache_salt: str | None = Field(default=None, max_length=256)
+    priority: int | None = None
+    cache_salt: str | None = None
+    session_id: str | None = None
+    end_session: bool | None = None
+    retention: float | None = None
+    no_store: bool | None = None
+
+    def cache_hints(self) -> CacheHints:
+        """What the request says about its KV. Raises ApiError that names the request's field."""
+        given = {f.name: value for f in fields(CacheHints) if (value := getattr(self, f.name)) is not None}
+        try:
+            return CacheHints(**given)
+        except ValueError as error:
+            raise self.api_error(error) from None
 
     def sampling_params(self, **overrides: Any) -> SamplingParams:
         """Raises ApiError that names the request's field. ``overrides`` win over the fields."""

@@ -1,9 +1,10 @@
-"""Quantising a group of numbers between its two ends, so that every backend gives the same bits.
+"""Quantising a group of numbers between its two ends, decoded to the same bits by every backend.
 
 The ends are elements of the group, so the KV's own dtype holds them exactly, and they decode to themselves. What was
 decoded therefore encodes and decodes to itself: a page loses something the first time only, however often it moves. The
 step is rounded up to 16 significant bits: times a quantised number of at most 8 bits it is exact in float32, and whether
-a compiler fuses that product with the sum changes nothing. All is done on halves, so that no difference overflows.
+a compiler fuses that product with the sum changes nothing. (An encoder whose division is not IEEE's may choose the other
+neighbour where two are as near.) All is done on halves, so that no difference overflows.
 """
 
 from __future__ import annotations

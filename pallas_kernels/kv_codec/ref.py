@@ -1,6 +1,8 @@
-"""The definition of the codec: one layer of one head of one page at a time."""
+"""The definition of the codec: one layer of one head of one page, for each of them."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +14,19 @@ from .spec import LEVELS, CodecSpec, encoded_shape
 
 def encode_pages(spec: CodecSpec, pages: jax.Array) -> jax.Array:
     """See `api.encode_pages`."""
-    heads = [[_encode(level, pages[i, layer, :, :, h]) for layer, level in enumerate(spec.levels)]
-             for i in range(pages.shape[0]) for h in range(pages.shape[4])]
-    encoded = jnp.stack([jnp.concatenate(layers) for layers in heads])
-    return encoded.reshape(pages.shape[0], pages.shape[4], -1)
+    each = lambda level: jax.vmap(jax.vmap(partial(_encode, level), in_axes=2))  # noqa: E731  pages, heads
+    return jnp.concatenate([each(level)(pages[:, i]) for i, level in enumerate(spec.levels)], axis=-1)
 
 
 def decode_pages(spec: CodecSpec, encoded: jax.Array, page_shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """See `api.decode_pages`."""
-    _, _, tokens, heads, width = page_shape
-    pages = []
-    for data in encoded.reshape(-1, encoded.shape[-1]):
-        layers = []
-        for level in spec.levels:
-            size = encoded_shape(CodecSpec((level,)), (1, *page_shape[1:]), dtype)[1]
-            layers.append(_decode(level, data[:size], tokens, width, dtype))
-            data = data[size:]
-        pages.append(jnp.stack(layers))
-    return jnp.stack(pages).reshape(-1, heads, *pages[0].shape).transpose(0, 2, 3, 4, 1, 5)
+    layers, at = [], 0
+    for level in spec.levels:
+        size = encoded_shape(CodecSpec((level,)), (1, *page_shape[1:]), dtype)[1]
+        one = partial(_decode, level, tokens=page_shape[2], width=page_shape[4], dtype=dtype)
+        layers.append(jax.vmap(jax.vmap(one, out_axes=2))(encoded[..., at : at + size]))
+        at += size
+    return jnp.stack(layers, axis=1)
 
 
 def _encode(level: str, x: jax.Array) -> jax.Array:

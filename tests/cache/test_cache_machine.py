@@ -13,6 +13,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from jaxkv.cache.eviction import POLICIES
+
 GROUPS = {"full": (full(),), "two full": (full(), full(2)), "full+window": (full(), window(5)), "window": (window(6),),
           "windows": (window(1), window(9)), "full+windows": (full(), window(3), window(8))}
 
@@ -28,7 +30,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.size = data.draw(st.integers(1, 4))
         self.capacity = tuple(data.draw(self.pages) for _ in groups)
         self.h = Harness(groups, self.size, self.capacity, tuple(data.draw(self.host) for _ in groups),
-                         data.draw(st.sampled_from(["lfu", "lru", "arc"])), data.draw(st.sampled_from([0, 1])))
+                         data.draw(st.sampled_from(sorted(POLICIES))), data.draw(st.sampled_from([0, 1])))
         self.waiting = []
         self.finished = []
 

@@ -16,6 +16,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import codec_spec, decode_pages, encode_pages, encoded_bytes, encoded_shape
 from pallas_kernels.layout import QuantPool
 from pallas_kernels.ragged_paged_attention.mosaic_gpu import entry, plan
 from pallas_kernels.ragged_paged_attention.params import AttentionParams
@@ -101,3 +102,16 @@ def test_compiles_without_spills_within_shared_memory(
         [smem] = {int(x) for x in re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", passes)}
         assert smem <= CHIP.block_smem
         assert together * (smem + RESERVED) <= CHIP.sm_smem and together * 128 * registers <= 65536, (smem, registers)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_kv_codec_compiles_to_few_passes(sharding, dtype):
+    """Encoding and decoding 16 pages of Llama-3-8B: temporaries smaller than the pages, a handful of fused kernels."""
+    shape = (32, 2, 16, 8, 128)
+    spec = codec_spec("int4", shape[0])
+    pages = jax.ShapeDtypeStruct((16, *shape), jnp.dtype(dtype), sharding=sharding)
+    encoded = jax.ShapeDtypeStruct((16, *encoded_shape(spec, shape, dtype)), jnp.uint8, sharding=sharding)
+    for op, arg in ((lambda x: encode_pages(spec, x), pages), (lambda x: decode_pages(spec, x, shape, dtype), encoded)):
+        compiled = jax.jit(op).lower(arg).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 16 * encoded_bytes(spec, shape, dtype)
+        assert compiled.as_text().count("calls=%fused") < 10

@@ -209,6 +209,6 @@ def test_a_thousand_requests_with_every_feature_compile_nothing(highest_precisio
     run.check()
     assert not compiled and all(r.tokens for r in results.values())
     m = run.metrics
-    assert m.preemptions and m.promotions and m.partial_copies and m.demotions
+    assert m.preemptions and m.promotions and m.partial_copies and m.evictions["demoted"]
     jax.jit(lambda x: x + 1)(np.float32(run.metrics.steps))  # the listener works
     assert compiled

@@ -46,6 +46,21 @@ def test_decodes_go_on_while_pages_come(tier, overlap, groups):
     assert sum(driver.cached[f"{name}+"] for name in LONG) > 100
 
 
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_who_comes_together_does_not_wait_for_the_pages_of_the_other(overlap):
+    driver = Driver(pages=30, host_pages=60, max_model_len=96, delay=3, overlap=overlap)
+    for name, prompt in LONG.items():
+        driver.add(request(name, prompt, 4, arrival=driver.clock))
+        driver.run()
+    before = len(driver.plans)
+    driver.add(request("a+", [*LONG["a"], 7], 3), request("new", [450, 451], 3), request("b+", [*LONG["b"], 7], 3))
+    driver.run()
+    driver.check_outputs()
+    plans = driver.plans[before:]
+    assert [c.request_id for c in plans[0].chunks] == ["new"] and driver.cached["a+"] == driver.cached["b+"] == 40
+    assert not [m for plan in plans if len(plan.chunks) > 1 for m in plan.moves if m.src[0] is Tier.HOST and m.dst]
+
+
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_pages_that_fail_are_computed(tier):
     driver = Driver(pages=40, host_pages=60 * (tier == "host"), disk=tier == "disk", max_model_len=96, failures=1)
@@ -113,3 +128,22 @@ def test_another_process_finds_the_disk_warm():
     two.add(request("other tenant", LONG["a"], 3, namespace="x"))
     two.run()
     assert two.cached["other tenant"] == 0
+
+
+def test_the_host_tier_can_be_lost():
+    driver = Driver(pages=40, host_pages=60, max_model_len=96, delay=3)
+    for name, prompt in LONG.items():
+        driver.add(request(name, prompt, 4, arrival=driver.clock))
+        driver.run()
+    driver.add(request("busy", [400], 30, arrival=driver.clock))
+    driver.step()
+    driver.add(*(request(f"{name}+", [*prompt, 9], 3, arrival=driver.clock) for name, prompt in LONG.items()))
+    while not driver.inner.cache.loading:
+        driver.step()
+    driver.scheduler.lose_host_tier()
+    driver.check()
+    demoted = driver.device.num_moves["demote"]
+    driver.run()
+    driver.check_outputs()
+    assert driver.device.num_moves["demote"] == demoted > 0 and not driver.device.host[0]
+    assert driver.replayed(driver.log) == driver.plans

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import uvicorn
 
+from jaxkv.runtime.engine import NO_HINTS
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
 from jaxkv.serve.app import Service, build_app
@@ -50,15 +51,16 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.children) and self.run.is_set()
 
-    def add_request(self, request_id, prompt_token_ids, params, *, priority=0, cache_salt=""):
+    def add_request(self, request_id, prompt_token_ids, params, hints=NO_HINTS):
         self.threads.add(threading.get_ident())
         if max(prompt_token_ids) >= 4096:
             raise ValueError(f"prompt holds token id {max(prompt_token_ids)}, outside of the vocabulary of 4096")
         room = self.max_model_len - len(prompt_token_ids)
         for i in range(params.n):
             request = Request(f"{request_id}#{i}", tuple(prompt_token_ids), params,
-                              min(params.max_tokens or room, room), child=i, parent=request_id, priority=priority,
-                              namespace=cache_salt, stop_ids=params.stop_token_ids)
+                              min(params.max_tokens or room, room), child=i, parent=request_id, priority=hints.priority,
+                              namespace=hints.cache_salt, stop_ids=params.stop_token_ids, session_id=hints.session_id,
+                              end_session=hints.end_session, retention=hints.retention, no_store=hints.no_store)
             self.children[request.id] = request, OutputProcessor(request, self.tokenizer), 0
             self.requests.append(request)
         self.metrics.prompt_tokens += len(prompt_token_ids)
@@ -80,6 +82,15 @@ class FakeEngine:
 
     def check(self):
         self.checks += 1
+
+    def inspect_kv(self, top):
+        return {"nodes": [{"top": top}]}
+
+    def report(self):
+        return None
+
+    def close(self):
+        self.closed = True
 
     def _advance(self, key: str) -> Delta:
         request, output, count = self.children[key]

@@ -141,7 +141,8 @@ def test_every_sampling_field_reaches_the_engine(http, fake):
     post(http, prompt="a", n=2, temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.1,
          presence_penalty=0.2, frequency_penalty=-0.3, logit_bias={"5": -100, "7": 3.5}, seed=-3, max_tokens=9,
          min_tokens=2, stop=["q"], stop_token_ids=[3], ignore_eos=True, skip_special_tokens=False,
-         include_stop_str_in_output=True, logprobs=3, priority=-2, cache_salt="tenant", user="u", best_of=2)
+         include_stop_str_in_output=True, logprobs=3, priority=-2, cache_salt="tenant", user="u", best_of=2,
+         session_id="s", end_session=True, retention=60, no_store=True)
     request = fake.engine.requests[-1]
     p = request.params
     assert (p.n, p.temperature, p.top_p, p.top_k, p.min_p) == (2, 0.5, 0.9, 5, 0.1)
@@ -150,6 +151,7 @@ def test_every_sampling_field_reaches_the_engine(http, fake):
     assert (p.stop, p.stop_token_ids, p.ignore_eos, p.logprobs) == (("q",), (3,), True, 3)
     assert not p.skip_special_tokens and p.include_stop_str_in_output
     assert (request.priority, request.namespace) == (-2, "tenant")
+    assert (request.session_id, request.end_session, request.retention, request.no_store) == ("s", True, 60, True)
 
 
 def test_seed_repeats(http):

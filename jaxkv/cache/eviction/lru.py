@@ -1,37 +1,34 @@
-"""Least recently used: by the last hit, or the moment the last running user left."""
+"""Least recently used: by the last hit, or the moment the last running user left.
+
+Token hit rate in % at 1, 5, 10, 25, 50 % of the distinct blocks of two traces (``bench.replay``):
+    chat 5.3 19.4 28.4 35.5 36.8   agent 16.1 76.8 91.5 95.5 96.2
+"""
 
 from __future__ import annotations
 
-from itertools import count
+from collections.abc import Sequence
 from typing import final
 
-from jaxkv.cache.eviction.base import Candidates, Entry, EvictionPolicy
+from jaxkv.cache.eviction.base import Entry, EvictionPolicy
 
 
 @final
 class LRU(EvictionPolicy):
     """Recency by a logical counter."""
 
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
-        self._order = Candidates(count(1))
+    def __init__(self, capacity: int, above: EvictionPolicy | None = None) -> None:
+        super().__init__(capacity, above)
         self._tick = 0
 
     def _use(self, entry: Entry) -> None:
         self._tick += 1
         entry.rank = self._tick
 
-    def _enter(self, key: bytes, entry: Entry, heat: float | None) -> None:
+    def _enter(self, key: bytes, entry: Entry, digests: Sequence[bytes]) -> None:
         self._use(entry)
 
-    def _leave(self, key: bytes, entry: Entry) -> float:
-        return 0.0
-
-    def _candidates(self, entry: Entry) -> Candidates:
-        return self._order
+    def _arrive(self, key: bytes, entry: Entry) -> None:
+        self._use(entry)
 
     def rest(self, key: bytes) -> None:
         self._use(self._entries[key])
-
-    def victim(self) -> bytes | None:
-        return self._order.peek()

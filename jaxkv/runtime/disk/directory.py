@@ -20,7 +20,7 @@ from pathlib import Path
 
 from jaxkv.runtime.disk.format import CorruptError, Layout
 from jaxkv.runtime.disk.index import Index, Segment
-from jaxkv.runtime.disk.segment import Writer, adopt, scan
+from jaxkv.runtime.disk.segment import Scan, Writer, adopt, scan
 from jaxkv.runtime.disk.stats import Counters, DiskError
 
 log = logging.getLogger("jaxkv.disk")
@@ -91,17 +91,14 @@ class Directory:
         """Deletes the file of a sealed segment. Under the lock."""
         (self.path / segment.name).unlink(missing_ok=True)
 
-    def refresh(self, own: str | None, *, orphans: bool) -> None:
-        """Brings the index up to date with the files, but for ``own``, which this process appends to.
-
-        ``orphans``: seal those of dead processes. Under the lock if so.
-        """
+    def refresh(self, *, orphans: bool) -> None:
+        """Brings the index up to date with the files. ``orphans``: seals those of dead processes, under the lock."""
         with os.scandir(self.path) as files:
             names = {file.name for file in files if file.name.startswith(self._prefix) and file.name.endswith(SUFFIX)}
         for segment in self._index.segments():
             if segment.name not in names:
                 self._index.forget(segment)
-        for name in sorted(names - {own}):
+        for name in sorted(names):
             segment = self._index.segment(name)
             if not segment.sealed:
                 self._learn(segment, orphans)
@@ -112,7 +109,7 @@ class Directory:
             if segment.sealed:
                 try:
                     os.utime(self.path / segment.name)
-                    segment.used_ns = os.stat(self.path / segment.name).st_mtime_ns
+                    segment.mtime_ns = os.stat(self.path / segment.name).st_mtime_ns
                 except OSError:
                     continue  # dropped meanwhile, or a disk that cannot be written: then nobody evicts
 
@@ -121,11 +118,11 @@ class Directory:
         for segment in self._index.segments():
             if segment.sealed:
                 try:
-                    used_ns = os.stat(self.path / segment.name).st_mtime_ns
+                    mtime_ns = os.stat(self.path / segment.name).st_mtime_ns
                 except OSError:
                     continue  # dropped meanwhile
-                if used_ns > segment.used_ns:
-                    self._index.used_elsewhere(segment, used_ns)
+                if mtime_ns > segment.mtime_ns:
+                    segment.since_ns = segment.mtime_ns = mtime_ns
 
     def _learn(self, segment: Segment, orphans: bool) -> None:
         path = self.path / segment.name
@@ -136,15 +133,18 @@ class Directory:
         except FileNotFoundError:
             self._index.forget(segment)
             return
-        except (OSError, CorruptError) as error:
-            log.warning("disk KV segment %s cannot be read, its pages are dropped: %s", path, error)
+        except CorruptError as error:
+            log.warning("disk KV segment %s dropped: %s", path, error)
             self._counters.add(damaged=1)
-            segment.sealed, segment.rank = True, -1.0  # nothing in it will be read, so it goes first
-            segment.size = path.stat(follow_symlinks=False).st_size
+            found = Scan([], 0, path.stat().st_size, True, 0)  # the oldest, so it goes first
+        except OSError as error:  # perhaps it is us (too many open files): the next refresh tries again
+            if self._counters.add(read_errors=1):
+                log.warning("disk KV segment %s cannot be read now: %s", path, error)
             return
         if found is not None:
             self._index.add(segment, found.entries)
-            segment.end, segment.size, segment.sealed, segment.used_ns = found.end, found.size, found.sealed, found.mtime_ns
+            segment.end, segment.size, segment.sealed = found.end, found.size, found.sealed
+            segment.since_ns = segment.mtime_ns = found.mtime_ns
 
     def _adopt(self, path: Path) -> bool:
         """Whether an orphan was sealed, or deleted because it is empty."""

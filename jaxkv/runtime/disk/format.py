@@ -20,7 +20,11 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from xxhash import xxh3_64
+
+try:
+    from xxhash import xxh3_64
+except ImportError:  # an engine without a disk tier runs without it
+    xxh3_64 = None  # type: ignore[assignment, misc]
 
 from jaxkv.cache.trie import DIGEST_BYTES, TOKEN_BYTES
 
@@ -71,9 +75,12 @@ class DiskFormat:
 def np_dtype(name: str) -> np.dtype:
     """NumPy's dtype of a name, those of ml_dtypes (bfloat16, float8_e4m3fn) included. ValueError if there is none."""
     try:
-        return np.dtype(getattr(ml_dtypes, name, name))
+        dtype = np.dtype(getattr(ml_dtypes, name, name))
     except TypeError:
-        raise ValueError(f"unknown dtype {name!r}") from None
+        dtype = np.dtype(object)
+    if dtype.hasobject:
+        raise ValueError(f"unknown dtype {name!r}")
+    return dtype
 
 
 class Record(NamedTuple):

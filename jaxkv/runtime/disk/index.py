@@ -1,15 +1,15 @@
 """Which pages are on disk, where, and how much they are used; which segment goes first. Owns no file.
 
-Eviction is by segment, as whole files are what a log can free. A segment's rank is that of LFU with dynamic ageing (LFU-DA,
-Arlitt et al. 2000): the uses of its pages, weighed by size, plus the rank of the segment dropped last. So it needs no clock
-and old uses fade as others leave. Pages in use of the segment that goes may be written again (reinsertion, as in CacheLib's
-Navy, Berg et al. 2020). Every method may be called from any thread.
+Eviction is by segment, as whole files are what a log can free: the oldest goes, and those of its pages that were used since
+they were written are written again (FIFO with reinsertion, CLOCK by another name; CacheLib's Navy does the same, Berg et al.
+2020). Ranking segments by their uses instead keeps the cold pages beside every hot one, and was far worse on real traces.
+A segment that another process used is as young as that use. Every method may be called from any thread.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jaxkv.runtime.disk.format import Entry
@@ -23,9 +23,8 @@ class Segment:
     end: int = 0  # records before this are in the index
     size: int = 0
     sealed: bool = False  # complete: it may be dropped
-    heat: float = 0.0  # uses, each weighed by the page's share of a segment
-    rank: float = 0.0  # lowest goes first
-    used_ns: int = 0  # when any process used it last: the file's mtime
+    since_ns: int = 0  # sealed, or used by another process: the lowest goes first
+    mtime_ns: int = 0  # of the file, by which processes tell each other of use
     keys: set[bytes] = field(default_factory=set)
 
 
@@ -35,29 +34,23 @@ class Place:
 
     segment: Segment
     entry: Entry
-    uses: int = 0  # since it was written; halved when it is written again
+    uses: int = 0  # since it was written
 
 
 class Index:
-    """Pages by key. ``segment_bytes`` is the usual size of a segment."""
+    """Pages by key."""
 
-    def __init__(self, segment_bytes: int) -> None:
-        self._segment_bytes = segment_bytes
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._places: dict[bytes, Place] = {}
         self._segments: dict[str, Segment] = {}
         self._used: set[Segment] = set()
-        self._age = 0.0  # rank of the segment dropped last
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
 
     def __len__(self) -> int:
         return len(self._places)
-
-    def match(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys are there."""
-        return next((n for n, key in enumerate(keys) if key not in self._places), len(keys))
 
     def find(self, key: bytes) -> Place | None:
         return self._places.get(key)
@@ -77,17 +70,14 @@ class Index:
     def segment(self, name: str) -> Segment:
         """The segment of that name, new if need be."""
         with self._lock:
-            return self._segments.setdefault(name, Segment(name, rank=self._age))
+            return self._segments.setdefault(name, Segment(name))
 
-    def add(self, segment: Segment, entries: Iterable[Entry], uses: dict[bytes, int] | None = None) -> None:
-        """``segment`` holds these pages; of a page that was written twice the copy added last counts.
-
-        ``uses`` of pages that were written again, by key.
-        """
+    def add(self, segment: Segment, entries: Iterable[Entry]) -> None:
+        """``segment`` holds these pages; of a page that was written twice the copy added last counts."""
         with self._lock:
             for entry in entries:
                 self._drop(entry.key)
-                self._places[entry.key] = Place(segment, entry, (uses or {}).get(entry.key, 0))
+                self._places[entry.key] = Place(segment, entry)
                 segment.keys.add(entry.key)
 
     def forget(self, segment: Segment) -> int:
@@ -118,14 +108,7 @@ class Index:
         """A page was read."""
         with self._lock:
             place.uses += 1
-            self._warm(place.segment, place.entry.length / self._segment_bytes)
             self._used.add(place.segment)
-
-    def used_elsewhere(self, segment: Segment, used_ns: int) -> None:
-        """Another process has used pages of a segment; counts as one use of all of it."""
-        with self._lock:
-            segment.used_ns = used_ns
-            self._warm(segment, 1.0)
 
     def take_used(self) -> list[Segment]:
         """Segments used since the last call."""
@@ -134,15 +117,10 @@ class Index:
             return list(used)
 
     def victim(self) -> Segment | None:
-        """The sealed segment that goes first; ties: unused for longest, then oldest."""
+        """The sealed segment that goes first."""
         with self._lock:
             sealed = [segment for segment in self._segments.values() if segment.sealed]
-            return min(sealed, key=lambda segment: (segment.rank, segment.used_ns, segment.name), default=None)
-
-    def evict(self, segment: Segment) -> int:
-        """The victim is dropped: the others age; how many pages went with it."""
-        self._age = max(self._age, segment.rank)
-        return self.forget(segment)
+            return min(sealed, key=lambda segment: (segment.since_ns, segment.name), default=None)
 
     def hot(self, segment: Segment, limit: int) -> list[Place]:
         """Pages of ``segment`` that were used, most used first, up to ``limit`` bytes."""
@@ -156,7 +134,3 @@ class Index:
                 break
             chosen.append(place)
         return chosen
-
-    def _warm(self, segment: Segment, share: float) -> None:
-        segment.heat += share
-        segment.rank = self._age + segment.heat

@@ -70,6 +70,11 @@ class Writer:
             os.close(self._fd)
             raise
 
+    @property
+    def deleted(self) -> bool:
+        """Whether somebody has deleted the file: what is appended would be lost."""
+        return not os.fstat(self._fd).st_nlink
+
     def append(self, batch: list[Record]) -> list[Entry]:
         """Writes records at the end, as one sequential write. After an OSError only ``abandon`` may follow."""
         at, new, buffers = self.end, [], []
@@ -92,13 +97,8 @@ class Writer:
             os.close(self._fd)
 
     def abandon(self) -> None:
-        """Cuts off what an error left and closes; the file is an orphan with whole records."""
-        try:
-            os.ftruncate(self._fd, self.end)
-        except OSError:
-            pass  # whoever adopts it cuts it
-        finally:
-            os.close(self._fd)
+        """Closes after an error: an orphan from now on, and whoever adopts it cuts off what the error left."""
+        os.close(self._fd)
 
 
 def scan(path: Path, layout: Layout, start: int = 0) -> Scan | None:
@@ -148,18 +148,23 @@ class Reader:
         for fd in self._fds.values():
             os.close(fd)
 
-    def read(self, name: str, entry: Entry) -> tuple[bytes, Payload]:
-        """Tokens and pages of a record. CorruptError if it is damaged, OSError if it cannot be read."""
+    def read(self, name: str, run: list[Entry]) -> list[np.ndarray]:
+        """Records that lie one after the other, with one call; views of one buffer. CorruptError if the file ends before."""
         fd = self._fds.get(name)
         if fd is None:
             fd = self._fds[name] = os.open(self._folder / name, os.O_RDONLY)
-        raw = np.empty(entry.length, np.uint8)
+        start, size = run[0].offset, sum(entry.length for entry in run)
+        raw = np.empty(size, np.uint8)
         at = 0
-        while at < raw.size:
-            count = os.preadv(fd, [raw[at:].data], entry.offset + at)
+        while at < size:
+            count = os.preadv(fd, [raw[at:].data], start + at)
             if not count:
                 raise CorruptError("the file ends inside")
             at += count
+        return [raw[entry.offset - start:entry.offset - start + entry.length] for entry in run]
+
+    def page(self, name: str, entry: Entry, raw: np.ndarray) -> tuple[bytes, Payload]:
+        """Tokens and pages of a record that was read. CorruptError if it is damaged."""
         return self._layout.payload(raw, entry, seed(name))
 
 

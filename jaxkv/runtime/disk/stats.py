@@ -27,7 +27,7 @@ class DiskStats:
     written: int = 0  # pages
     written_bytes: int = 0
     rewritten: int = 0  # pages in use that were saved from a segment about to be dropped; part of written
-    evicted: int = 0  # pages dropped for room
+    evicted: int = 0  # pages of segments dropped for room, rewritten ones included
     hits: int = 0  # pages read and good
     read_bytes: int = 0
     misses: int = 0  # pages asked for that had gone since they were matched

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from jaxkv.runtime.disk.directory import Directory
-from jaxkv.runtime.disk.format import HEADER_BYTES, CorruptError, DiskFormat, Layout, Payload, footer_bytes
+from jaxkv.runtime.disk.format import HEADER_BYTES, CorruptError, DiskFormat, Layout, Payload, footer_bytes, xxh3_64
 from jaxkv.runtime.disk.index import Index, Place
 from jaxkv.runtime.disk.queue import PageQueue
 from jaxkv.runtime.disk.segment import Reader
@@ -30,7 +34,14 @@ log = logging.getLogger("jaxkv.disk")
 BATCH_BYTES = 16 << 20
 QUEUE_BYTES = 64 << 20
 BATCHES_PER_SEGMENT = 4
+READ_BYTES = 8 << 20  # neighbours that are read by one call
+WRITE_WAIT_S = 5.0  # most time that a read waits for pages to be written first
 READERS = 2  # threads
+
+
+class _Wanted(NamedTuple):
+    place: Place
+    tokens: bytes
 
 
 class DiskStore:
@@ -44,24 +55,24 @@ class DiskStore:
 
     def __init__(self, path: str | Path, capacity_bytes: int, form: DiskFormat, *, batch_bytes: int = BATCH_BYTES,
                  queue_bytes: int = QUEUE_BYTES, refresh_s: float = 0.25, retry_s: float = 60.0) -> None:
+        if xxh3_64 is None:
+            raise DiskError("the disk KV tier needs the package xxhash")
         self._layout = Layout(form)
-        self._capacity = capacity_bytes
+        self.capacity = capacity_bytes
         batch_bytes = max(batch_bytes, self._layout.page_bytes)
         least = batch_bytes + HEADER_BYTES + footer_bytes(batch_bytes // self._layout.head_bytes)
         if capacity_bytes < least:
             raise DiskError(f"disk KV capacity must be at least {least} bytes, one batch; got {capacity_bytes}")
         segment_bytes = min(BATCHES_PER_SEGMENT * batch_bytes, max(batch_bytes, capacity_bytes // 8))
-        self._index = Index(segment_bytes)
+        self._index = Index()
         self._counters = Counters()
         self._directory = Directory(Path(path), self._layout, self._index, self._counters)
         try:
             self._recover(capacity_bytes)
-        except OSError as error:
-            self._directory.close()
-            raise DiskError(f"disk KV path {str(path)!r} cannot be used: {error}") from None
         except DiskError:
             self._directory.close()
             raise
+        self._largest = batch_bytes
         self._queue = PageQueue(max(queue_bytes, 2 * batch_bytes))
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="jaxkv-disk-reader")
         self._writer = BackgroundWriter(self._directory, self._layout, self._index, self._queue, self._counters,
@@ -69,33 +80,38 @@ class DiskStore:
 
     def _recover(self, capacity: int) -> None:
         start = time.perf_counter()
-        with self._directory.locked():
-            self._directory.refresh(None, orphans=True)
-        room = self._directory.room()
+        try:
+            with self._directory.locked():
+                self._directory.refresh(orphans=True)
+            room = self._directory.room()
+            count, size = self._directory.foreign()
+        except OSError as error:
+            raise DiskError(f"disk KV path {str(self._directory.path)!r} cannot be used: {error}") from None
         if capacity > room:
             raise DiskError(f"disk KV capacity of {capacity} bytes is more than the disk of "
                             f"{str(self._directory.path)!r} has free: {room} bytes")
         log.info("disk KV tier at %s: %d pages in %d segments, %.3f GB of %.3f GB, recovered in %.3f s",
                  self._directory.path, len(self._index), len(self._index.segments()), self._index.held() / 1e9,
                  capacity / 1e9, time.perf_counter() - start)
-        count, size = self._directory.foreign()
         if count:
             log.info("disk KV path %s also holds %d segments (%.3f GB) of other models or settings: left alone",
                      self._directory.path, count, size / 1e9)
 
     def match(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys are on disk, as far as known: a page may be gone, or turn out bad, when it is read."""
-        return self._index.match(keys)
+        """How many leading keys are on disk or on their way, as far as known: a page may be gone, or turn out bad, when it is
+        read."""
+        return next((n for n, key in enumerate(keys) if key not in self._index and key not in self._queue), len(keys))
 
     def put(self, key: bytes, tokens: bytes, payload: Payload) -> bool:
         """Hands a page over to be written. Its arrays must not change any more. ValueError if it is none of the format.
 
-        False if the page is on disk or on its way already, or is refused (counted): the queue is full or writing fails.
+        False if the page is on disk or on its way already, or is refused (counted): the queue is full, writing fails,
+        or an encoded page is longer than a batch.
         """
         record = self._layout.record(key, tokens, payload)
-        if key in self._index or key in self._queue:
+        if key in self._queue or key in self._index:  # in this order: pages go from the one to the other
             return False
-        if self._writer.accepts and self._queue.put(record):
+        if record.length <= self._largest and self._writer.accepts and self._queue.put(record):
             return True
         self._counters.add(refused=1)
         return False
@@ -103,7 +119,8 @@ class DiskStore:
     def read(self, items: Sequence[tuple[bytes, bytes]]) -> Future[list[Payload]]:
         """Pages by (key, tokens): those of the leading items that are there and good. The future never fails.
 
-        The arrays are new and the caller's. A page that is damaged or of other tokens is dropped.
+        The arrays are the caller's; those of neighbours are views of one new buffer of up to ``READ_BYTES``. A page that is
+        damaged or of other tokens is dropped.
         """
         try:
             return self._readers.submit(self._read, list(items))
@@ -115,8 +132,8 @@ class DiskStore:
     def describe(self) -> str:
         """One line for a person."""
         stats = self.stats()
-        return (f"{self._directory.path}, {stats.pages:,} pages, {stats.bytes:,} of {self._capacity:,} bytes "
-                f"({self._capacity / 2**20:.1f} MiB)")
+        return (f"{self._directory.path}, {stats.pages:,} pages, {stats.bytes:,} of {self.capacity:,} bytes "
+                f"({self.capacity / 2**20:.1f} MiB)")
 
     @property
     def queued_bytes(self) -> int:
@@ -146,34 +163,80 @@ class DiskStore:
     # ---- reader threads
 
     def _read(self, items: list[tuple[bytes, bytes]]) -> list[Payload]:
+        if any(key in self._queue for key, _ in items):
+            self._queue.drain(WRITE_WAIT_S)
         pages: list[Payload] = []
+        runs = deque(_runs(self._find(items)))
         with Reader(self._directory.path, self._layout) as reader:
-            for key, tokens in items:
-                place = self._index.find(key)
-                page = self._read_page(reader, place, tokens) if place else None
-                if page is None:
-                    self._counters.add(misses=place is None)
+            while runs:
+                run = runs.popleft()
+                try:
+                    raws = reader.read(run[0].place.segment.name, [wanted.place.entry for wanted in run])
+                except (OSError, MemoryError, CorruptError) as error:
+                    if len(run) == 1:
+                        self._drop(run[0].place, error)
+                        break
+                    runs.extendleft([wanted] for wanted in reversed(run))  # one by one, up to the bad one
+                    continue
+                good = self._check(reader, run, raws)
+                pages += good
+                if len(good) < len(run):
                     break
-                pages.append(page)
         return pages
 
-    def _read_page(self, reader: Reader, place: Place, tokens: bytes) -> Payload | None:
-        try:
-            stored, payload = reader.read(place.segment.name, place.entry)
-            if stored != tokens:
-                raise CorruptError("other tokens")
-        except FileNotFoundError:  # another process dropped the segment
-            self._counters.add(misses=1)
-        except CorruptError as error:
-            log.warning("disk KV page in %s at %d dropped: %s", place.segment.name, place.entry.offset, error)
-            self._counters.add(corrupt=1)
-        except (OSError, MemoryError) as error:
-            if self._counters.add(read_errors=1):
-                log.warning("disk KV page in %s cannot be read (%s); further read errors are counted only",
-                            place.segment.name, error)
-        else:
+    def _find(self, items: list[tuple[bytes, bytes]]) -> list[_Wanted]:
+        """Where the leading items are."""
+        found = []
+        for key, tokens in items:
+            place = self._index.find(key)
+            if place is None:
+                self._counters.add(misses=1)
+                break
+            found.append(_Wanted(place, tokens))
+        return found
+
+    def _check(self, reader: Reader, run: list[_Wanted], raws: list[np.ndarray]) -> list[Payload]:
+        """The leading good pages of what was read."""
+        pages = []
+        for (place, tokens), raw in zip(run, raws):
+            try:
+                stored, payload = reader.page(place.segment.name, place.entry, raw)
+                if stored != tokens:
+                    raise CorruptError("other tokens")
+            except CorruptError as error:
+                self._drop(place, error)
+                break
             self._index.use(place)
             self._counters.add(hits=1, read_bytes=place.entry.length)
-            return payload
+            pages.append(payload)
+        return pages
+
+    def _drop(self, place: Place, error: Exception) -> None:
+        """A page cannot be had: it is matched no more."""
         self._index.discard(place)
-        return None
+        if isinstance(error, FileNotFoundError):  # another process dropped the segment
+            self._counters.add(misses=1)
+        elif isinstance(error, CorruptError):
+            self._counters.add(corrupt=1)
+            log.warning("disk KV page in %s at %d dropped: %s", place.segment.name, place.entry.offset, error)
+        elif self._counters.add(read_errors=1):
+            log.warning("disk KV page in %s cannot be read (%s); further read errors are counted only",
+                        place.segment.name, error)
+
+
+def _runs(found: list[_Wanted]) -> list[list[_Wanted]]:
+    """Pages that lie one after the other in a segment, up to READ_BYTES together."""
+    runs: list[list[_Wanted]] = []
+    size = 0
+    for wanted in found:
+        segment, entry = wanted.place.segment, wanted.place.entry
+        if runs:
+            last = runs[-1][-1].place
+            if last.segment is segment and last.entry.offset + last.entry.length == entry.offset \
+                    and size + entry.length <= READ_BYTES:
+                runs[-1].append(wanted)
+                size += entry.length
+                continue
+        runs.append([wanted])
+        size = entry.length
+    return runs

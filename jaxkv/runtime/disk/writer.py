@@ -59,11 +59,6 @@ class BackgroundWriter:
         """Whether there is a point in handing pages over."""
         return self._retry_at is None or time.monotonic() >= self._retry_at
 
-    @property
-    def _own(self) -> str | None:
-        """Name of the open segment."""
-        return self._open.name if self._open else None
-
     def join(self, timeout: float) -> bool:
         """Waits for the thread to end; False if it has not."""
         self._thread.join(timeout)
@@ -90,7 +85,7 @@ class BackgroundWriter:
     def _refresh(self) -> None:
         self._directory.share_use()
         try:
-            self._directory.refresh(self._own, orphans=False)
+            self._directory.refresh(orphans=False)
         except OSError as error:
             self._counters.add(read_errors=1)
             log.debug("disk KV directory cannot be read: %s", error)
@@ -102,7 +97,7 @@ class BackgroundWriter:
         try:
             self._write(batch)
         except (OSError, MemoryError) as error:
-            self._counters.add(lost=len(batch))
+            self._counters.add(lost=sum(record.key not in self._index for record in batch))  # sealing may be what failed
             self._fail(error)
             return
         if self._retry_at is not None:
@@ -115,6 +110,9 @@ class BackgroundWriter:
             log.warning("disk KV tier at %s cannot be written (%s): reading goes on, writing is tried again every %g s",
                         self._directory.path, error, self._limits.retry_s)
         self._retry_at = time.monotonic() + self._limits.retry_s
+        self._abandon()
+
+    def _abandon(self) -> None:
         if self._open:
             writer, self._open = self._open, None
             writer.abandon()
@@ -122,7 +120,7 @@ class BackgroundWriter:
     def _write(self, batch: list[Record]) -> None:
         """Puts a batch on disk. OSError if that is impossible."""
         with self._directory.locked():
-            saved, uses = self._make_room(batch)
+            saved = self._make_room(batch)
             if saved is None:
                 self._counters.add(lost=len(batch))
                 return
@@ -130,7 +128,7 @@ class BackgroundWriter:
                 self._open = self._directory.create()
             entries = self._open.append(batch + saved)
         segment = self._index.segment(self._open.name)
-        self._index.add(segment, entries, uses)
+        self._index.add(segment, entries)
         segment.size = segment.end = self._open.end
         self._counters.add(written=len(entries), written_bytes=sum(entry.length for entry in entries), rewritten=len(saved))
         if segment.size >= self._limits.segment:
@@ -141,32 +139,35 @@ class BackgroundWriter:
         assert writer is not None
         segment = self._index.segment(writer.name)
         status = writer.seal()
-        segment.size, segment.used_ns, segment.sealed = status.st_size, status.st_mtime_ns, True
+        segment.since_ns = segment.mtime_ns = status.st_mtime_ns
+        segment.size, segment.sealed = status.st_size, True
 
     # ---- room
 
-    def _make_room(self, batch: list[Record]) -> tuple[list[Record] | None, dict[bytes, int]]:
-        """Drops segments until ``batch`` fits; pages of theirs to write again, with their uses by key.
+    def _make_room(self, batch: list[Record]) -> list[Record] | None:
+        """Drops segments until ``batch`` fits; pages of theirs to write again.
 
         None instead of the pages if other processes' open segments leave no room.
         """
-        self._directory.refresh(self._own, orphans=True)
+        self._directory.refresh(orphans=True)
+        if self._open and self._open.deleted:
+            self._abandon()
         saved: list[Record] = []
-        uses: dict[bytes, int] = {}
         if self._excess(batch) > 0:
             self._directory.learn_use()
         while (excess := self._excess(batch + saved)) > 0:
             victim = self._index.victim()
             if victim is None:
                 if self._open is None:
-                    return None, {}
+                    return None
                 self._seal()
                 continue
-            # what is saved is at most half of what goes, so that each round makes room
-            self._save(victim, min(victim.size // 2, victim.size - excess), saved, uses)
+            # a quarter of each victim goes for good: as much as a batch, so one victim is enough as a rule
+            left = victim.size - excess - footer_bytes(len(victim.keys))
+            saved += self._used_pages(victim, min(victim.size * 3 // 4, left))
             self._directory.drop(victim)
-            self._counters.add(evicted=self._index.evict(victim))
-        return saved, uses
+            self._counters.add(evicted=self._index.forget(victim))
+        return saved
 
     def _excess(self, records: list[Record]) -> int:
         """Bytes over the capacity once ``records`` are in the open segment and it is sealed."""
@@ -174,16 +175,17 @@ class BackgroundWriter:
         need = sum(record.length for record in records) + footer_bytes(pages) + (0 if self._open else HEADER_BYTES)
         return self._index.held() + need - self._limits.capacity
 
-    def _save(self, victim: Segment, limit: int, saved: list[Record], uses: dict[bytes, int]) -> None:
-        """Reads the pages of ``victim`` that are in use, up to ``limit`` bytes."""
+    def _used_pages(self, victim: Segment, limit: int) -> list[Record]:
+        """Reads the pages of ``victim`` that were used, up to ``limit`` bytes."""
+        pages = []
         with Reader(self._directory.path, self._layout) as reader:
             for place in self._index.hot(victim, limit):
                 try:
-                    tokens, payload = reader.read(victim.name, place.entry)
+                    (raw,) = reader.read(victim.name, [place.entry])
+                    tokens, payload = reader.page(victim.name, place.entry, raw)
+                    pages.append(Record(place.entry.key, tokens, payload, place.entry.length))
                 except CorruptError:
                     self._counters.add(corrupt=1)
                 except OSError:
                     self._counters.add(read_errors=1)
-                else:
-                    saved.append(Record(place.entry.key, tokens, payload, place.entry.length))
-                    uses[place.entry.key] = place.uses // 2
+        return pages

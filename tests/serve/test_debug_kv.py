@@ -1,0 +1,37 @@
+"""What /debug/kv says, on a real engine's cache and through HTTP."""
+
+import httpx
+from serve_fakes import FakeEngine, serving
+
+from jaxkv.cache.inspect import inspect
+from tests.sched.sched_driver import Driver, request
+
+
+def test_the_trie_as_json():
+    driver = Driver(pages=40, host_pages=60, max_model_len=96)
+    for base in (0, 100, 200, 300):
+        driver.add(request(f"r{base}", range(base, base + 40), 4, arrival=driver.clock))
+        driver.run()
+    seen = inspect(driver.inner.cache, 5)
+    assert {node["tier"] for node in seen["nodes"]} == {"HBM", "HOST"} and len(seen["nodes"]) == 5 < seen["nodes_total"]
+    assert seen["tiers"]["hbm"]["pages_total"] == [40] and seen["tiers"]["host"]["pages_used"][0] > 0
+    digests = [node["digest"] for node in seen["nodes"]]
+    for index, node in enumerate(seen["nodes"]):
+        assert node["parent"] is None or node["parent"] in digests[:index], "parents come first and are shown"
+        assert node["pages_below"] >= node["pages"] > 0 and node["tokens"] <= 4 * node["pages"]
+    assert seen["stats"]["demotions"] > 0
+
+
+def test_over_http(tokenizer):
+    with serving(lambda: FakeEngine(tokenizer)) as server:
+        assert httpx.get(f"{server.url}/debug/kv").json() == {"nodes": [{"top": 100}]}
+        assert httpx.get(f"{server.url}/debug/kv?top=7").json() == {"nodes": [{"top": 7}]}
+        bad = httpx.get(f"{server.url}/debug/kv?top=0")
+        assert bad.status_code == 400 and bad.json()["error"]["param"] == "top"
+    assert server.engine.closed
+
+
+def test_the_key_guards_it(tokenizer):
+    with serving(lambda: FakeEngine(tokenizer), api_keys=("secret",)) as server:
+        assert httpx.get(f"{server.url}/debug/kv").status_code == 401
+        assert httpx.get(f"{server.url}/debug/kv", headers={"authorization": "Bearer secret"}).status_code == 200

@@ -1,0 +1,108 @@
+"""Pages that come from the disk, or fail to, change nothing in the tokens: the oracle of test_oracle.py below the host tier."""
+
+import time
+
+import pytest
+
+pytest.importorskip("xxhash", reason="the disk tier needs xxhash")
+
+from jaxkv.types import Tier
+from tests.engine_harness import disk_store, engine, executor, run_all
+from tests.test_oracle import assert_greedy, follow_ups, requests
+
+
+def play(run, windows: bool) -> dict:
+    first = run_all(run, requests(1))
+    assert run.executor.tiers.disk.flush(30)
+    second = run_all(run, follow_ups(first, 2))
+    mismatches = [0, 0]
+    assert_greedy(windows, first | second, mismatches)
+    assert mismatches[1] > 150 and mismatches[0] <= 0.001 * mismatches[1]
+    return first | second
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["sync", "overlap"])
+@pytest.mark.parametrize("host_pages", [0, 12], ids=["disk", "host and disk"])
+@pytest.mark.parametrize("devices, windows", [(1, False), (1, True), (2, False), (4, True)])
+def test_pages_from_disk(devices, windows, host_pages, overlap, highest_precision, tmp_path):
+    run = executor(windows, devices)
+    with_disk = engine(run, pages=20, host_pages=host_pages, overlap=overlap, disk=disk_store(tmp_path, run, refresh_s=0.01))
+    play(with_disk, windows)
+    moved, stats = run.tiers.bytes_moved, with_disk.scheduler.cache.stats
+    assert stats.saves > 0 and moved[Tier.DISK, Tier.HBM] > 0 and stats.disk_hit_tokens > 0
+    assert (moved[Tier.HBM, Tier.HOST] > 0) == bool(host_pages)
+    with_disk.close()
+
+    again = engine(run, pages=60, disk=disk_store(tmp_path, run))  # the next process
+    results = run_all(again, requests(1))
+    mismatches = [0, 0]
+    assert_greedy(windows, results, mismatches)
+    assert again.scheduler.cache.stats.disk_hit_tokens > 0 and run.tiers.bytes_moved[Tier.DISK, Tier.HBM] > 0
+    assert [e for e in again.events if e[0] == "arrived"] and not [e for e in again.events if e[0] == "failed"]
+    again.close()
+
+
+def test_two_engines_share_a_disk(highest_precision, tmp_path):
+    run = executor(False)
+    theirs, mine = (disk_store(tmp_path, run, refresh_s=0.01) for _ in range(2))
+    prompts = requests(1)
+    writer = engine(run, pages=60, disk=theirs)
+    run_all(writer, prompts)
+    while plan := writer.scheduler.plan_saves(1000, 0.0):
+        writer.scheduler.commit(plan, writer.executor.submit(plan).read(), 0.0)
+    assert theirs.flush(30)
+    deadline = time.monotonic() + 10
+    while mine.stats().pages < theirs.stats().pages and time.monotonic() < deadline:
+        time.sleep(0.02)
+    reader = engine(run, pages=60, disk=mine)
+    results = run_all(reader, prompts)
+    assert_greedy(False, results, [0, 0])
+    cached = {name: max(d.num_cached_tokens for d in r.deltas) for name, r in results.items()}
+    assert all(cached[name] >= (len(prompt) - 1) // 4 * 4 for name, (prompt, _) in prompts.items() if name in cached), cached
+    for store in (theirs, mine):
+        store.close()
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "late"])
+def test_pages_that_do_not_come_are_computed(fault, highest_precision, tmp_path, monkeypatch):
+    run = executor(False)
+    store = disk_store(tmp_path, run)
+    with_disk = engine(run, pages=20, disk=store)
+    first = run_all(with_disk, requests(1))
+    store.flush(30)
+    if fault == "late":
+        monkeypatch.setattr("jaxkv.runtime.fetches.LIMIT_S", -1.0)
+    else:
+        for path in tmp_path.rglob("*"):
+            if path.is_file() and path.stat().st_size > 8192:
+                raw = bytearray(path.read_bytes())
+                raw[4096 + 300::97] = bytes(b ^ 0xFF for b in raw[4096 + 300::97])  # the header stays
+                path.write_bytes(raw)
+    second = run_all(with_disk, follow_ups(first, 2))
+    mismatches = [0, 0]
+    assert_greedy(False, first | second, mismatches)
+    stats = with_disk.scheduler.cache.stats
+    assert stats.failed_loads > 0 and [e for e in with_disk.events if e[0] == "failed"]
+    assert fault == "late" or store.stats().corrupt > 0
+    with_disk.close()
+
+
+def test_host_memory_that_runs_out_costs_the_tier_only(highest_precision, monkeypatch, caplog):
+    run = executor(False)
+    with_host = engine(run, pages=20, host_pages=40)
+    to_host, calls = run.tiers._to_host, []
+
+    def fails_later(gathered, count):
+        calls.append(count)
+        if len(calls) > 3:
+            raise MemoryError("pinned allocation failed")
+        return to_host(gathered, count)
+
+    monkeypatch.setattr(run.tiers, "_to_host", fails_later)
+    first = run_all(with_host, requests(1))
+    second = run_all(with_host, follow_ups(first, 2))
+    mismatches = [0, 0]
+    assert_greedy(False, first | second, mismatches)
+    assert len(calls) >= 4 and not with_host.scheduler.cache.has_host_tier and not run.tiers.host
+    assert caplog.text.count("going on without the host KV tier") == len(calls) - 3
+    assert with_host.metrics.host.pages_used == 0
