@@ -83,7 +83,7 @@ _OPTIONS = (
                                      "evict: only then", choices=DISK_WRITES),
     _Option("disk_kv_required", "switch", "do not start without the disk tier"),
     _Option("kv_codec", "text", "form of KV pages in host memory and on disk: exact; int8, int4, mixed (int8, deeper half "
-                                "int4), or a level for each layer with commas between: approximate"),
+                                "int4 but for the last layer), or a level for each layer with commas between: approximate"),
     _Option("eviction_policy", "text", "which pages leave first", choices=EVICTION_POLICIES),
     _Option("answer_worth", "int", "log2 of what a use of an answer's KV counts beside a prompt's, for the eviction policy"),
     _Option("tensor_parallel_size", "int", "devices that share the model"),
