@@ -62,11 +62,11 @@ class Tiering:
         key = store.policies[Tier.HBM].victim()
         if key is not None and store.plan - store.nodes[key].moved >= WINDOW:
             before = store.stats.demotions
-            self._evict(min(short, OFFLOAD_PAGES))
+            self._evict(min(short, OFFLOAD_PAGES), ahead=True)
             store.stats.offloads += store.stats.demotions - before
 
-    def _evict(self, count: int) -> None:
-        """Take up to ``count`` tail pages of the policy's victim out of HBM."""
+    def _evict(self, count: int, ahead: bool = False) -> None:
+        """Take up to ``count`` tail pages of the policy's victim out of HBM; ``ahead`` of need, nothing is lost for that."""
         store = self._store
         key = store.policies[Tier.HBM].victim()
         assert key is not None, "idle pages without a candidate"
@@ -78,6 +78,8 @@ class Tiering:
             store.split(node, len(node) - count)
         over = not store.host_capacity or store.policies[Tier.HBM].is_over(node.key)
         worth = 0 if over else store.costs.worth_moving(Tier.HOST, node.start, node.end, store.host_held)
+        if ahead and not worth and not over:
+            return
         if 0 < worth < len(node):
             upper = store.split(node, worth)
             self._drop(node)

@@ -30,7 +30,7 @@ def test_never_much_worse_than_the_best_fixed_rule(machine, host, disk):
 def test_pages_are_brought_over_a_fast_link_and_computed_behind_a_slow_one():
     fast, slow = play(case(H100, 16.0), "measured"), play(case(H100, 0.1), "measured")
     always, never = play(case(H100, 16.0), "always"), play(case(H100, 0.1), "never")
-    assert fast["loads"] > 0.9 * always["loads"] > 20 and fast["recomputed_tokens"] < 0.02 * fast["host_hit_tokens"]
+    assert fast["loads"] > 0.8 * always["loads"] > 20 and fast["recomputed_tokens"] < 0.02 * fast["host_hit_tokens"]
     assert slow["demotions"] < 0.02 * fast["demotions"] and slow["host_hit_tokens"] < 0.02 * fast["host_hit_tokens"]
     assert fast["hit"] > never["hit"] + 0.1 > slow["hit"]
 
