@@ -70,7 +70,8 @@ def test_pages_that_fail_are_computed(tier):
     assert driver.cached["a+"] < 40
 
 
-def test_a_load_is_given_up_when_its_link_becomes_slow():
+@pytest.mark.parametrize("aborted", [False, True])
+def test_a_load_is_given_up_when_its_link_becomes_slow(aborted):
     driver = Driver(pages=150, host_pages=300, max_model_len=400, budget=256, fetch_pages=8, delay=0)
     prompts = {name: [base + i % 30 for i in range(300)] for name, base in (("a", 0), ("b", 100), ("c", 200))}
     for _ in range(4):
@@ -83,9 +84,14 @@ def test_a_load_is_given_up_when_its_link_becomes_slow():
     driver.step()
     assert driver.inner.cache.loading
     driver.settings = replace(driver.settings, delay=30)  # of what is not on its way
+    if aborted:
+        driver.abort("a")
+    driver.run()
+    driver.add(request("again", [*prompts["a"], 998], 2, arrival=driver.clock))
     driver.run()
     driver.check_outputs()
-    assert stats.cancelled_loads == 1 and not stats.failed_loads and driver.cached["a"] < 300
+    assert stats.cancelled_loads == 1 and not stats.failed_loads
+    assert aborted or driver.cached["a"] < 300
 
 
 def test_an_abort_leaves_nothing_behind():
