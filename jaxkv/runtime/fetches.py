@@ -9,6 +9,7 @@ taken for the link's doing, that would speak against fetches that cost nothing. 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +53,7 @@ class Fetches:
         self._flights: dict[int, _Flight] = {}
         self._ended = dict.fromkeys(Tier, 0.0)  # when the latest fetch from a tier did
         self._watcher = ThreadPoolExecutor(1, "fetches")
+        self._news = threading.Event()  # a fetch has ended since ``arrivals`` last looked
 
     def clear(self) -> None:
         """Forget everything under way."""
@@ -83,23 +85,29 @@ class Fetches:
         try:
             pages, moves = future.result(), flight.fetch.moves
             if len(pages) < len(flight.fetch.keys):
-                flight.failed = True
+                self._fail(flight)
             else:
                 flight.copies = jax.device_put([pages[m.src[1]][m.group] for m in moves], self._on_device)
                 self._watcher.submit(self._watch, flight)
         except Exception:  # reported as a failed fetch: its pages are computed instead
-            flight.failed = True
+            self._fail(flight)
 
     def _watch(self, flight: _Flight) -> None:
         try:
             jax.block_until_ready(flight.copies)
             flight.end = self._clock()
+            self._news.set()
         except Exception:  # as above
-            flight.failed = True
+            self._fail(flight)
+
+    def _fail(self, flight: _Flight) -> None:
+        flight.failed = True
+        self._news.set()
 
     def arrivals(self) -> list[Arrival]:
         """Fetches that ended since the last call, oldest first."""
         out = []
+        self._news.clear()
         for number, flight in self._flights.items():
             if flight.reported:
                 continue
@@ -112,14 +120,9 @@ class Fetches:
         return out
 
     def wait(self, seconds: float) -> None:
-        """Sleep until the oldest fetch may have ended, at most ``seconds`` while it is read from disk."""
-        flight = next((f for f in self._flights.values() if not f.reported), None)
-        if flight is None:
-            return
-        if flight.copies is not None:
-            jax.block_until_ready(flight.copies)
-        else:
-            time.sleep(min(seconds, 0.0005))
+        """Sleep until a fetch under way has ended, at most ``seconds``."""
+        if self.busy:
+            self._news.wait(seconds)
 
     def land(self, fetch_id: int, wanted: bool) -> list[tuple[list[PageMove], list[jax.Array]]]:
         """What a fetch brought, by group: moves and their pages; nothing if it is not wanted."""
