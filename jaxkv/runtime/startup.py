@@ -45,7 +45,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     except ValueError as error:
         raise ConfigError(f"kv_layout: {error}") from None
     model = load_model(config.model.model, mesh, dtype=config.model.dtype, load_format=config.model.load_format,
-                       seed=config.seed)
+                       seed=config.seed, show_progress=show_progress)
     tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
     max_model_len = resolve_max_model_len(config, model)
     cache, sched = config.cache, config.sched

@@ -10,22 +10,24 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jaxkv.cli import OneLineParser, add_engine_args, config_from_namespace, one_line_errors
+from jaxkv.cli import BASIC_ENGINE_OPTIONS, OneLineParser, add_engine_args, config_from_namespace, one_line_errors
 from jaxkv.config import ConfigError, parse_size
 from jaxkv.serve.sockets import listen
 
 PROG = "python -m jaxkv.serve"
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     """Server options and the engine's."""
-    parser = OneLineParser(PROG, description="OpenAI-compatible server.")
+    parser = OneLineParser(prog, description="OpenAI-compatible server.",
+                           basic=("host", "port", "api_key", "served_model_name", *BASIC_ENGINE_OPTIONS))
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
                        help="address to listen on; 0.0.0.0 for every interface (default: 127.0.0.1)")
     group.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free port (default: 8000)")
     group.add_argument("--api-key", action="append", metavar="KEY",
-                       help="bearer token asked for on /v1, may be repeated (default: $JAXKV_API_KEY, else none)")
+                       help="bearer token asked for on /v1, may be repeated; $JAXKV_API_KEY may hold several with commas "
+                            "between (default: none)")
     group.add_argument("--served-model-name", metavar="NAME", help="name in /v1/models (default: the model's)")
     group.add_argument("--max-open-requests", type=int, default=1024, metavar="N",
                        help="sequences running or waiting before a 429 (default: 1024)")
@@ -37,11 +39,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Runs the server until a signal. Returns the exit code: 0 after a signal, 1 after an engine failure, 2 for
     settings that cannot work."""
-    args = make_parser().parse_args(argv)
-    with one_line_errors(PROG):
+    args = make_parser(prog).parse_args(argv)
+    with one_line_errors(prog, args):
         if not 0 <= args.port <= 65535:
             raise ConfigError(f"port must be in [0, 65535], got {args.port}")
         if args.max_open_requests < 1:
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not 0 <= args.shutdown_timeout < float("inf"):
             raise ConfigError(f"shutdown_timeout must be a number of seconds from 0, got {args.shutdown_timeout}")
         args.max_body = parse_size(args.max_body, "max_body")
-        args.api_key = args.api_key or [key for key in [os.environ.get("JAXKV_API_KEY")] if key]
+        args.api_key = args.api_key or []
         if not all(args.api_key):
             raise ConfigError("api_key must not be empty")
         config = config_from_namespace(args)
@@ -59,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module("jaxkv.serve.server").run(args, config, sock)
 
 
-def command() -> NoReturn:
+def command(argv: Sequence[str] | None = None, prog: str = PROG) -> NoReturn:
     """``main`` as a process: once it has ended, nothing that the libraries do at exit can delay or fail it."""
     try:
-        code = main()
+        code = main(argv, prog)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
     sys.stdout.flush()

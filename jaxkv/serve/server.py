@@ -20,6 +20,7 @@ import uvicorn
 
 from jaxkv.config import ConfigError, EngineConfig
 from jaxkv.runtime.startup import build_engine
+from jaxkv.serve.announce import announcement
 from jaxkv.serve.app import Service, build_app
 from jaxkv.serve.engine_loop import EngineLoop
 from jaxkv.serve.errors import shutting_down
@@ -50,6 +51,7 @@ class Server:
         self.sock, self.loop, self.grace = sock, loop, args.shutdown_timeout
         host, port = sock.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.model_name, self.has_keys = args.served_model_name, bool(args.api_key)
         service = Service(loop, args.served_model_name, args.max_body)
         self.http = uvicorn.Server(uvicorn.Config(
             build_app(service, args.api_key), lifespan="off", log_config=None, access_log=args.access_log,
@@ -96,9 +98,8 @@ class Server:
     def _announce(self) -> None:
         engine = self.loop.engine
         assert engine is not None
-        for line in engine.describe():
-            print(line)
-        print(f"ready: {self.url}/v1 (model {engine.model_name}); stop with Ctrl+C", flush=True)
+        lines = announcement(self.url, self.model_name or engine.model_name, engine.tokenizer, keys=self.has_keys)
+        print("\n".join([*engine.describe(), *lines]), flush=True)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
