@@ -131,8 +131,8 @@ def _add_group(group: Any, options: tuple[_Option, ...], defaults: Mapping[str, 
         if option.kind == "switch":
             extra["action"] = argparse.BooleanOptionalAction
         else:
-            extra |= {"type": int if option.kind == "int" else str, "choices": option.choices,
-                      "metavar": None if option.choices else {"int": "N", "size": "SIZE", "dir": "DIR"}.get(option.kind, "NAME")}
+            metavar = None if option.choices else {"int": "N", "size": "SIZE", "dir": "DIR"}.get(option.kind, "NAME")
+            extra |= {"type": int if option.kind == "int" else str, "choices": option.choices, "metavar": metavar}
         group.add_argument(*flags, dest=option.name, default=argparse.SUPPRESS, **extra)
 
 

@@ -87,7 +87,10 @@ class Server:
 async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
     lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     fields = dict(line.lower().split(":", 1) for line in lines[1:] if ":" in line)
-    return int(lines[0].split()[1]), {name: value.strip() for name, value in fields.items()}
+    status = lines[0].split(" ")[1:2]
+    if not lines[0].startswith("HTTP/") or not status:
+        raise ValueError("no HTTP")
+    return int(status[0]), {name: value.strip() for name, value in fields.items()}
 
 
 async def _body(reader: asyncio.StreamReader, fields: Mapping[str, str]) -> AsyncIterator[bytes]:
