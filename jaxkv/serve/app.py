@@ -100,7 +100,7 @@ class Service:
                 raise bad_request("prompt must not be empty", "prompt")
             if len(ids) >= engine.max_model_len:
                 field_name = request.renamed().get("prompt", "prompt")
-                raise bad_request(f"{field_name}: {len(ids)} tokens do not fit: the model's window is "
+                raise bad_request(f"{field_name}: {len(ids)} tokens do not fit: this model's maximum context length is "
                                   f"{engine.max_model_len} tokens, prompt and answer together", field_name,
                                   "context_length_exceeded")
         name, hints = form.head["id"], request.cache_hints()
