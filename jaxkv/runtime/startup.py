@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import pallas_kernels as ops
 from jaxkv.cache.controller import CacheController
@@ -66,7 +67,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     shapes = batch_shapes(sched.max_num_seqs, sched.max_num_batched_tokens)
     scheduler = Scheduler(sched, controller, max_model_len, step_sizes=step_sizes(shapes))
     loaded = time.perf_counter()
-    with tqdm(desc="compiling steps", unit="", disable=not show_progress, leave=False) as bar, _refusals(impl):
+    with tqdm(desc="compiling steps", total=len(shapes), unit="", disable=not show_progress, leave=False) as bar, \
+            logging_redirect_tqdm(), _refusals(impl):
         executor = JaxExecutor(
             model.spec, model.params, kv, mesh, max_num_seqs=sched.max_num_seqs,
             max_num_batched_tokens=sched.max_num_batched_tokens, max_model_len=max_model_len,
