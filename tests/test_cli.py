@@ -75,12 +75,16 @@ def test_precedence(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXKV_CONFIG", str(file))
     args = make_parser().parse_args(["--port", "3"])
     assert (args.port, args.host, args.max_open_requests, args.served_model_name) == (3, "b", 1024, None)
-    assert args.api_key == ["0123", "a, b"] and args.access_log is True
+    assert args.api_key == ["0123", "a, b"] and not args.sources.get("port") and args.access_log is True
     config = config_from_namespace(args)
     assert (config.sched.max_num_seqs, config.sched.overlap, config.cache.page_size) == (3, False, 8)
     monkeypatch.setenv("JAXKV_API_KEY", "x,y")
     assert make_parser().parse_args([]).api_key == ["x", "y"]
     assert make_parser().parse_args(["--api-key", "z"]).api_key == ["z"], "a list on the command line is not added to others"
+    file.write_text("api-key: 'p, q'")
+    monkeypatch.delenv("JAXKV_API_KEY")
+    assert make_parser().parse_args([]).api_key == ["p, q"], "only the environment is split at commas"
+    monkeypatch.setenv("JAXKV_API_KEY", "x, y")
     monkeypatch.setenv("JAXKV_OVERLAP", "True")
     assert make_parser().parse_args([]).overlap is True
     assert make_parser().parse_args(["--no-overlap"]).overlap is False

@@ -50,9 +50,12 @@ class OneLineParser(PlainParser):
             given, rest = super().parse_known_args(args)
         given.sources = {}
         try:
-            self._add(given, from_environment(set(self._options()), os.environ))
+            options = self._options()
+            lists = {name for name, action in options.items() if isinstance(action, argparse._AppendAction)}
+            self._add(given, from_environment(options, lists, os.environ), options)
             if "config" in given:
-                self._add(given, from_file(given.config))
+                del options["config"]
+                self._add(given, from_file(given.config), options)
         except ConfigError as error:
             self.error(str(error))
         missing = [action for action in self._actions if action.required and action.dest not in given]
@@ -104,11 +107,12 @@ class OneLineParser(PlainParser):
             names |= dict.fromkeys(flags, action)
         return names
 
-    def _add(self, given: argparse.Namespace, settings: Sequence[Setting]) -> None:
+    @staticmethod
+    def _add(given: argparse.Namespace, settings: Sequence[Setting], options: dict[str, argparse.Action]) -> None:
         """Adds settings of one source where no earlier source gave a value. ConfigError names place and value."""
-        options, seen = self._options(), dict[str, Setting]()
+        seen: dict[str, Setting] = {}
         for setting in settings:
-            if setting.name not in options or (setting.name == "config" and ":" in setting.source):
+            if setting.name not in options:
                 near = difflib.get_close_matches(setting.name, options, 1)
                 raise ConfigError(f"{setting.source}: unknown option; "
                                   + (f"did you mean {near[0]}?" if near else "--help-all lists all"))
@@ -151,8 +155,7 @@ def _convert(action: argparse.Action, setting: Setting) -> Any:
     """The option's value of a text, or of several. ConfigError names place and value."""
     value = setting.value
     if isinstance(action, argparse._AppendAction):
-        return [_one(action, text.strip(), setting.source)
-                for text in (value.split(",") if isinstance(value, str) else value)]
+        return [_one(action, text, setting.source) for text in ([value] if isinstance(value, str) else value)]
     if isinstance(value, list):
         raise ConfigError(f"{setting.source}: must be one value, got a list")
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):

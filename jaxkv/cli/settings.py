@@ -6,7 +6,7 @@ Owns how both are read: every value is text, exactly as it was written, so that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,11 @@ class Setting:
     source: str
 
 
-def from_environment(names: set[str], environ: Mapping[str, str]) -> list[Setting]:
-    """The options of ``names`` that ``JAXKV_<OPTION>`` gives; empty counts as not given."""
-    return [Setting(name, value, PREFIX + name.upper())
-            for name in sorted(names) if (value := environ.get(PREFIX + name.upper()))]
+def from_environment(names: Iterable[str], lists: Container[str], environ: Mapping[str, str]) -> list[Setting]:
+    """The options of ``names`` that ``JAXKV_<OPTION>`` gives; empty counts as not given. Those of ``lists`` are split at
+    commas."""
+    return [Setting(name, [part.strip() for part in value.split(",")] if name in lists else value, PREFIX + name.upper())
+            for name in names if (value := environ.get(PREFIX + name.upper()))]
 
 
 def from_file(path: str) -> list[Setting]:

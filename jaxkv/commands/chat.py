@@ -43,7 +43,7 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     """Options of the chat, of sampling and of an engine in this process."""
     parser = OneLineParser(
         prog, description="Chat in the terminal. Input that is piped in is one message; only the answer is printed then.",
-        basic=("url", "api_key", "system", "max_tokens", "temperature", "seed", *BASIC_ENGINE_OPTIONS[:-1]))
+        basic=("url", "api_key", "system", "max_tokens", "temperature", "seed", *BASIC_ENGINE_OPTIONS))
     group = parser.add_argument_group("chat")
     group.add_argument("--url", metavar="URL", help="a running server (default: an engine in this process)")
     group.add_argument("--api-key", metavar="KEY", help="the server's key")

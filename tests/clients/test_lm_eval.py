@@ -32,7 +32,7 @@ def test_loglikelihood_is_the_dense_forwards(harness, python):
     assert [score for score, _ in again] == pytest.approx([score for score, _ in found], abs=2e-3), "with the prompts cached"
     tokens = [model._encode_pair(*pair) for pair in PAIRS]
     dense = json.loads(python("-m", "tests.clients.dense", stdin=json.dumps([context + rest for context, rest in tokens])))
-    for pair, (context, rest), rows, (score, greedy) in zip(PAIRS, tokens, dense, found):
+    for pair, (_, rest), rows, (score, greedy) in zip(PAIRS, tokens, dense, found):
         tail = rows[-len(rest):]
         assert score == pytest.approx(sum(logprob for logprob, _ in tail), abs=2e-3), pair
         assert greedy == all(best for _, best in tail), pair

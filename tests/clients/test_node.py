@@ -22,8 +22,9 @@ def test_openai_for_node(server):
     choice = seen["chat"]["choices"][0]
     assert choice["message"]["role"] == "assistant" and choice["finish_reason"] in ("stop", "length")
     assert "".join(seen["deltas"]) == choice["message"]["content"] != ""
-    assert seen["usage"]["completion_tokens"] == seen["chat"]["usage"]["completion_tokens"] == len(choice["logprobs"]["content"])
-    assert all(len(token["top_logprobs"]) == 2 for token in choice["logprobs"]["content"])
+    tokens = choice["logprobs"]["content"]
+    assert seen["usage"]["completion_tokens"] == seen["chat"]["usage"]["completion_tokens"] == len(tokens)
+    assert all(len(token["top_logprobs"]) == 2 for token in tokens)
     assert [c["index"] for c in seen["completion"]["choices"]] == [0, 1]
     assert 3 <= seen["aborted"] < 50, "an answer would have hundreds"
     assert seen["errors"] == [
