@@ -142,9 +142,11 @@ def test_a_plain_parser_takes_the_engine_options_too():
 def test_required_options_may_come_from_anywhere(monkeypatch, capsys):
     parser = OneLineParser("p")
     parser.add_argument("--input", required=True, type=int)
+    parser.add_argument("--origins", nargs="+", default=[])
     assert "--input" in refused(capsys, lambda: parser.parse_args([]))
     monkeypatch.setenv("JAXKV_INPUT", "7")
-    assert parser.parse_args([]).input == 7
+    monkeypatch.setenv("JAXKV_ORIGINS", "a,b")
+    assert parser.parse_args([]).input == 7 and parser.parse_args([]).origins == ["a", "b"]
     assert parser.parse_args(["--input", "8"]).input == 8
 
 

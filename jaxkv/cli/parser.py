@@ -51,7 +51,7 @@ class OneLineParser(PlainParser):
         given.sources = {}
         try:
             options = self._options()
-            lists = {name for name, action in options.items() if isinstance(action, argparse._AppendAction)}
+            lists = {name for name, action in options.items() if _is_list(action)}
             self._add(given, from_environment(options, lists, os.environ), options)
             if "config" in given:
                 del options["config"]
@@ -151,10 +151,14 @@ def one_line_errors(prog: str, args: argparse.Namespace | None = None) -> Iterat
         raise SystemExit(2) from None
 
 
+def _is_list(action: argparse.Action) -> bool:
+    return isinstance(action, argparse._AppendAction) or action.nargs in ("+", "*")
+
+
 def _convert(action: argparse.Action, setting: Setting) -> Any:
     """The option's value of a text, or of several. ConfigError names place and value."""
     value = setting.value
-    if isinstance(action, argparse._AppendAction):
+    if _is_list(action):
         return [_one(action, text, setting.source) for text in ([value] if isinstance(value, str) else value)]
     if isinstance(value, list):
         raise ConfigError(f"{setting.source}: must be one value, got a list")
