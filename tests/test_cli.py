@@ -67,7 +67,7 @@ def test_exit_codes():
 
 def test_precedence(monkeypatch, tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("port: 1\nhost: a\nmax-num-seqs: 3\noverlap: no\napi_key: [0123, 'a, b']\naccess_log: true\n"
+    file.write_text("port: 1\nhost: a\nmax-num-seqs: 3\noverlap: no\napi_key: [0123, 'a, b']\ndisk_kv_path: x\ndisk_kv_required: true\n"
                     "block_size: 8\n")
     monkeypatch.setenv("JAXKV_PORT", "2")
     monkeypatch.setenv("JAXKV_HOST", "b")
@@ -75,7 +75,7 @@ def test_precedence(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXKV_CONFIG", str(file))
     args = make_parser().parse_args(["--port", "3"])
     assert (args.port, args.host, args.max_open_requests, args.served_model_name) == (3, "b", 1024, None)
-    assert args.api_key == ["0123", "a, b"] and not args.sources.get("port") and args.access_log is True
+    assert args.api_key == ["0123", "a, b"] and not args.sources.get("port") and args.disk_kv_required is True
     config = config_from_namespace(args)
     assert (config.sched.max_num_seqs, config.sched.overlap, config.cache.page_size) == (3, False, 8)
     monkeypatch.setenv("JAXKV_API_KEY", "x,y")
@@ -142,11 +142,14 @@ def test_a_plain_parser_takes_the_engine_options_too():
 def test_required_options_may_come_from_anywhere(monkeypatch, capsys):
     parser = OneLineParser("p")
     parser.add_argument("--input", required=True, type=int)
-    parser.add_argument("--origins", nargs="+", default=[])
+    parser.add_argument("--origins", nargs="+", default=["c"], help="(default: %(default)s)")
+    parser.add_argument("--word", action="append", default=["w"])
     assert "--input" in refused(capsys, lambda: parser.parse_args([]))
     monkeypatch.setenv("JAXKV_INPUT", "7")
     monkeypatch.setenv("JAXKV_ORIGINS", "a,b")
     assert parser.parse_args([]).input == 7 and parser.parse_args([]).origins == ["a", "b"]
+    assert parser.parse_args(["--word", "x", "--word", "y"]).word == ["x", "y"] and parser.parse_args([]).word == ["w"]
+    assert "(default: ['c'])" in parser.format_help()
     assert parser.parse_args(["--input", "8"]).input == 8
 
 

@@ -46,9 +46,10 @@ class OneLineParser(PlainParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, with values from all sources."""
-        with self._nothing_by_default():
-            given, rest = super().parse_known_args(args)
-        given.sources = {}
+        unset = _Unset()
+        with self._nothing_required():
+            given, rest = super().parse_known_args(args, argparse.Namespace(**{a.dest: unset for a in self._actions}))
+        given = argparse.Namespace(**{name: value for name, value in vars(given).items() if value is not unset}, sources={})
         try:
             options = self._options()
             lists = {name for name, action in options.items() if _is_list(action)}
@@ -84,16 +85,15 @@ class OneLineParser(PlainParser):
         self._print_message(self.format_short_help() if self._basic else self.format_help(), sys.stdout)
 
     @contextlib.contextmanager
-    def _nothing_by_default(self) -> Iterator[None]:
-        """What is parsed in here holds only what was given."""
-        kept = [(action, action.default, action.required) for action in self._actions]
-        for action in self._actions:
-            action.default, action.required = argparse.SUPPRESS, False
+    def _nothing_required(self) -> Iterator[None]:
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
         try:
             yield
         finally:
-            for action, default, required in kept:
-                action.default, action.required = default, required
+            for action in required:
+                action.required = True
 
     def _options(self) -> dict[str, argparse.Action]:
         """Every name an option has outside of the command line: with underscores, synonyms too."""
@@ -123,6 +123,10 @@ class OneLineParser(PlainParser):
             if action.dest not in given:
                 setattr(given, action.dest, value)
                 given.sources[action.dest] = setting.source
+
+
+class _Unset(list):
+    """Stands for a value that the command line does not give; a list, as options that may be repeated add to a copy."""
 
 
 class _Help(argparse.Action):
