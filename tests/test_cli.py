@@ -67,8 +67,8 @@ def test_exit_codes():
 
 def test_precedence(monkeypatch, tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("port: 1\nhost: a\nmax-num-seqs: 3\noverlap: no\napi_key: [0123, 'a, b']\ndisk_kv_path: x\ndisk_kv_required: true\n"
-                    "block_size: 8\n")
+    file.write_text("port: 1\nhost: a\nmax-num-seqs: 3\noverlap: no\napi_key: [0123, 'a, b']\nblock_size: 8\n"
+                    "disk_kv_path: x\ndisk_kv_required: true\n")
     monkeypatch.setenv("JAXKV_PORT", "2")
     monkeypatch.setenv("JAXKV_HOST", "b")
     monkeypatch.setenv("JAXKV_SERVED_MODEL_NAME", "")  # as Compose writes what is not set
