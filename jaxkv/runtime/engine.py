@@ -197,7 +197,7 @@ class Engine:
             self.metrics.prefix_query_tokens += output.num_prompt_tokens
             self.metrics.prefix_hit_tokens += event.num_cached
         delta, stop = output.process(event)
-        self.metrics.generation_tokens += len(event.tokens)
+        self.metrics.generation_tokens += len(delta.token_ids)
         if stop is not None and event.finish_reason is None:
             self.scheduler.finish(event.request_id, "stop")
         if delta.finish_reason is not None:
