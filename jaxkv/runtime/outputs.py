@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from jaxkv.runtime.detokenizer import StopStrings, make_detokenizer
 from jaxkv.runtime.tokenizer import Tokenizer
-from jaxkv.types import Logprobs, Request, SamplingParams, TokenEvent
+from jaxkv.types import Logprobs, Request, SamplingParams, Start, TokenEvent
 
 
 @dataclass(slots=True)
@@ -25,9 +25,10 @@ class Delta:
     text: str = ""  # whole characters, already cut at a stop string
     logprobs: tuple[Logprobs, ...] = ()  # of token_ids, if asked for
     prompt_logprobs: tuple[Logprobs, ...] = ()  # of prompt[1:], complete, with the first tokens, if asked for
-    finish_reason: str | None = None  # "stop", "length" or "abort"
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     stop_reason: int | str | None = None  # the stop token id or stop string of the request; None for the model's EOS
     num_cached_tokens: int = 0
+    start: Start | None = None  # with the first tokens
 
 
 class OutputProcessor:
@@ -59,7 +60,7 @@ class OutputProcessor:
             stop_reason = event.stop_token
         logprobs = event.logprobs[:len(tokens)] if request.params.logprobs is not None else ()
         delta = Delta(request.parent or request.id, request.child, tokens, text, logprobs, (), reason, stop_reason,
-                      event.num_cached)
+                      event.num_cached, event.start)
         if event.prompt_logprobs or self._prompt_logprobs:
             self._prompt_logprobs += event.prompt_logprobs
             if tokens or reason is not None:

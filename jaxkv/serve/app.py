@@ -1,17 +1,16 @@
-"""The HTTP face: routes, API keys, body limits, and an error object for everything that goes wrong.
+"""The HTTP face: routes, body limits, and an error object for everything that goes wrong.
 
-Owns which URL does what. Requests are parsed by ``protocol``, answered by ``answer``; the engine is behind
-``engine_loop``. The event loop does no work that grows with a prompt: long texts are tokenised on another thread.
+Owns which URL does what. Requests come through ``gate``, are parsed by ``protocol`` and answered by ``answer``; the engine
+is behind ``engine_loop``. The event loop does no work that grows with a prompt: long texts are tokenised on another thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -20,17 +19,21 @@ from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from jaxkv import __version__
 from jaxkv.serve import chat, completions
 from jaxkv.serve import metrics as prometheus
-from jaxkv.serve.answer import Answer, Form, respond
+from jaxkv.serve.answer import Answer, Form
 from jaxkv.serve.engine_loop import Call, EngineLike, EngineLoop, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
+from jaxkv.serve.gate import Gate
+from jaxkv.serve.limits import KeyRing, Limits
 from jaxkv.serve.logprobs import TokenText
 from jaxkv.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
+from jaxkv.serve.records import Record
 
 log = logging.getLogger("jaxkv.serve")
 INLINE_CHARS = 8192  # texts up to this length are tokenised on the event loop: a few milliseconds at most
@@ -42,7 +45,7 @@ class Service:
 
     loop: EngineLoop
     served_model_name: str | None = None
-    max_body: int = 32 * 2**20  # bytes
+    limits: Limits = field(default_factory=Limits)
     started: float = field(default_factory=time.time)
     ignored_fields: set[str] = field(default_factory=set)
     encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
@@ -68,14 +71,15 @@ class Service:
 
     async def body(self, request: Request) -> bytes:
         """The request's body. Raises a 413 as soon as it is known to be too large."""
-        limit = ApiError(413, f"the body must be at most {self.max_body} bytes", code="request_too_large")
+        most = self.limits.max_body
+        limit = ApiError(413, f"the body must be at most {most} bytes", code="request_too_large")
         size = request.headers.get("content-length", "")
-        if size.isdecimal() and int(size) > self.max_body:
+        if size.isdecimal() and int(size) > most:
             raise limit
         body = bytearray()
         async for part in request.stream():
             body += part
-            if len(body) > self.max_body:
+            if len(body) > most:
                 raise limit
         return bytes(body)
 
@@ -84,33 +88,43 @@ class Service:
         tokenizer = self.engine().tokenizer
         if tokenizer is None:
             raise bad_request("this server has no tokenizer: prompt must be token ids", "prompt")
-        if len(text) <= INLINE_CHARS:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(
-            self.encoder, lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        try:
+            if len(text) <= INLINE_CHARS:
+                return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            return await asyncio.get_running_loop().run_in_executor(
+                self.encoder, lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a tokenizer in Rust is no Exception, and must end this request only
+            log.error("the tokenizer failed on a text of %d characters", len(text), exc_info=error)
+            raise ApiError(500, "the tokenizer failed on this text", code="tokenizer_error") from None
 
     def answer(self, request: GenerationRequest, form: Form, params: Any,
                prompts: Sequence[tuple[list[int], str | None]]) -> Answer:
         """The response that submits the prompts and waits for them. Raises ApiError for one that cannot fit."""
-        engine, mailbox = self.engine(), Mailbox()
+        engine, mailbox, limits = self.engine(), Mailbox(), self.limits
         if engine.tokenizer is None and params.stop:
             raise bad_request("this server has no tokenizer: stop strings cannot be found", "stop")
+        if params.n > limits.max_n:
+            raise bad_request(f"n must be at most {limits.max_n}, got {params.n}", "n")
+        longest = min(engine.max_model_len - 1, limits.max_prompt_tokens or engine.max_model_len)
         for ids, _ in prompts:
             if not ids:
                 raise bad_request("prompt must not be empty", "prompt")
-            if len(ids) >= engine.max_model_len:
+            if len(ids) > longest:
                 field_name = request.renamed().get("prompt", "prompt")
-                raise bad_request(f"{field_name}: {len(ids)} tokens do not fit: the model's window is "
-                                  f"{engine.max_model_len} tokens, prompt and answer together", field_name,
-                                  "context_length_exceeded")
+                window = f"the model's window is {engine.max_model_len} tokens, prompt and answer together"
+                bound = window if longest < (limits.max_prompt_tokens or len(ids)) else f"this server takes {longest}"
+                raise bad_request(f"{field_name}: {len(ids)} tokens do not fit: {bound}", field_name, "context_length_exceeded")
         name, hints = form.head["id"], request.cache_hints()
         calls = [Call(f"{name}-{i}", ids, params, mailbox, i, text, hints)
                  for i, (ids, text) in enumerate(prompts)]
         return Answer(self.loop, calls, request, form)
 
 
-def build_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
-    """The ASGI application."""
+def build_app(service: Service, keys: KeyRing | None = None, *, origins: Sequence[str] = (), credentials: bool = False,
+              done: Callable[[Record], None] = Record.write) -> ASGIApp:
+    """The ASGI application. Pages of ``origins`` may call it; ``done`` gets the record of every request."""
     app = FastAPI(title="jaxkv", version=__version__, docs_url=None, redoc_url=None)
     _add_errors(app)
     _add_status(app, service)
@@ -137,7 +151,11 @@ def build_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
         form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", model, body, TokenText(tokenizer))
         return service.answer(body, form, params, [(ids, text)])
 
-    return _KeyCheck(app, [key.encode() for key in api_keys])
+    gate: ASGIApp = Gate(app, service.loop, keys or KeyRing(), service.limits, done)
+    if origins:  # outermost: a page must be able to read a refusal too
+        gate = CORSMiddleware(gate, allow_origins=origins, allow_credentials=credentials, allow_methods=["*"],
+                              allow_headers=["*"], expose_headers=["x-request-id", "retry-after"])
+    return gate
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
@@ -202,24 +220,6 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         return JSONResponse(ApiError(500, "internal server error").body(), 500)
-
-
-class _KeyCheck:
-    """Lets only requests with a known bearer token reach /v1 and /debug; keys are compared in constant time, never logged."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[bytes]):
-        self.app, self.keys = app, keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.keys and scope["type"] == "http" and scope["path"].startswith(("/v1", "/debug")):
-            header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            scheme, _, token = header.partition(b" ")
-            matches = [hmac.compare_digest(token.strip(), key) for key in self.keys]
-            if scheme.lower() != b"bearer" or not any(matches):
-                error = ApiError(401, "missing or wrong API key: send \"Authorization: Bearer KEY\"",
-                                 code="invalid_api_key")
-                return await respond(send, 401, error.render(), {"www-authenticate": "Bearer"})
-        await self.app(scope, receive, send)
 
 
 def _schema(model: type[GenerationRequest]) -> dict[str, Any]:

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import uvicorn
 
@@ -21,7 +23,8 @@ from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
 from jaxkv.serve.app import Service, build_app
 from jaxkv.serve.engine_loop import EngineLike, EngineLoop
-from jaxkv.types import Logprobs, Request, TokenEvent
+from jaxkv.serve.limits import KeyRing, Limits
+from jaxkv.types import Logprobs, Request, Start, TokenEvent
 
 ROOT = Path(__file__).parents[2]
 REPLY = "The cat — naïve, 日本 🙂 — sat on the mat. def f(x):\n    return x\n"
@@ -38,6 +41,7 @@ class FakeEngine:
         self.reply = tokenizer.encode(REPLY) if tokenizer else [7, 8, 9]
         self.children: dict[str, tuple[Request, OutputProcessor, int]] = {}
         self.requests: list[Request] = []  # every one ever added
+        self.added: dict[str, float] = {}  # child -> when it came
         self.threads: set[int] = set()
         self.crash: Exception | None = None
         self.run = threading.Event()
@@ -63,6 +67,7 @@ class FakeEngine:
                               end_session=hints.end_session, retention=hints.retention, no_store=hints.no_store)
             self.children[request.id] = request, OutputProcessor(request, self.tokenizer), 0
             self.requests.append(request)
+            self.added[request.id] = time.monotonic()
         self.metrics.prompt_tokens += len(prompt_token_ids)
         self.metrics.running = len(self.children)
 
@@ -103,8 +108,9 @@ class FakeEngine:
         if params.prompt_logprobs is not None and not count:
             prompt = tuple(self._logprobs(t, params.prompt_logprobs) for t in request.prompt[1:])
         logprobs = () if params.logprobs is None else (self._logprobs(token, params.logprobs),)
+        start = None if count else Start(self.added.pop(key), time.monotonic())
         delta, stop = output.process(TokenEvent(key, (token,), logprobs, prompt, reason, token if stopped else None,
-                                                num_cached=len(request.prompt) // 2))
+                                                len(request.prompt) // 2, start))
         if stop is None and reason is None:
             self.children[key] = request, output, count + 1
         else:
@@ -132,11 +138,11 @@ class Running:
 
 @contextlib.contextmanager
 def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: int = 2**20,
-            api_keys: tuple[str, ...] = (), name: str | None = None,
-            start_seconds: float = 60) -> Iterator[Running]:
-    """Serves an engine from a thread of this process until the block ends."""
-    loop = EngineLoop(build, max_open)
-    app = build_app(Service(loop, name, max_body), api_keys)
+            api_keys: tuple[str, ...] = (), name: str | None = None, start_seconds: float = 60, step_timeout: float = 0.0,
+            limits: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> Iterator[Running]:
+    """Serves an engine from a thread of this process until the block ends. ``options`` are those of ``build_app``."""
+    loop = EngineLoop(build, max_open, step_timeout)
+    app = build_app(Service(loop, name, Limits(max_body=max_body, **limits)), KeyRing(api_keys), **options)
     http = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1))
     sock = socket.create_server(("127.0.0.1", 0))
     up = threading.Event()
@@ -190,13 +196,14 @@ class ServerProcess:
         return self.child.returncode, errors
 
 
-def raw_post(url: str, **body: object) -> socket.socket:
+def raw_post(url: str, headers: Mapping[str, str] = MappingProxyType({}), **body: object) -> socket.socket:
     """A connection on which /v1/completions was asked and nothing was read yet."""
     host, port = url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
     sock = socket.create_connection((host, int(port)), timeout=5)
+    more = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
     sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-                 b"content-length: %d\r\n\r\n%s" % (len(data), data))
+                 b"%scontent-length: %d\r\n\r\n%s" % (more, len(data), data))
     return sock
 
 
