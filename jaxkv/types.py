@@ -241,6 +241,8 @@ class Sequence:
     rest: list[int] = field(default_factory=list)  # [group] pages it will need besides those that wait for it
     brought: dict[Tier, int] = field(default_factory=dict)  # tokens of its prefix that came for it since it began to wait
     asked: float | None = None  # when its pages were asked for, if they were
+    page_wait: float = 0.0  # seconds that it waited for pages
+    admitted: float = 0.0  # when it first entered a slot
     kept: bool = False  # whether what HBM has of its prefix was kept since it began to wait
     looked_up: bool = False  # whether its prefix was asked for since it began to wait
 
@@ -404,6 +406,15 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """How a sequence came to its first token; seconds on the injected clock."""
+
+    admitted: float  # it first entered a slot
+    first_token: float  # the step that sampled it was read
+    page_wait: float = 0.0  # seconds before ``admitted`` that it waited for pages on their way
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """What commit tells the caller about one sequence."""
 
@@ -411,9 +422,10 @@ class TokenEvent:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[Logprobs, ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
-    finish_reason: str | None = None  # "stop", "length" or "abort"
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     stop_token: int | None = None
     num_cached: int = 0
+    start: Start | None = None  # with the first token
     hidden: tuple[float, ...] = ()
 
 

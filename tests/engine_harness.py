@@ -77,9 +77,8 @@ def engine(
 
 def disk_store(path: Path, run: JaxExecutor, **options: Any) -> DiskStore:
     """A disk tier for the pages of ``run``; batches are so small that pages are on disk soon."""
-    form = PageForm(run.kv, run.mesh)
-    pages = tuple((shape, dtype.name) for shape, dtype in form.shapes)
-    return DiskStore(path, 2**26, DiskFormat("test", PAGE, pages), **options)
+    form, copies = PageForm(run.kv, run.mesh), run.kv.groups[0].kv_heads // CONFIG["num_key_value_heads"]
+    return DiskStore(path, 2**26, DiskFormat("test", PAGE, form.on_disk(copies), copies), **options)
 
 
 @dataclass

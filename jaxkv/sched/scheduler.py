@@ -29,7 +29,7 @@ from jaxkv.sched.capacity import check_capacity, fits_beside
 from jaxkv.sched.chunking import append_tokens, chunk_length, excess_tokens, take_chunk
 from jaxkv.sched.lookahead import LOOKAHEAD, Lookahead
 from jaxkv.sched.policy import FCFS, SchedulerPolicy
-from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Status, StepPlan, StepResult, Tier, TokenEvent
+from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Start, Status, StepPlan, StepResult, Tier, TokenEvent
 
 MEASURED_TOKENS = 64  # besides decodes, for a step to tell what prefill takes
 _RUNNING, _FINISHED = Status.RUNNING, Status.FINISHED
@@ -292,12 +292,13 @@ class Scheduler:
                     events.append(TokenEvent(chunk.request_id, (), (), reported, None, None, seq.num_cached))
                 continue
             tokens = sampled[index]
+            first = Start(seq.admitted, now, seq.page_wait) if len(seq.tokens) == len(seq.request.prompt) else None
             count, reason = append_tokens(seq, tokens)
             if reason is not None:
                 self._end(seq, reason)
             events.append(TokenEvent(
                 chunk.request_id, tokens[:count], logprobs[index][:count] if logprobs else (), reported, reason,
-                tokens[count - 1] if reason == "stop" else None, seq.num_cached,
+                tokens[count - 1] if reason == "stop" else None, seq.num_cached, first,
                 result.hidden[index] if result.hidden else ()))
         return events
 
