@@ -128,7 +128,7 @@ class Answer(Response):
             refusal = error if isinstance(error, ApiError) else self._refusal(error)
             record.error = refusal.code
             if started:
-                await _body(send, refusal.event(), more=False)
+                await _body(send, self._last_event(refusal), more=False)
             else:
                 await respond(send, refusal.status, refusal.render(), refusal.headers)
         finally:
@@ -154,10 +154,17 @@ class Answer(Response):
             if not self.unfinished:
                 break
             items = await self.mailbox.next()
+        await respond(send, 200, orjson.dumps(self._result()))
+
+    def _result(self) -> dict[str, Any]:
+        """The whole answer, once every choice has finished."""
         best = best_of(self.choices, self._n, self.request.kept(self._n))
-        body = self.form.head | {"choices": [self.form.whole(choice) for choice in best],
+        return self.form.head | {"choices": [self.form.whole(choice) for choice in best],
                                  "usage": self._usage()} | self.form.extras(best)
-        await respond(send, 200, orjson.dumps(body))
+
+    def _last_event(self, refusal: ApiError) -> bytes:
+        """What ends a stream that cannot go on."""
+        return refusal.event()
 
     async def _stream(self, items: list[tuple[Call, Delta]], send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS]})

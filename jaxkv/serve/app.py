@@ -29,6 +29,7 @@ from jaxkv.serve.logprobs import TokenText
 from jaxkv.serve.openapi import document, documented
 from jaxkv.serve.protocol import ChatRequest, CompletionRequest
 from jaxkv.serve.records import Record
+from jaxkv.serve.responses import add_responses
 from jaxkv.serve.schemas import ChatCompletionResponse, CompletionResponse, ModelCard, ModelList
 from jaxkv.serve.service import Service
 from jaxkv.serve.tokenize import add_tokenize
@@ -42,6 +43,7 @@ def build_app(service: Service, keys: KeyRing | None = None, *, origins: Sequenc
     _add_status(app, service)
     add_tokenize(app, service)
     add_embeddings(app, service)
+    add_responses(app, service)
     document(app)
 
     @app.post("/v1/completions", **documented(CompletionRequest, CompletionResponse, stream=True))
