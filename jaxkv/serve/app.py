@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from jaxkv import __version__
 from jaxkv.serve import chat, completions
 from jaxkv.serve import metrics as prometheus
+from jaxkv.serve.batches import add_batches
 from jaxkv.serve.embeddings import add_embeddings
 from jaxkv.serve.errors import ApiError
 from jaxkv.serve.gate import Gate
@@ -44,6 +45,7 @@ def build_app(service: Service, keys: KeyRing | None = None, *, origins: Sequenc
     add_tokenize(app, service)
     add_embeddings(app, service)
     add_responses(app, service)
+    add_batches(app, service)
     document(app)
 
     @app.post("/v1/completions", **documented(CompletionRequest, CompletionResponse, stream=True))

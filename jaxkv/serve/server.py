@@ -38,6 +38,7 @@ def run(args: argparse.Namespace, config: EngineConfig, sock: socket.socket) -> 
     server = Server(sock, loop, args)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         code = runner.run(server.run())
+    server.service.cleanup.close()
     if isinstance(loop.failure, ConfigError):
         raise loop.failure
     loop.stop(FLUSH_S)  # a thread inside a long compile or step is left behind: the process ends without it
@@ -51,9 +52,9 @@ class Server:
         self.sock, self.loop, self.grace = sock, loop, args.shutdown_timeout
         host, port = sock.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        service = Service(loop, args.served_model_name, args.limits, max_batch=args.max_batch,
-                          max_wait_ms=args.max_wait_ms, batch_dir=args.batch_dir)
-        app = build_app(service, args.keys, origins=args.allowed_origins, credentials=args.allow_credentials)
+        self.service = Service(loop, args.served_model_name, args.limits, max_batch=args.max_batch,
+                               max_wait_ms=args.max_wait_ms, batch_dir=args.batch_dir)
+        app = build_app(self.service, args.keys, origins=args.allowed_origins, credentials=args.allow_credentials)
         self.http = uvicorn.Server(uvicorn.Config(
             app, lifespan="off", log_config=None, access_log=False, log_level="warning", timeout_keep_alive=60,
             timeout_graceful_shutdown=int(self.grace + FLUSH_S) + 1, server_header=False))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -38,6 +39,7 @@ class Service:
     batch_dir: str | None = None  # of files and batches; None: a directory of their own, gone with the process
     started: float = field(default_factory=time.time)
     ignored_fields: set[str] = field(default_factory=set)
+    cleanup: ExitStack = field(default_factory=ExitStack)  # closed when the server has ended
     encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
 
     def engine(self) -> EngineLike:
@@ -69,7 +71,7 @@ class Service:
         """The request's body. Raises a 413 as soon as it is known to be too large."""
         return b"".join([part async for part in self.parts(request)])
 
-    async def parts(self, request: Request) -> AsyncIterator[bytes]:
+    async def parts(self, request: Request) -> AsyncGenerator[bytes, None]:
         """The pieces of the request's body. Raises a 413 as soon as it is known to be too large."""
         most = self.limits.max_body
         limit = ApiError(413, f"the body must be at most {most} bytes", code="request_too_large")

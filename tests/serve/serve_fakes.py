@@ -152,7 +152,8 @@ def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: i
     """Serves an engine from a thread of this process until the block ends. ``service``: more fields of ``Service``;
     ``options`` are those of ``build_app``."""
     loop = EngineLoop(build, max_open, step_timeout)
-    app = build_app(Service(loop, name, Limits(max_body=max_body, **limits), **service), KeyRing(api_keys), **options)
+    shared = Service(loop, name, Limits(max_body=max_body, **limits), **service)
+    app = build_app(shared, KeyRing(api_keys), **options)
     http = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1))
     sock = socket.create_server(("127.0.0.1", 0))
     up = threading.Event()
@@ -177,6 +178,7 @@ def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: i
         thread.join(10)
         assert not thread.is_alive()
         assert loop.stop(5)
+        shared.cleanup.close()
 
 
 class ServerProcess:
