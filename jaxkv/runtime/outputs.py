@@ -80,8 +80,7 @@ class OutputProcessor:
         if event.stop_token is not None and event.finish_reason == "stop" and not params.include_stop_str_in_output:
             shown = tokens[:-1]  # a stop token ends the answer and is no part of its text
         if stops is None:
-            text = self._text.push(shown)
-            return tokens, text + self._text.flush() if last else text, None
+            return tokens, self._text.push(shown), None
         pieces = []
         for count, token in enumerate(shown, 1):  # one by one: the stop string decides which token is the last
             active = self._num_tokens + count > params.min_tokens
@@ -90,9 +89,7 @@ class OutputProcessor:
             if stop is not None:
                 return tokens[:count], "".join(pieces), stop
         if last:
-            piece, stop = stops.push(self._text.flush(), self._num_tokens + len(shown) > params.min_tokens)
-            pieces += [piece, stops.flush()]
-            return tokens, "".join(pieces), stop
+            pieces.append(stops.flush())
         return tokens, "".join(pieces), None
 
 
