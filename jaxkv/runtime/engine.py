@@ -220,9 +220,9 @@ class Engine:
                              "and leaves room for at least one new token")
         for name, ids in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids),
                           ("logit_bias", [t for t, _ in params.logit_bias])):
-            bad = next((t for t in ids if not isinstance(t, int) or not 0 <= t < self.vocab_size), None)
-            if bad is not None:
-                raise ValueError(f"{name} holds token id {bad!r}, outside of the vocabulary of {self.vocab_size}")
+            bad = [t for t in ids if not isinstance(t, int) or not 0 <= t < self.vocab_size]
+            if bad:
+                raise ValueError(f"{name} holds token id {bad[0]!r}, outside of the vocabulary of {self.vocab_size}")
         room = self.max_model_len - len(prompt)
         return min(params.max_tokens or room, room)
 

@@ -31,7 +31,7 @@ from jaxkv.serve.openapi import document, documented
 from jaxkv.serve.protocol import ChatRequest, CompletionRequest
 from jaxkv.serve.records import Record
 from jaxkv.serve.responses import add_responses
-from jaxkv.serve.schemas import ChatCompletionResponse, CompletionResponse, ModelCard, ModelList
+from jaxkv.serve.schemas import ChatCompletionResponse, CompletionResponse, Health, ModelCard, ModelList, Version
 from jaxkv.serve.service import Service
 from jaxkv.serve.tokenize import add_tokenize
 
@@ -94,20 +94,20 @@ def _add_status(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         return (await list_models())["data"][0]
 
-    @app.get("/ping")
-    @app.post("/ping")
-    @app.get("/health")
+    @app.get("/ping", **documented(None, Health))
+    @app.post("/ping", **documented(None, Health))
+    @app.get("/health", **documented(None, Health))
     async def health() -> Any:
         service.engine()
         if service.loop.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         return {"status": "ok"}
 
-    @app.get("/version")
+    @app.get("/version", **documented(None, Version))
     async def show_version() -> Any:
         return {"version": app.version}
 
-    @app.get("/debug/kv")
+    @app.get("/debug/kv", **documented(None, None))
     async def inspect_kv(top: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Any:
         service.engine()
         return await service.loop.ask(lambda engine: engine.inspect_kv(top))

@@ -71,7 +71,7 @@ class ResponsesRequest(GenerationRequest):
             return [*before, {"role": "user", "content": self.input}]
         return [*before, *(_message(item, f"input[{i}]") for i, item in enumerate(self.input))]
 
-    def chat(self, messages: list[dict[str, Any]]) -> ChatRequest:
+    def chat(self, messages: list[dict[str, Any]], ignored: set[str]) -> ChatRequest:
         """The chat request this is. Raises ApiError in terms of chat (see ``_our_words``)."""
         names = set(ChatRequest.model_fields) & set(GenerationRequest.model_fields)
         given = self.model_dump(include=names, exclude_none=True)
@@ -80,7 +80,7 @@ class ResponsesRequest(GenerationRequest):
         data = given | (self.model_extra or {}) | {"messages": system + messages, "max_tokens": limit}
         if LOGPROBS in (self.include or ()):
             data |= {"logprobs": True, "top_logprobs": self.top_logprobs}
-        return validated(ChatRequest, data | _format(self.text or {}), set())
+        return validated(ChatRequest, data | _format(self.text or {}), ignored)
 
 
 @contextlib.contextmanager
@@ -274,7 +274,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
         messages = body.conversation_of(store.get(earlier, "previous_response_id").messages if earlier else [])
         tokenizer = service.tokenizer("input")
         with _our_words():
-            like = body.chat(messages)
+            like = body.chat(messages, service.ignored_fields)
             params, text = chat.params_of(like), chat.prompt_of(like, tokenizer)
         ids = await service.encode(text, add_special_tokens=bool(body.add_special_tokens))
         form = ResponseForm(service.model_name(), body, like, TokenText(tokenizer))

@@ -39,7 +39,8 @@ def refused(response, status=400, param=None, code=None):
     ("stream_options", {"include_usage": True}), ("user_", None),
     ("prompt", None), ("prompt", []), ("prompt", ""), ("prompt", {}), ("prompt", 5), ("prompt", [1, "a"]),
     ("prompt", ["a", 1]), ("prompt", [[]]), ("prompt", [[1], "a"]), ("prompt", [-1]), ("prompt", [1.5]),
-    ("prompt", [True]), ("prompt", [[1], [2, -3]]), ("prompt", [2**70]), ("prompt", [5000]), ("prompt", ["a", ""]),
+    ("prompt", [True]), ("prompt", [None]), ("prompt", [[1], [None]]),
+    ("prompt", [[1], [2, -3]]), ("prompt", [2**70]), ("prompt", [5000]), ("prompt", ["a", ""]),
 ])
 def test_field(http, field, value):
     response = http.post("/v1/completions", json={**GOOD, field: value})
