@@ -211,15 +211,15 @@ class CacheController:
     def forget(self, nodes: list[Node], seqs: list[Sequence]) -> None:
         """Drop nodes and all below them from every tier, and from the disk also what the sequences have there. Nobody uses
         them or waits for their pages."""
+        names = [name for seq in seqs for name in self.trie.page_names(seq.request.namespace, seq.tokens)]
         for node in nodes:
             below = [node]
             for one in below:
                 below.extend(one.children.values())
-            if self.disk is not None:
-                self.disk.forget([digest for one in below for digest in one.digests])
+            names += [digest for one in below for digest in one.digests]
             self.store.discard(node)
-        for seq in seqs if self.disk is not None else ():
-            self.disk.forget(self.trie.page_names(seq.request.namespace, seq.tokens))
+        if self.disk is not None:
+            self.disk.forget(names)
 
     # ---- a sequence enters
 
