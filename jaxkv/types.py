@@ -227,6 +227,8 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the cache at first admission
     finish_reason: str | None = None
     first_admission: bool = True
+    sound: bool = True  # False: its KV is wrong and must not be published
+    void: int = 0  # of those in flight, tokens that were sampled from wrong KV
     num_reported: int = 0  # prompt positions whose log-probabilities a submitted step returns, if they were asked for
     key: tuple[float, ...] = ()  # place among the waiting and running, best first; unique
     # owned by the CacheController
@@ -399,10 +401,11 @@ class Logprobs:
 class StepResult:
     """What the host learns from one step, by chunk of the plan: sampled tokens, and log-probabilities if asked for."""
 
-    tokens: tuple[tuple[int, ...], ...]
+    tokens: tuple[tuple[int, ...], ...]  # -1: there was NaN among the logits
     logprobs: tuple[tuple[Logprobs, ...], ...] = ()
     prompt_logprobs: tuple[tuple[Logprobs, ...], ...] = ()  # for positions start + 1 .. of a chunk that asked
     hidden: tuple[tuple[float, ...], ...] = ()  # of the last position, where the request is to be embedded
+    failed: bool = False  # the plan's chunks were not run, and nothing else is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,6 +437,10 @@ class DiskIndex(Protocol):
 
     def match(self, keys: list[bytes]) -> int:
         """How many leading pages of a path, given by their digests, are on disk."""
+        ...
+
+    def forget(self, keys: list[bytes]) -> None:
+        """Pages that are wrong: they match no more."""
         ...
 
 

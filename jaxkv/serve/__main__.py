@@ -37,6 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--log-format", choices=("text", "json"), default="text", help="form of the log (default: text)")
     group.add_argument("--request-log", action=argparse.BooleanOptionalAction, default=True,
                        help="one log line per request, without its content")
+    group.add_argument("--otlp-endpoint", metavar="URL",
+                       help="where OpenTelemetry traces go, such as http://localhost:4318/v1/traces; needs jaxkv[otel] "
+                            "(default: none)")
     add_limit_args(parser.add_argument_group("limits"))
     add_engine_args(parser)
     return parser
