@@ -73,6 +73,8 @@ def test_help_needs_no_jax():
     (["--kv-cache-memory", "lots"], "kv_cache_memory"), (["--nope"], "nope"), (["--dtype", "int3"], "dtype"),
     (["--max-open-requests", "0"], "max_open_requests"), (["--shutdown-timeout", "nan"], "shutdown_timeout"),
     (["--host", "no.such.host.invalid"], "no.such.host.invalid"), (["--api-key", ""], "api_key"),
+    (["--chat-template", "no/such.jinja"], "no/such.jinja"), (["--chat-template", "/dev/null"], "empty"),
+    (["--tool-call-parser", "nope"], "tool-call-parser"), (["--reasoning-parser", "nope"], "reasoning-parser"),
 ])
 def test_bad_arguments(args, word):
     done = command(*args)
@@ -90,6 +92,14 @@ def test_busy_port_is_told_at_once():
 def test_settings_the_engine_refuses():
     code, errors = start("--seed", "13").end()
     assert code == 2 and errors.strip().splitlines() == ["python -m jaxkv.serve: error: model directory has no weights"]
+
+
+def test_start_says_how_chats_are_read():
+    process = start("--tool-call-parser", "hermes")
+    process.ready()
+    assert "chat: tool calls not parsed, reasoning not parsed\n" in process.lines  # this engine has no tokenizer
+    process.child.terminate()
+    assert process.end(15)[0] == 0
 
 
 def test_engine_failure_ends_the_process():
