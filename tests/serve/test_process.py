@@ -35,6 +35,10 @@ def build(config, show_progress=False):
     engine = FakeEngine(None, max_model_len=100_000, step_seconds=0.01)
     if config.seed == 14:
         engine.crash = RuntimeError("device lost")
+    if config.seed == 16:
+        def render(messages, chat_template):
+            raise ValueError("no such filter in " + chat_template)
+        engine.tokenizer = types.SimpleNamespace(apply_chat_template=render)
     return engine
 startup.build_engine = build
 from jaxkv.serve.__main__ import command
@@ -100,6 +104,13 @@ def test_start_says_how_chats_are_read():
     assert "chat: tool calls not parsed, reasoning not parsed\n" in process.lines  # this engine has no tokenizer
     process.child.terminate()
     assert process.end(15)[0] == 0
+
+
+def test_template_that_does_not_work(tmp_path):
+    (tmp_path / "chat.jinja").write_text("{{ }}")
+    code, errors = start("--seed", "16", "--chat-template", str(tmp_path / "chat.jinja")).end()
+    assert code == 2 and errors.strip().splitlines() == [
+        "python -m jaxkv.serve: error: chat_template does not work: no such filter in {{ }}"]
 
 
 def test_engine_failure_ends_the_process():
