@@ -149,7 +149,7 @@ def build_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
         params = chat.params_of(body, dialect)
         text = await service.aside(chat.size_of(body), lambda: chat.prompt_of(body, tokenizer, dialect))
         ids = await service.encode(text, add_special_tokens=bool(body.add_special_tokens))
-        reader = chat.reader_of(body, text, params, dialect)
+        params, reader = chat.reading_of(body, text, params, dialect, tokenizer)
         form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", model, body, TokenText(tokenizer), reader, dialect)
         return service.answer(body, form, params, [(ids, text)])
 

@@ -20,6 +20,7 @@ from jaxkv.serve.parsers.forced import NamedParser, RequiredParser
 from jaxkv.serve.parsers.message import MessageReader, Parts
 from jaxkv.serve.parsers.reasoning import BEGIN, END, ThinkParser
 from jaxkv.serve.protocol import ChatRequest
+from jaxkv.serve.thinking import after_reasoning
 from jaxkv.serve.tools import ToolUse
 from jaxkv.types import SamplingParams
 
@@ -82,20 +83,19 @@ def _with_tools(params: SamplingParams, use: ToolUse, dialect: Dialect) -> Sampl
     return replace(params, skip_special_tokens=False) if dialect.needs_special else params
 
 
-def reader_of(request: ChatRequest, prompt: str, params: SamplingParams, dialect: Dialect) -> Callable[[], MessageReader]:
-    """Makes what reads one answer to the prompt. ApiError where the model would reason in what a grammar governs."""
-    use, name = request.tool_use, dialect.reasoning_parser
-    inside = False
-    if name is not None:
-        tail = prompt.rstrip()
-        inside = tail.endswith(BEGIN) or name == "deepseek_r1" and not tail.endswith(END)
-        if request.continue_final_message:
-            last = messages_of(request.messages[-1:])[0]["content"]
-            inside = last.rfind(BEGIN) > last.rfind(END)
-        if inside and params.structured is not None:
-            field = "tool_choice" if use is not None and use.forced else "response_format"
-            raise bad_request(f"{field}: this model begins with reasoning, which the grammar of the answer would forbid; turn "
-                              "reasoning off, as in chat_template_kwargs {\"enable_thinking\": false}", field)
+def reading_of(request: ChatRequest, prompt: str, params: SamplingParams, dialect: Dialect,
+               tokenizer: Any) -> tuple[SamplingParams, Callable[[], MessageReader]]:
+    """What makes the reader of one answer to the prompt, and the parameters for a model that may reason before it.
+    Raises ApiError for a grammar that has no place behind reasoning."""
+    begun = _begun(request, prompt, dialect)
+    if params.structured is not None and begun is not None:
+        try:
+            params = replace(params, structured=after_reasoning(params.structured, begun, tokenizer))
+        except ValueError as error:
+            raise request.api_error(ValueError(
+                f"structured cannot be used with a model that reasons first: {error}; if its template can turn reasoning off, "
+                "do so: chat_template_kwargs {\"enable_thinking\": false}")) from None
+    use, thinks = request.tool_use, dialect.reasoning_parser is not None
 
     def tools() -> ToolParser | None:
         if use is None or use.mode == "none":
@@ -104,8 +104,18 @@ def reader_of(request: ChatRequest, prompt: str, params: SamplingParams, dialect
             return NamedParser(use.name or "")
         return RequiredParser() if use.mode == "required" else TOOL_PARSERS[dialect.tool_parser or ""]()
 
-    parallel = use is None or use.parallel
-    return lambda: MessageReader(None if name is None else ThinkParser(inside), tools(), parallel)
+    return params, lambda: MessageReader(ThinkParser(bool(begun)) if thinks else None, tools(), use is None or use.parallel)
+
+
+def _begun(request: ChatRequest, prompt: str, dialect: Dialect) -> bool | None:
+    """Whether the prompt has begun the reasoning; None where the answer has none."""
+    if dialect.reasoning_parser is None:
+        return None
+    if request.continue_final_message:
+        last = messages_of(request.messages[-1:])[0]["content"]
+        return last.rfind(BEGIN) > last.rfind(END) or None
+    tail = prompt.rstrip()
+    return None if tail.endswith(END) else tail.endswith(BEGIN) or dialect.reasoning_parser == "deepseek_r1"
 
 
 class ChatForm(Form):

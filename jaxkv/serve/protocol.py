@@ -145,6 +145,8 @@ class ChatRequest(GenerationRequest):
 
     def renamed(self) -> dict[str, str]:
         names = {"logprobs": "top_logprobs", "prompt": "messages"}
+        if self.tool_use is not None and self.tool_use.forced:
+            names["structured"] = "tools"
         return names | ({"max_tokens": "max_completion_tokens"} if self.max_completion_tokens is not None else {})
 
 

@@ -20,6 +20,7 @@ WEATHER = {"type": "function", "function": {"name": "get_weather", "description"
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 ONE = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Kö\\"ln 日本 {}"}}\n</tool_call>'
 TWO = 'I look. \n' + ONE + '\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 ARGUMENTS = '{"city": "Kö\\"ln 日本 {}"}'
 
 
@@ -109,7 +110,8 @@ def test_required(ask, server):
     assert [call.function.name for call in choice.message.tool_calls] == ["get_weather", "clock"]
     assert choice.message.tool_calls[0].function.arguments == ARGUMENTS
     assert choice.message.content is None and choice.finish_reason == "tool_calls"
-    message, _ = joined(ask(script, tools=[WEATHER, CLOCK], tool_choice="required", stream=True, parallel_tool_calls=False))
+    message, _ = joined(ask(script, tools=[WEATHER, CLOCK], tool_choice="required", stream=True, parallel_tool_calls=False,
+                            extra_body=NO_THINKING))
     assert [call[1:] for call in message["calls"]] == [["get_weather", ARGUMENTS]]
     grammar = server.engine.requests[-1].params.structured
     schema = json.loads(grammar.value)
@@ -119,7 +121,7 @@ def test_required(ask, server):
 
 def test_named(ask, server):
     named = {"type": "function", "function": {"name": "get_weather"}}
-    choice = ask(ARGUMENTS, tools=[CLOCK, WEATHER], tool_choice=named).choices[0]
+    choice = ask(ARGUMENTS, tools=[CLOCK, WEATHER], tool_choice=named, extra_body=NO_THINKING).choices[0]
     call = choice.message.tool_calls[0].function
     assert (call.name, call.arguments, choice.finish_reason) == ("get_weather", ARGUMENTS, "stop")
     assert json.loads(server.engine.requests[-1].params.structured.value) == CITY
@@ -171,8 +173,11 @@ def test_reasoning_that_the_prompt_began(tokenizer):
         server.engine.script = "hm</think>\n\nYes."
         message = client.chat.completions.create(model="fake", messages=HI).choices[0].message
         assert (message.reasoning_content, message.content) == ("hm", "Yes.")
-        with pytest.raises(openai.BadRequestError, match="tool_choice: this model begins with reasoning"):
-            client.chat.completions.create(model="fake", messages=HI, tools=[CLOCK], tool_choice="required")
+        named = {"type": "function", "function": {"name": "clock"}}
+        server.engine.script = "hm</think>\n\n{}"
+        message = client.chat.completions.create(model="fake", messages=HI, tools=[CLOCK], tool_choice=named).choices[0].message
+        assert (message.reasoning_content, message.tool_calls[0].function.arguments) == ("hm", "{}")
+        assert server.engine.requests[-1].params.structured.value.startswith("start: reasoning answer\n")
         with pytest.raises(openai.BadRequestError, match="--tool-call-parser"):
             client.chat.completions.create(model="fake", messages=HI, tools=[CLOCK])
 
