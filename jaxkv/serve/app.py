@@ -146,12 +146,10 @@ def build_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
         body = parse(ChatRequest, await service.body(request), service.ignored_fields)
         model = service.check_model(body.model)
         tokenizer, dialect = service.engine().tokenizer, service.dialect()
-        params = chat.params_of(body, dialect)
-        text = await service.aside(chat.size_of(body), lambda: chat.prompt_of(body, tokenizer, dialect))
-        ids = await service.encode(text, add_special_tokens=bool(body.add_special_tokens))
-        params, reader = chat.reading_of(body, text, params, dialect, tokenizer)
-        form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", model, body, TokenText(tokenizer), reader, dialect)
-        return service.answer(body, form, params, [(ids, text)])
+        talk = await service.aside(chat.size_of(body), lambda: chat.prepare(body, tokenizer, dialect))
+        ids = await service.encode(talk.prompt, add_special_tokens=bool(body.add_special_tokens))
+        form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", model, body, TokenText(tokenizer), talk)
+        return service.answer(body, form, talk.params, [(ids, talk.prompt)])
 
     return _KeyCheck(app, [key.encode() for key in api_keys])
 

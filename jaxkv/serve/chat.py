@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxkv.runtime.outputs import Delta
@@ -64,6 +64,8 @@ def params_of(request: ChatRequest, dialect: Dialect = PLAIN) -> SamplingParams:
         raise bad_request("prompt_logprobs is not available when stream is true", "prompt_logprobs")
     limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     params = request.sampling_params(max_tokens=limit, logprobs=(request.top_logprobs or 0) if request.logprobs else None)
+    if dialect.special_reasoning:
+        params = replace(params, skip_special_tokens=False)
     use = request.tool_use
     return params if use is None or use.mode == "none" else _with_tools(params, use, dialect)
 
@@ -80,13 +82,22 @@ def _with_tools(params: SamplingParams, use: ToolUse, dialect: Dialect) -> Sampl
     if dialect.tool_parser is None:
         raise bad_request("tools with tool_choice \"auto\" need a parser for the model's format, and its chat template "
                           "shows none: the server must be started with --tool-call-parser", "tools")
-    return replace(params, skip_special_tokens=False) if dialect.needs_special else params
+    return replace(params, skip_special_tokens=False) if dialect.special_tools else params
 
 
-def reading_of(request: ChatRequest, prompt: str, params: SamplingParams, dialect: Dialect,
-               tokenizer: Any) -> tuple[SamplingParams, Callable[[], MessageReader]]:
-    """What makes the reader of one answer to the prompt, and the parameters for a model that may reason before it.
-    Raises ApiError for a grammar that has no place behind reasoning."""
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a request comes to: a prompt, how to answer it, and what reads each of the answers."""
+
+    prompt: str
+    params: SamplingParams
+    reader: Callable[[], MessageReader]
+    short_ids: bool = False  # of calls: nine characters
+
+
+def prepare(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> Conversation:
+    """Raises ApiError. Takes time with the length of the messages."""
+    params, prompt = params_of(request, dialect), prompt_of(request, tokenizer, dialect)
     begun = _begun(request, prompt, dialect)
     if params.structured is not None and begun is not None:
         try:
@@ -97,14 +108,19 @@ def reading_of(request: ChatRequest, prompt: str, params: SamplingParams, dialec
                 "do so: chat_template_kwargs {\"enable_thinking\": false}")) from None
     use, thinks = request.tool_use, dialect.reasoning_parser is not None
 
-    def tools() -> ToolParser | None:
-        if use is None or use.mode == "none":
-            return None
-        if use.mode == "named":
-            return NamedParser(use.name or "")
-        return RequiredParser() if use.mode == "required" else TOOL_PARSERS[dialect.tool_parser or ""]()
+    def reader() -> MessageReader:
+        think = ThinkParser(bool(begun)) if thinks else None
+        return MessageReader(think, _tool_parser(use, dialect), use is None or use.parallel)
 
-    return params, lambda: MessageReader(ThinkParser(bool(begun)) if thinks else None, tools(), use is None or use.parallel)
+    return Conversation(prompt, params, reader, dialect.tool_parser == "mistral")
+
+
+def _tool_parser(use: ToolUse | None, dialect: Dialect) -> ToolParser | None:
+    if use is None or use.mode == "none":
+        return None
+    if use.mode == "named":
+        return NamedParser(use.name or "")
+    return RequiredParser() if use.mode == "required" else TOOL_PARSERS[dialect.tool_parser or ""]()
 
 
 def _begun(request: ChatRequest, prompt: str, dialect: Dialect) -> bool | None:
@@ -123,12 +139,11 @@ class ChatForm(Form):
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, request_id: str, model: str, request: ChatRequest, tokens: TokenText,
-                 reader: Callable[[], MessageReader] = MessageReader, dialect: Dialect = PLAIN):
+    def __init__(self, request_id: str, model: str, request: ChatRequest, tokens: TokenText, conversation: Conversation):
         super().__init__(request_id, model, request, tokens)
         self.request = request
-        self._reader, self._readers = reader, dict[int, MessageReader]()  # by choice
-        self._short_ids = dialect.tool_parser == "mistral"  # whose template wants nine characters
+        self._conversation = conversation
+        self._readers: dict[int, MessageReader] = {}  # by choice
         self._named = isinstance(request.tool_choice, dict)
 
     def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
@@ -177,7 +192,7 @@ class ChatForm(Form):
     def _read(self, choice: Choice, text: str, last: bool) -> Parts:
         reader = self._readers.get(choice.index)
         if reader is None:
-            reader = self._readers[choice.index] = self._reader()
+            reader = self._readers[choice.index] = self._conversation.reader()
         return reader.feed(text, last)
 
     def _fields(self, parts: Parts) -> dict[str, Any]:
@@ -194,7 +209,7 @@ class ChatForm(Form):
         """Id, type and name come with the first piece of a call only."""
         if call.name is None:
             return {"index": call.index, "function": {"arguments": call.arguments}}
-        name = uuid.uuid4().hex[:9] if self._short_ids else f"call_{uuid.uuid4().hex[:24]}"
+        name = uuid.uuid4().hex[:9] if self._conversation.short_ids else f"call_{uuid.uuid4().hex[:24]}"
         return {"index": call.index, "id": name, "type": "function",
                 "function": {"name": call.name, "arguments": call.arguments}}
 

@@ -36,7 +36,8 @@ class Dialect:
     template: str | None = None  # the operator's; None: the model's own
     tool_parser: str | None = None
     reasoning_parser: str | None = None
-    needs_special: bool = False  # markers of the tool parser are special tokens: they must stay in the text
+    special_tools: bool = False  # the markers of calls are special tokens, which then must stay in the text
+    special_reasoning: bool = False  # likewise
 
     def describe(self) -> str:
         """A line for the start of the server."""
@@ -82,11 +83,13 @@ def choose_dialect(options: ChatOptions, tokenizer: Any) -> Dialect:
     template = _template(options, tokenizer)
     tools = tool_parser_for(template) if options.tool_parser == "auto" else options.tool_parser
     tools = None if tools == "none" else tools
-    reasoning = options.reasoning_parser
+    reasoning: str | None = options.reasoning_parser
     if reasoning == "auto":
-        reasoning = "qwen3" if all(tag in template for tag in ThinkParser.markers) else "none"
-    return Dialect(options.template, tools, None if reasoning == "none" else reasoning,
-                   tools is not None and _any_special(tokenizer, TOOL_PARSERS[tools].markers))
+        reasoning = "qwen3" if all(tag in template for tag in ThinkParser.markers) else None
+    reasoning = None if reasoning == "none" else reasoning
+    return Dialect(options.template, tools, reasoning,
+                   special_tools=tools is not None and _any_special(tokenizer, TOOL_PARSERS[tools].markers),
+                   special_reasoning=reasoning is not None and _any_special(tokenizer, ThinkParser.markers))
 
 
 def _template(options: ChatOptions, tokenizer: Any) -> str:

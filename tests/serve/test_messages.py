@@ -149,6 +149,7 @@ def test_dialect_of_a_template(tokenizer, template, tools, reasoning):
 
 def test_special_markers_are_noticed(tmp_path):
     hf = load_tokenizer(write_byte_level(tmp_path)).hf
-    assert not choose_dialect(ChatOptions(MISTRAL), Tokenizer(hf)).needs_special
-    hf.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
-    assert choose_dialect(ChatOptions(MISTRAL), Tokenizer(hf)).needs_special
+    for tags, special in (([], (False, False)), (["[TOOL_CALLS]"], (True, False)), (["</think>"], (True, True))):
+        hf.add_special_tokens({"additional_special_tokens": tags})
+        found = choose_dialect(ChatOptions(MISTRAL, reasoning_parser="qwen3"), Tokenizer(hf))
+        assert (found.special_tools, found.special_reasoning) == special
