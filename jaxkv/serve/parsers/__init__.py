@@ -20,7 +20,7 @@ def tool_parser_for(template: str) -> str | None:
         found.append("hermes")  # the two others are XML formats of the same tag (Qwen3-Coder, GLM)
     if "[TOOL_CALLS]" in template:
         found.append("mistral")
-    if "<|start_header_id|>" in template and '"parameters": ' in template:
+    if '{"name": function name, "parameters": ' in template:
         found.append("llama3_json")
     if "[func_name1(params_name1=" in template:
         found.append("pythonic")

@@ -194,7 +194,7 @@ def test_work_is_linear_in_the_text():
 
 @pytest.mark.parametrize(("template", "name"), [
     ("... <tool_call>\n{\"name\": ...", "hermes"), ("<tool_call>\n<function=x>", None), ("<tool_call>f<arg_key>", None),
-    ("[TOOL_CALLS] [", "mistral"), ('<|start_header_id|> {"name": x, "parameters": dictionary}', "llama3_json"),
+    ("[TOOL_CALLS] [", "mistral"), ('in the format {"name": function name, "parameters": dictionary}', "llama3_json"),
     ("[func_name1(params_name1=params_value1)]", "pythonic"), ("<tool_call> [TOOL_CALLS]", None), ("plain", None),
 ])
 def test_choice_by_template(template, name):
