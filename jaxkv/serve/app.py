@@ -60,12 +60,12 @@ def build_app(service: Service, keys: KeyRing | None = None, *, origins: Sequenc
     @app.post("/v1/chat/completions", **documented(ChatRequest, ChatCompletionResponse, stream=True))
     async def create_chat_completion(request: Request) -> Response:
         body = await service.read(ChatRequest, request)
-        params, tokenizer = chat.params_of(body), service.engine().tokenizer
-        text = chat.prompt_of(body, tokenizer)
-        ids = await service.encode(text, add_special_tokens=bool(body.add_special_tokens))
+        tokenizer, dialect = service.engine().tokenizer, service.dialect()
+        talk = await service.aside(chat.size_of(body), lambda: chat.prepare(body, tokenizer, dialect))
+        ids = await service.encode(talk.prompt, add_special_tokens=bool(body.add_special_tokens))
         tokens = TokenText(tokenizer, body.return_tokens_as_token_ids)
-        form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", service.model_name(), body, tokens)
-        return service.answer(body, form, params, [(ids, text)])
+        form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", service.model_name(), body, tokens, talk)
+        return service.answer(body, form, talk.params, [(ids, talk.prompt)])
 
     gate: ASGIApp = Gate(app, service.loop, keys or KeyRing(), service.limits, done)
     if origins:  # outermost: a page must be able to read a refusal too

@@ -57,7 +57,7 @@ class Server:
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self.traces = connect(args.otlp_endpoint, args.served_model_name) if args.otlp_endpoint else None
         self.service = Service(loop, args.served_model_name, args.limits, max_batch=args.max_batch,
-                               max_wait_ms=args.max_wait_ms, batch_dir=args.batch_dir)
+                               max_wait_ms=args.max_wait_ms, batch_dir=args.batch_dir, chat=args.chat)
         app = build_app(self.service, args.keys, origins=args.allowed_origins, credentials=args.allow_credentials,
                         done=self.ended)
         self.http = uvicorn.Server(uvicorn.Config(
@@ -112,6 +112,7 @@ class Server:
         assert engine is not None
         for line in engine.describe():
             print(line)
+        print(self.service.dialect().describe())
         print(f"ready: {self.url}/v1 (model {engine.model_name}); stop with Ctrl+C", flush=True)
 
 
