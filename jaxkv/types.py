@@ -16,6 +16,8 @@ MAX_LOGIT_BIAS = 300  # entries of `logit_bias`, as the OpenAI API allows
 MAX_NAME = 256  # characters of a session id or a cache salt
 MAX_RETENTION = 7 * 86400.0  # seconds
 MAX_STOP_IDS = 32  # stop ids and end-of-sequence ids of one request together
+MAX_GRAMMAR = 2**16  # characters of what an answer must follow
+STRUCTURED_KINDS = ("json_object", "json_schema", "regex", "choice", "grammar")
 
 
 class Tier(IntEnum):
@@ -56,6 +58,26 @@ class KVGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Structured:
+    """What an answer must follow. ``value``: the schema as JSON text, the pattern, a JSON list of strings, the grammar
+    (Lark or GBNF), "" for json_object.
+
+    Raises ValueError that names the limit; whether the value compiles is known later.
+    """
+
+    kind: str  # one of STRUCTURED_KINDS
+    value: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in STRUCTURED_KINDS:
+            raise ValueError(f"structured.kind must be one of {', '.join(STRUCTURED_KINDS)}, got {self.kind!r:.40}")
+        if not isinstance(self.value, str) or not self.value and self.kind != "json_object":
+            raise ValueError(f"structured.value must be a non-empty string, got {self.value!r:.40}")
+        if len(self.value) > MAX_GRAMMAR:
+            raise ValueError(f"structured.value may have at most {MAX_GRAMMAR} characters, got {len(self.value)}")
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens; names and meanings are those of the OpenAI API and of vLLM.
 
@@ -73,6 +95,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # a dict is accepted
     logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely ones
     prompt_logprobs: int | None = None
+    embed: bool = False  # the hidden state of the last prompt token instead of an answer; needs max_tokens 1 and n 1
     seed: int | None = None
     max_tokens: int | None = 16  # None: up to the window
     min_tokens: int = 0
@@ -81,6 +104,7 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured: Structured | None = None
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  frozen: normalise once
@@ -115,12 +139,18 @@ class SamplingParams:
         _int("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
+        if self.embed and (self.max_tokens != 1 or self.n != 1):
+            raise ValueError(f"embed needs max_tokens 1 and n 1, got {self.max_tokens} and {self.n}")
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise ValueError("stop must hold non-empty strings")
         for t in self.stop_token_ids:
             _int("stop_token_ids", t, 0)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise ValueError(f"logit_bias may hold at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}")
+        if isinstance(self.structured, dict):  # from JSON
+            put("structured", Structured(**self.structured))
+        if not isinstance(self.structured, Structured | None):
+            raise ValueError(f"structured must be a Structured, got {type(self.structured).__name__}")
 
     @property
     def needs_slot_state(self) -> bool:
@@ -224,6 +254,8 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the cache at first admission
     finish_reason: str | None = None
     first_admission: bool = True
+    sound: bool = True  # False: its KV is wrong and must not be published
+    void: int = 0  # of those in flight, tokens that were sampled from wrong KV
     num_reported: int = 0  # prompt positions whose log-probabilities a submitted step returns, if they were asked for
     key: tuple[float, ...] = ()  # place among the waiting and running, best first; unique
     # owned by the CacheController
@@ -238,6 +270,8 @@ class Sequence:
     rest: list[int] = field(default_factory=list)  # [group] pages it will need besides those that wait for it
     brought: dict[Tier, int] = field(default_factory=dict)  # tokens of its prefix that came for it since it began to wait
     asked: float | None = None  # when its pages were asked for, if they were
+    page_wait: float = 0.0  # seconds that it waited for pages
+    admitted: float = 0.0  # when it first entered a slot
     kept: bool = False  # whether what HBM has of its prefix was kept since it began to wait
     looked_up: bool = False  # whether its prefix was asked for since it began to wait
 
@@ -394,9 +428,20 @@ class Logprobs:
 class StepResult:
     """What the host learns from one step, by chunk of the plan: sampled tokens, and log-probabilities if asked for."""
 
-    tokens: tuple[tuple[int, ...], ...]
+    tokens: tuple[tuple[int, ...], ...]  # -1: there was NaN among the logits
     logprobs: tuple[tuple[Logprobs, ...], ...] = ()
     prompt_logprobs: tuple[tuple[Logprobs, ...], ...] = ()  # for positions start + 1 .. of a chunk that asked
+    hidden: tuple[tuple[float, ...], ...] = ()  # of the last position, where the request is to be embedded
+    failed: bool = False  # the plan's chunks were not run, and nothing else is told
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a sequence came to its first token; seconds on the injected clock."""
+
+    admitted: float  # it first entered a slot
+    first_token: float  # the step that sampled it was read
+    page_wait: float = 0.0  # seconds before ``admitted`` that it waited for pages on their way
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,9 +452,11 @@ class TokenEvent:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[Logprobs, ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
-    finish_reason: str | None = None  # "stop", "length" or "abort"
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     stop_token: int | None = None
     num_cached: int = 0
+    start: Start | None = None  # with the first token
+    hidden: tuple[float, ...] = ()
 
 
 class DiskIndex(Protocol):
@@ -417,6 +464,10 @@ class DiskIndex(Protocol):
 
     def match(self, keys: list[bytes]) -> int:
         """How many leading pages of a path, given by their digests, are on disk."""
+        ...
+
+    def forget(self, keys: list[bytes]) -> None:
+        """Pages that are wrong: they match no more."""
         ...
 
 

@@ -35,6 +35,7 @@ class EngineOptions(TypedDict, total=False):
     max_model_len: int | None
     skip_tokenizer_init: bool
     load_format: str
+    generation_config: str
     page_size: int
     kv_cache_memory: int | str | None
     host_kv_memory: int | str | None
@@ -72,6 +73,8 @@ _OPTIONS = {
         _Option("dtype", "text", "dtype of the weights and activations", choices=DTYPES),
         _Option("max_model_len", "int", "longest prompt plus answer in tokens (default: the model's window)"),
         _Option("load_format", "text", "auto: safetensors; dummy: random weights", choices=("auto", "dummy")),
+        _Option("generation_config", "text", "auto: sampling fields that a request leaves out are those of the model's "
+                                             "generation_config.json; none: not", choices=("auto", "none")),
         _Option("skip_tokenizer_init", "switch", "token ids in, token ids out"),
         _Option("tensor_parallel_size", "int", "devices that share the model"),
         _Option("attention_impl", "text", "kernels of attention and KV write; auto: the best that is proven on the platform",

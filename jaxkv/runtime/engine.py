@@ -7,6 +7,7 @@ step n is read, so that the host's work hides behind the device's.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from jaxkv.types import MAX_STOP_IDS, CacheHints, Request, SamplingParams, StepH
 
 NO_HINTS = CacheHints()
 SAVE_PAGES = 64  # pages written at a time when the engine ends
+log = logging.getLogger("jaxkv")
 IDLE_WAIT_S = 0.01  # longest sleep while nothing but fetches is under way
 
 
@@ -36,12 +38,14 @@ class Engine:
     def __init__(
         self, config: EngineConfig, scheduler: Scheduler, executor: JaxExecutor, *, model_name: str, max_model_len: int,
         vocab_size: int, capacity: Capacity, weight_bytes: int = 0, tokenizer: Any = None, eos_ids: Sequence[int] = (),
+        default_sampling: Mapping[str, Any] = MappingProxyType({}),
         description: Sequence[str] = (), info: Mapping[str, str] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.scheduler, self.executor = config, scheduler, executor
         self.model_name, self.max_model_len, self.vocab_size = model_name, max_model_len, vocab_size
         self.tokenizer, self.eos_ids = tokenizer, tuple(eos_ids)
+        self.default_sampling = default_sampling  # SamplingParams fields that generation_config.json sets
         self.events: deque[tuple[str, int]] = deque(maxlen=4096)
         # ("submit" | "read", plan id) or ("fetch" | "arrived" | "failed", fetch id), newest last
         self.capacity, self.weight_bytes = capacity, weight_bytes
@@ -196,10 +200,16 @@ class Engine:
             self._unseen.remove(event.request_id)
             self.metrics.prefix_query_tokens += output.num_prompt_tokens
             self.metrics.prefix_hit_tokens += event.num_cached
-        delta, stop = output.process(event)
-        self.metrics.generation_tokens += len(event.tokens)
-        if stop is not None and event.finish_reason is None:
-            self.scheduler.finish(event.request_id, "stop")
+        try:
+            delta = output.process(event)[0]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a tokenizer in Rust is no Exception, and must end this sequence only
+            log.error("the text of %s cannot be made", event.request_id, exc_info=error)
+            delta = output.broken()
+        self.metrics.generation_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None and event.finish_reason is None:
+            self.scheduler.finish(event.request_id, delta.finish_reason)
         if delta.finish_reason is not None:
             del self._outputs[event.request_id]
             siblings = self._children[delta.request_id]
@@ -218,9 +228,9 @@ class Engine:
                              "and leaves room for at least one new token")
         for name, ids in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids),
                           ("logit_bias", [t for t, _ in params.logit_bias])):
-            bad = next((t for t in ids if not isinstance(t, int) or not 0 <= t < self.vocab_size), None)
-            if bad is not None:
-                raise ValueError(f"{name} holds token id {bad!r}, outside of the vocabulary of {self.vocab_size}")
+            bad = [t for t in ids if not isinstance(t, int) or not 0 <= t < self.vocab_size]
+            if bad:
+                raise ValueError(f"{name} holds token id {bad[0]!r}, outside of the vocabulary of {self.vocab_size}")
         room = self.max_model_len - len(prompt)
         return min(params.max_tokens or room, room)
 

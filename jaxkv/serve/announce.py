@@ -7,12 +7,12 @@ import shlex
 from typing import Any
 
 
-def announcement(url: str, model: str, tokenizer: Any, *, keys: bool) -> list[str]:
-    """``tokenizer`` decides what is asked: a chat needs its template, text needs a tokenizer at all. Keys are never shown."""
+def announcement(url: str, model: str, *, text: bool, chat: bool, keys: bool) -> list[str]:
+    """``text``: there is a tokenizer; ``chat``: and a chat template; ``keys``: a key is needed, which is never shown."""
     reachable = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
     path = "completions"
-    ask: dict[str, Any] = {"prompt": "Once upon a time" if tokenizer is not None else [1, 2, 3]}
-    if tokenizer is not None and tokenizer.hf.chat_template:
+    ask: dict[str, Any] = {"prompt": "Once upon a time" if text else [1, 2, 3]}
+    if chat:
         path, ask = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
     body = json.dumps({"model": model, **ask, "max_tokens": 32}, ensure_ascii=False)
     key = " -H 'authorization: Bearer YOUR_KEY'" if keys else ""

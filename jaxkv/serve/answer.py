@@ -7,6 +7,7 @@ that frees its pages. Owns no field names: those are the ``Form`` of the endpoin
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -22,8 +23,10 @@ from jaxkv.serve.engine_loop import Call, EngineLoop
 from jaxkv.serve.errors import ApiError
 from jaxkv.serve.logprobs import TokenText
 from jaxkv.serve.protocol import GenerationRequest
+from jaxkv.serve.records import RECORD, Record
 from jaxkv.types import Logprobs
 
+log = logging.getLogger("jaxkv.serve")
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no")]
 
@@ -56,6 +59,18 @@ class Choice:
         self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         self.num_cached = delta.num_cached_tokens or self.num_cached
+
+
+def best_of(choices: list[Choice], n: int, keep: int) -> list[Choice]:
+    """Of the ``n`` answers to each prompt the ``keep`` likeliest (by cumulative log-probability), best first, renumbered."""
+    if keep == n:
+        return choices
+    likelihood = lambda choice: sum(entry.logprob for entry in choice.logprobs)  # noqa: E731
+    best = [choice for start in range(0, len(choices), n)
+            for choice in sorted(choices[start : start + n], key=likelihood, reverse=True)[:keep]]
+    for index, choice in enumerate(best):
+        choice.index = index
+    return best
 
 
 class Form(ABC):
@@ -96,6 +111,8 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(self._watch(receive))
+        record = scope.get(RECORD) or Record("", "")
+        record.calls = self.calls
         started = False
         try:
             self.loop.submit(self.calls)
@@ -109,8 +126,9 @@ class Answer(Response):
             pass
         except Exception as error:
             refusal = error if isinstance(error, ApiError) else self._refusal(error)
+            record.error = refusal.code
             if started:
-                await _body(send, b"data: " + refusal.render() + b"\n\ndata: [DONE]\n\n", more=False)
+                await _body(send, self._last_event(refusal), more=False)
             else:
                 await respond(send, refusal.status, refusal.render(), refusal.headers)
         finally:
@@ -120,7 +138,8 @@ class Answer(Response):
     def _refusal(self, error: Exception) -> ApiError:
         if isinstance(error, ValueError):  # from engine.add_request, through the mailbox
             return self.request.api_error(error)
-        raise error
+        log.error("a request failed", exc_info=error)
+        return ApiError(500, "internal server error", code="internal_error")
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -135,13 +154,20 @@ class Answer(Response):
             if not self.unfinished:
                 break
             items = await self.mailbox.next()
-        body = self.form.head | {"choices": [self.form.whole(choice) for choice in self.choices],
-                                 "usage": self._usage()} | self.form.extras(self.choices)
-        await respond(send, 200, orjson.dumps(body), {"x-request-id": self.form.head["id"]})
+        await respond(send, 200, orjson.dumps(self._result()))
+
+    def _result(self) -> dict[str, Any]:
+        """The whole answer, once every choice has finished."""
+        best = best_of(self.choices, self._n, self.request.kept(self._n))
+        return self.form.head | {"choices": [self.form.whole(choice) for choice in best],
+                                 "usage": self._usage()} | self.form.extras(best)
+
+    def _last_event(self, refusal: ApiError) -> bytes:
+        """What ends a stream that cannot go on."""
+        return refusal.event()
 
     async def _stream(self, items: list[tuple[Call, Delta]], send: Send) -> None:
-        request_id = (b"x-request-id", str(self.form.head["id"]).encode())
-        await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, request_id]})
+        await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS]})
         head = self.form.head | {"object": self.form.chunk_kind}
         while True:
             await _body(send, b"".join(self._events(items, head)), more=bool(self.unfinished))
@@ -171,6 +197,8 @@ class Answer(Response):
         return events
 
     def _take(self, call: Call, delta: Delta) -> None:
+        if delta.finish_reason == "error":
+            raise ApiError(500, "the model could not go on with this request", code="generation_failed")
         self.choices[call.position * self._n + delta.index].add(delta)
         if delta.finish_reason is not None:
             self.unfinished -= 1

@@ -11,7 +11,7 @@ import orjson
 from pydantic import ValidationError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
-          503: "service_unavailable_error"}
+          503: "service_unavailable_error", 504: "timeout_error"}
 
 
 class ApiError(Exception):
@@ -30,6 +30,10 @@ class ApiError(Exception):
     def render(self) -> bytes:
         """The error object as JSON text."""
         return orjson.dumps(self.body())
+
+    def event(self) -> bytes:
+        """The error object as the last event of a stream."""
+        return b"data: %b\n\ndata: [DONE]\n\n" % self.render()
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -53,8 +57,8 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """stop[0], messages[1].content; pydantic's names of union branches ("str", "list[str]") are left out."""
-    parts = [p for p in location if not (isinstance(p, str) and (p == "str" or p.startswith("list[")))]
+    """stop[0], messages[1].content; pydantic's names of union branches ("str", "list[str]", ...) are left out."""
+    parts = [p for p in location if not (isinstance(p, str) and (p == "str" or p.startswith(("list[", "dict["))))]
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import logging
 import signal
 import socket
 import sys
@@ -21,9 +20,12 @@ import uvicorn
 from jaxkv.config import ConfigError, EngineConfig
 from jaxkv.runtime.startup import build_engine
 from jaxkv.serve.announce import announcement
-from jaxkv.serve.app import Service, build_app
+from jaxkv.serve.app import build_app
 from jaxkv.serve.engine_loop import EngineLoop
 from jaxkv.serve.errors import shutting_down
+from jaxkv.serve.records import Record, set_up_logs
+from jaxkv.serve.service import Service
+from jaxkv.serve.traces import connect
 
 FLUSH_S = 2.0  # time for last bytes and for the engine's step under way
 LINGER_S = 1.0  # how long a failed engine's /health stays readable
@@ -31,13 +33,16 @@ LINGER_S = 1.0  # how long a failed engine's /health stays readable
 
 def run(args: argparse.Namespace, config: EngineConfig, sock: socket.socket) -> int:
     """Serves on a listening socket until a signal or a failure; returns the exit code. Raises ConfigError."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for name in ("jaxkv", "pallas_kernels"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    loop = EngineLoop(lambda: build_engine(config, show_progress=sys.stderr.isatty()), args.max_open_requests)
+    set_up_logs(args.log_format, args.request_log)
+    limits = args.limits
+    loop = EngineLoop(lambda: build_engine(config, show_progress=sys.stderr.isatty()), limits.max_open_requests,
+                      limits.step_timeout)
     server = Server(sock, loop, args)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         code = runner.run(server.run())
+    server.service.cleanup.close()
+    if server.traces is not None:
+        server.traces.close(FLUSH_S)
     if isinstance(loop.failure, ConfigError):
         raise loop.failure
     loop.stop(FLUSH_S)  # a thread inside a long compile or step is left behind: the process ends without it
@@ -51,11 +56,14 @@ class Server:
         self.sock, self.loop, self.grace = sock, loop, args.shutdown_timeout
         host, port = sock.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        self.model_name, self.has_keys = args.served_model_name, bool(args.api_key)
-        service = Service(loop, args.served_model_name, args.max_body)
+        self.has_keys = len(args.keys) > 0
+        self.traces = connect(args.otlp_endpoint, args.served_model_name) if args.otlp_endpoint else None
+        self.service = Service(loop, args.served_model_name, args.limits, max_batch=args.max_batch,
+                               max_wait_ms=args.max_wait_ms, batch_dir=args.batch_dir, chat=args.chat)
+        app = build_app(self.service, args.keys, origins=args.allowed_origins, credentials=args.allow_credentials,
+                        done=self.ended)
         self.http = uvicorn.Server(uvicorn.Config(
-            build_app(service, args.api_key), lifespan="off", log_config=None, access_log=args.access_log,
-            log_level="info" if args.access_log else "warning", timeout_keep_alive=60,
+            app, lifespan="off", log_config=None, access_log=False, log_level="warning", timeout_keep_alive=60,
             timeout_graceful_shutdown=int(self.grace + FLUSH_S) + 1, server_header=False))
         self.http.capture_signals = contextlib.nullcontext  # type: ignore[assignment]  # signals are handled here
         self.signals = 0
@@ -76,6 +84,12 @@ class Server:
             self.http.should_exit = True
         await serving
         return 1 if self.loop.failure is not None else 0
+
+    def ended(self, record: Record) -> None:
+        """Every request comes here at its end."""
+        record.write()
+        if self.traces is not None:
+            self.traces.add(record)
 
     def on_signal(self) -> None:
         """First: no new requests, the open ones get the grace time. Second: everything ends now."""
@@ -98,8 +112,10 @@ class Server:
     def _announce(self) -> None:
         engine = self.loop.engine
         assert engine is not None
-        lines = announcement(self.url, self.model_name or engine.model_name, engine.tokenizer, keys=self.has_keys)
-        print("\n".join([*engine.describe(), *lines]), flush=True)
+        dialect, tokenizer = self.service.dialect(), engine.tokenizer
+        chat = tokenizer is not None and bool(dialect.template or tokenizer.hf.chat_template)
+        lines = announcement(self.url, self.service.model_name(), text=tokenizer is not None, chat=chat, keys=self.has_keys)
+        print("\n".join([*engine.describe(), dialect.describe(), *lines]), flush=True)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -11,33 +11,43 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import uvicorn
 
 from jaxkv.runtime.engine import NO_HINTS
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
-from jaxkv.serve.app import Service, build_app
+from jaxkv.serve.app import build_app
+from jaxkv.serve.dialect import ChatOptions
 from jaxkv.serve.engine_loop import EngineLike, EngineLoop
-from jaxkv.types import Logprobs, Request, TokenEvent
+from jaxkv.serve.limits import KeyRing, Limits
+from jaxkv.serve.service import Service
+from jaxkv.types import Logprobs, Request, Start, TokenEvent
 
 ROOT = Path(__file__).parents[2]
 REPLY = "The cat — naïve, 日本 🙂 — sat on the mat. def f(x):\n    return x\n"
 EOS = 2
+MODELS_OWN = ChatOptions()
 
 
 class FakeEngine:
-    """One token per open child and step. ``pause`` holds every step; ``crash`` makes the next one raise."""
+    """One token per open child and step; embeddings depend on the prompt's tokens only. Clearing ``run`` holds every step,
+    ``crash`` makes the next one raise."""
 
     def __init__(self, tokenizer, *, max_model_len: int = 256, step_seconds: float = 0.0):
         self.tokenizer, self.max_model_len, self.step_seconds = tokenizer, max_model_len, step_seconds
         self.model_name = "fake"
         self.metrics = EngineMetrics(info={"attention": "none"})
+        self.default_sampling: dict[str, float] = {}
         self.reply = tokenizer.encode(REPLY) if tokenizer else [7, 8, 9]
         self.children: dict[str, tuple[Request, OutputProcessor, int]] = {}
         self.requests: list[Request] = []  # every one ever added
+        self.added: dict[str, float] = {}  # child -> when it came
         self.threads: set[int] = set()
         self.crash: Exception | None = None
         self.run = threading.Event()
@@ -63,6 +73,7 @@ class FakeEngine:
                               end_session=hints.end_session, retention=hints.retention, no_store=hints.no_store)
             self.children[request.id] = request, OutputProcessor(request, self.tokenizer), 0
             self.requests.append(request)
+            self.added[request.id] = time.monotonic()
         self.metrics.prompt_tokens += len(prompt_token_ids)
         self.metrics.running = len(self.children)
 
@@ -76,7 +87,7 @@ class FakeEngine:
             raise self.crash
         time.sleep(self.step_seconds)
         deltas = [self._advance(key) for key in list(self.children)]
-        self.metrics.generation_tokens += len(deltas)
+        self.metrics.generation_tokens += sum(len(delta.token_ids) for delta in deltas)
         self.metrics.running = len(self.children)
         return deltas
 
@@ -103,8 +114,10 @@ class FakeEngine:
         if params.prompt_logprobs is not None and not count:
             prompt = tuple(self._logprobs(t, params.prompt_logprobs) for t in request.prompt[1:])
         logprobs = () if params.logprobs is None else (self._logprobs(token, params.logprobs),)
+        start = None if count else Start(self.added.pop(key), time.monotonic())
         delta, stop = output.process(TokenEvent(key, (token,), logprobs, prompt, reason, token if stopped else None,
-                                                num_cached=len(request.prompt) // 2))
+                                                len(request.prompt) // 2, start,
+                                                self.hidden(request.prompt) if params.embed else ()))
         if stop is None and reason is None:
             self.children[key] = request, output, count + 1
         else:
@@ -113,9 +126,25 @@ class FakeEngine:
         return delta
 
     @staticmethod
+    def hidden(prompt) -> tuple[float, ...]:
+        return tuple(float(sum(t % (k + 2) == 0 for t in prompt) - k) for k in range(4))
+
+    @staticmethod
     def _logprobs(token: int, top: int) -> Logprobs:
         best = tuple((t, -0.5 - i) for i, t in enumerate([token, 5, 6, 7, 8][:top]))
         return Logprobs(token, float("-inf") if token == 6 else -0.5, 1, best)
+
+
+class ScriptedEngine(FakeEngine):
+    """Says ``script`` and then ends."""
+
+    script = ""
+
+    def add_request(self, request_id, prompt_token_ids, params, hints=NO_HINTS):
+        self.reply = [*self.tokenizer.encode(self.script), EOS]
+        super().add_request(request_id, prompt_token_ids, params, hints)
+        for key, (request, output, count) in self.children.items():
+            self.children[key] = replace(request, stop_ids=(EOS,)), output, count
 
 
 class Running:
@@ -132,11 +161,14 @@ class Running:
 
 @contextlib.contextmanager
 def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: int = 2**20,
-            api_keys: tuple[str, ...] = (), name: str | None = None,
-            start_seconds: float = 60) -> Iterator[Running]:
-    """Serves an engine from a thread of this process until the block ends."""
-    loop = EngineLoop(build, max_open)
-    app = build_app(Service(loop, name, max_body), api_keys)
+            api_keys: tuple[str, ...] = (), name: str | None = None, start_seconds: float = 60, step_timeout: float = 0.0,
+            limits: Mapping[str, Any] = MappingProxyType({}), service: Mapping[str, Any] = MappingProxyType({}),
+            chat: ChatOptions = MODELS_OWN, **options: Any) -> Iterator[Running]:
+    """Serves an engine from a thread of this process until the block ends. ``service``: more fields of ``Service``;
+    ``options`` are those of ``build_app``."""
+    loop = EngineLoop(build, max_open, step_timeout)
+    shared = Service(loop, name, Limits(max_body=max_body, **limits), chat=chat, **service)
+    app = build_app(shared, KeyRing(api_keys), **options)
     http = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1))
     sock = socket.create_server(("127.0.0.1", 0))
     up = threading.Event()
@@ -161,6 +193,7 @@ def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: i
         thread.join(10)
         assert not thread.is_alive()
         assert loop.stop(5)
+        shared.cleanup.close()
 
 
 class ServerProcess:
@@ -190,13 +223,15 @@ class ServerProcess:
         return self.child.returncode, errors
 
 
-def raw_post(url: str, **body: object) -> socket.socket:
-    """A connection on which /v1/completions was asked and nothing was read yet."""
+def raw_post(url: str, path: str = "/v1/completions", headers: Mapping[str, str] = MappingProxyType({}),
+             **body: object) -> socket.socket:
+    """A connection on which ``path`` was asked and nothing was read yet."""
     host, port = url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
     sock = socket.create_connection((host, int(port)), timeout=5)
-    sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-                 b"content-length: %d\r\n\r\n%s" % (len(data), data))
+    more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    sock.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{more}".encode()
+                 + b"content-length: %d\r\n\r\n%s" % (len(data), data))
     return sock
 
 

@@ -31,12 +31,16 @@ def refused(response, status=400, param=None, code=None):
     ("min_tokens", -1), ("min_tokens", 3), ("logprobs", -1), ("logprobs", 21), ("logprobs", True),
     ("prompt_logprobs", 50), ("echo", "yes"), ("stream", 1), ("ignore_eos", "no"), ("priority", 2**40),
     ("cache_salt", 5), ("cache_salt", "x" * 300), ("session_id", "x" * 300), ("end_session", True), ("retention", -1),
-    ("retention", 1e9), ("no_store", "yes"), ("best_of", 3), ("suffix", "end"), ("use_beam_search", True),
+    ("retention", 1e9), ("no_store", "yes"), ("best_of", 0), ("best_of", 200), ("best_of", "x"), ("suffix", "end"),
+    ("use_beam_search", True),
     ("response_format", {"type": "json_object"}), ("guided_json", {}), ("structured_outputs", {"regex": "a"}),
-    ("truncate_prompt_tokens", 5), ("stream_options", {"include_usage": True}), ("user_", None),
+    ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2), ("truncate_prompt_tokens", 257),
+    ("allowed_token_ids", [5]), ("bad_words", ["x"]), ("chat_template", "{{ 1 }}"), ("logits_processors", ["x"]),
+    ("stream_options", {"include_usage": True}), ("user_", None),
     ("prompt", None), ("prompt", []), ("prompt", ""), ("prompt", {}), ("prompt", 5), ("prompt", [1, "a"]),
     ("prompt", ["a", 1]), ("prompt", [[]]), ("prompt", [[1], "a"]), ("prompt", [-1]), ("prompt", [1.5]),
-    ("prompt", [True]), ("prompt", [[1], [2, -3]]), ("prompt", [2**70]), ("prompt", [5000]), ("prompt", ["a", ""]),
+    ("prompt", [True]), ("prompt", [None]), ("prompt", [[1], [None]]),
+    ("prompt", [[1], [2, -3]]), ("prompt", [2**70]), ("prompt", [5000]), ("prompt", ["a", ""]),
 ])
 def test_field(http, field, value):
     response = http.post("/v1/completions", json={**GOOD, field: value})
@@ -55,7 +59,7 @@ def test_field(http, field, value):
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
      "messages[0].content[0].type"),
     ("messages", [{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
-    ("messages", [{"role": "assistant", "tool_calls": [{"id": "x"}]}], "messages[0].tool_calls"),
+    ("messages", [{"role": "assistant", "tool_calls": [{"id": "x"}]}], "messages[0].tool_calls[0].function"),
     ("tools", [{"type": "function", "function": {"name": "f"}}], "tools"), ("tool_choice", "required", "tool_choice"),
     ("response_format", {"type": "json_schema", "json_schema": {}}, "response_format"),
     ("logprobs", 3, "logprobs"), ("top_logprobs", 2, "top_logprobs"), ("max_completion_tokens", -4,
