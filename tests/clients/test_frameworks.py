@@ -1,17 +1,22 @@
 """langchain-openai and litellm, as their users call them."""
 
 import asyncio
+import importlib
+import importlib.util
 import os
 
 import pytest
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # what their dependencies warn of is not ours to mend
+pytestmark = [  # what their dependencies warn of is not ours to mend
+    pytest.mark.filterwarnings("ignore"),
+    *(pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed: extra clients")
+      for name in ("langchain_openai", "litellm"))]
 QUESTION = "alpha -> red blue\nbeta -> green stone\nWhat is beta?"
 
 
 @pytest.fixture(scope="module")
 def chat_model(server):
-    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed (extra: clients)")
+    langchain = importlib.import_module("langchain_openai")
     return langchain.ChatOpenAI(model=server.model, base_url=server.url, api_key=server.key, temperature=0, max_tokens=12,
                                 max_retries=0, stream_usage=True)
 
@@ -43,7 +48,7 @@ def test_langchain_logprobs_stop_and_errors(chat_model):
 
 
 def test_langchain_completion(server):
-    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed (extra: clients)")
+    langchain = importlib.import_module("langchain_openai")
     model = langchain.OpenAI(model=server.model, base_url=server.url, api_key=server.key, temperature=0, max_tokens=8,
                              max_retries=0)
     prompt = "def add(a, b):\n    return"
@@ -53,7 +58,7 @@ def test_langchain_completion(server):
 @pytest.fixture(scope="module")
 def litellm():
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # it would ask the network for prices
-    module = pytest.importorskip("litellm", reason="litellm is not installed (extra: clients)")
+    module = importlib.import_module("litellm")
     module.telemetry = False
     return module
 

@@ -1,5 +1,7 @@
 """lm-evaluation-harness scores through echo and logprobs: what it gets must be the dense forward's."""
 
+import importlib
+import importlib.util
 import json
 import os
 
@@ -13,11 +15,14 @@ PAIRS = [
 ]
 
 
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: extra clients")
+
+
 @pytest.fixture(scope="module")
 def harness(server):
     """The harness's model and its class of requests."""
-    models = pytest.importorskip("lm_eval.models.openai_completions", reason="lm-eval is not installed (extra: clients)")
-    instance = pytest.importorskip("lm_eval.api.instance").Instance
+    models = importlib.import_module("lm_eval.models.openai_completions")
+    instance = importlib.import_module("lm_eval.api.instance").Instance
     os.environ["OPENAI_API_KEY"] = server.key
     return models.LocalCompletionsAPI(
         model=server.model, base_url=f"{server.url}/completions", tokenizer=server.tokenizer, tokenizer_backend="huggingface",

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-EXAMPLES = "40"  # of each operation
+EXAMPLES = "12"  # of each operation, besides those of the coverage phase
 
 
 @pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed: extra clients")
