@@ -38,8 +38,8 @@ class Engine:
     def __init__(
         self, config: EngineConfig, scheduler: Scheduler, executor: JaxExecutor, *, model_name: str, max_model_len: int,
         vocab_size: int, capacity: Capacity, weight_bytes: int = 0, tokenizer: Any = None, eos_ids: Sequence[int] = (),
-        grammars: GrammarCompiler | None = None, description: Sequence[str] = (), info: Mapping[str, str] = MappingProxyType({}),
-        clock: Callable[[], float] = time.monotonic,
+        grammars: GrammarCompiler | None = None, description: Sequence[str] = (),
+        info: Mapping[str, str] = MappingProxyType({}), clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.scheduler, self.executor = config, scheduler, executor
         self.model_name, self.max_model_len, self.vocab_size = model_name, max_model_len, vocab_size

@@ -7,15 +7,17 @@ one step may cost. Theirs are for trusted grammars (a step took 0.9 s within the
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxkv.types import Structured
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+# Between two tokens of JSON stand at most a line break and 20 blanks: small models find no end to what may be any length.
+_JSON: Any = {"whitespace_pattern": r"[ \t]{1,20}|\r?\n[ \t]{0,20}"}
 MAX_REASON = 300  # characters of llguidance's message that are passed on
-_LIMITS = {"max_items_in_row": 500, "initial_lexer_fuel": 500_000, "step_lexer_fuel": 60_000, "step_max_items": 10_000,
+_LIMITS: Any = {"max_items_in_row": 500, "initial_lexer_fuel": 500_000, "step_lexer_fuel": 60_000, "step_max_items": 10_000,
            "max_lexer_states": 20_000, "max_grammar_size": 200_000, "verbose_errors": False}
 
 
@@ -55,11 +57,11 @@ def _grammar(structured: Structured) -> str:
 
     kind, value = structured.kind, structured.value
     if kind == "json_object":
-        return LLMatcher.grammar_from_json_schema('{"type": "object"}')
+        return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=_JSON)
     if kind == "json_schema":
         if not isinstance(json.loads(value), dict):
             raise ValueError("a JSON schema must be an object")
-        return LLMatcher.grammar_from_json_schema(value)
+        return LLMatcher.grammar_from_json_schema(value, defaults=_JSON)
     if kind == "regex":
         return LLMatcher.grammar_from_regex(value)
     if kind == "choice":
