@@ -206,7 +206,7 @@ class Engine:
             return event
         if event.finish_reason is None:
             self.scheduler.finish(event.request_id, end)
-        if end == "abort":  # the last token is none that the request allows
+        if end == "error":  # the last token is none that the request allows
             return replace(event, tokens=event.tokens[:-1], logprobs=event.logprobs[:-1], finish_reason=end)
         return replace(event, finish_reason=end)
 

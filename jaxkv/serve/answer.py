@@ -188,6 +188,8 @@ class Answer(Response):
         return events
 
     def _take(self, call: Call, delta: Delta) -> None:
+        if delta.finish_reason == "error":
+            raise ApiError(500, "the model could not go on with this request", code="generation_failed")
         self.choices[call.position * self._n + delta.index].add(delta)
         if delta.finish_reason is not None:
             self.unfinished -= 1

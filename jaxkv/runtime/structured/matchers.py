@@ -80,14 +80,14 @@ class Matchers:
 
     def advance(self, request_id: str, tokens: tuple[int, ...]) -> str | None:
         """Learns committed tokens. Why the sequence ends with them, if it does: "stop" at the end of its grammar,
-        "abort" when the matcher failed (a limit of its own, or a token it does not allow, sampled from NaN)."""
+        "error" when the matcher failed (a limit of its own, or a token it does not allow, sampled from NaN)."""
         one = self._open.get(request_id)
         if one is None or not tokens:
             return None
         one.num_tokens += len(tokens)
         if not one.matcher.consume_tokens(list(tokens)):
             log.warning("request %.100s: structured output failed: %s", request_id, reason(one.matcher))
-            return "abort"
+            return "error"
         return "stop" if one.matcher.is_stopped() else None
 
     def _fill(self, matchers: list[LLMatcher], words: np.ndarray) -> None:
