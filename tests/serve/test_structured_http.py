@@ -102,10 +102,10 @@ def test_the_openai_client_parses(client):
 
     messages = [{"role": "user", "content": "How many?"}]
     answer = client.chat.completions.parse(model=MODEL, messages=messages, response_format=Answer, temperature=0,
-                                           max_tokens=100)
+                                           max_tokens=200)
     assert isinstance(answer.choices[0].message.parsed, Answer) and answer.choices[0].finish_reason == "stop"
     with client.chat.completions.stream(model=MODEL, messages=messages, response_format=Answer, temperature=0,
-                                        max_tokens=100) as events:
+                                        max_tokens=200) as events:
         streamed = "".join(event.delta for event in events if event.type == "content.delta")
         assert events.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
     assert streamed == answer.choices[0].message.content

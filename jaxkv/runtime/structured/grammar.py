@@ -14,8 +14,8 @@ from jaxkv.types import Structured
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# Between two tokens of JSON stand at most a line break and 20 blanks: small models find no end to what may be any length.
-_JSON: Any = {"whitespace_pattern": r"[ \t]{1,20}|\r?\n[ \t]{0,20}"}
+# Between two tokens of JSON stands a blank or an indented new line: small models find no end to what may be any length.
+WHITE_SPACE: Any = {"whitespace_pattern": r"[ \t]|\r?\n[ \t]{0,20}"}
 MAX_REASON = 300  # characters of llguidance's message that are passed on
 _LIMITS: Any = {"max_items_in_row": 500, "initial_lexer_fuel": 500_000, "step_lexer_fuel": 60_000, "step_max_items": 10_000,
            "max_lexer_states": 20_000, "max_grammar_size": 200_000, "verbose_errors": False}
@@ -57,11 +57,11 @@ def _grammar(structured: Structured) -> str:
 
     kind, value = structured.kind, structured.value
     if kind == "json_object":
-        return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=_JSON)
+        return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=WHITE_SPACE)
     if kind == "json_schema":
         if not isinstance(json.loads(value), dict):
             raise ValueError("a JSON schema must be an object")
-        return LLMatcher.grammar_from_json_schema(value, defaults=_JSON)
+        return LLMatcher.grammar_from_json_schema(value, defaults=WHITE_SPACE)
     if kind == "regex":
         return LLMatcher.grammar_from_regex(value)
     if kind == "choice":
