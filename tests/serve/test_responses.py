@@ -129,7 +129,8 @@ def test_store_is_bounded():
     ("truncation", "auto", "truncation"), ("include", ["file_search_call.results"], "include[0]"),
     ("previous_response_id", 5, "previous_response_id"), ("store", "yes", "store"), ("metadata", {"a": 5}, "metadata.a"),
     ("text", {"format": {"type": "xml"}}, "text"), ("suffix", "x", "suffix"),
-    ("text", {"format": {"type": "json_schema", "name": "x", "schema": {"type": "wizard"}}}, "text"), ("stream_options", {"include_usage": True}, "stream_options"),
+    ("text", {"format": {"type": "json_schema", "name": "x", "schema": {"type": "wizard"}}}, "text"),
+    ("stream_options", {"include_usage": True}, "stream_options"),
 ])
 @pytest.mark.parametrize("stream", [False, True])
 def test_bad_input(http, field, value, param, stream):
