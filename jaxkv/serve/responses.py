@@ -7,6 +7,7 @@ left out of the answer. Finished answers are kept in memory for ``previous_respo
 from __future__ import annotations
 
 import contextlib
+import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -64,7 +65,7 @@ class ResponsesRequest(GenerationRequest):
                 raise bad_request(f"{name} is not supported, got {str(value)[:80]}", name, "unsupported_parameter")
 
     def renamed(self) -> dict[str, str]:
-        return {"prompt": "input", "logprobs": "top_logprobs", "max_tokens": "max_output_tokens"}
+        return {"prompt": "input", "logprobs": "top_logprobs", "max_tokens": "max_output_tokens", "structured": "text"}
 
     def conversation_of(self, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages so far, without the instructions. Raises ApiError for input that is not text."""
@@ -75,7 +76,7 @@ class ResponsesRequest(GenerationRequest):
     def chat(self, messages: list[dict[str, Any]], ignored: set[str]) -> ChatRequest:
         """The chat request this is. Raises ApiError in terms of chat (see ``_our_words``)."""
         names = set(ChatRequest.model_fields) & set(GenerationRequest.model_fields)
-        given = self.model_dump(include=names, exclude_none=True)
+        given = self.model_dump(include=names, exclude_none=True, by_alias=True)
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         limit = self.max_tokens if self.max_output_tokens is None else self.max_output_tokens
         data = given | (self.model_extra or {}) | {"messages": system + messages, "max_tokens": limit}
@@ -90,7 +91,7 @@ def _our_words() -> Iterator[None]:
     try:
         yield
     except ApiError as error:
-        error.param = _NAMES.get((error.param or "").partition("[")[0], error.param)
+        error.param = _NAMES.get(re.split(r"[\[.]", error.param or "")[0], error.param)
         raise
 
 
