@@ -75,7 +75,7 @@ def plain_rows(count: int, **fields) -> list[dict]:
 
 def test_help_starts_nothing():
     code = ("import sys\nfrom jaxkv.generate.__main__ import main\n"
-            "try:\n    main(['--help'])\nexcept SystemExit as e:\n"
+            "try:\n    main(['--help-all'])\nexcept SystemExit as e:\n"
             "    print(e.code, sorted({'jax', 'numpy', 'grain', 'transformers'} & set(sys.modules)))")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.endswith("0 []\n")

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import pallas_kernels as ops
 from jaxkv.cache.controller import CacheController
@@ -47,7 +48,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     except ValueError as error:
         raise ConfigError(f"kv_layout: {error}") from None
     model = load_model(config.model.model, mesh, dtype=config.model.dtype, load_format=config.model.load_format,
-                       seed=config.seed)
+                       seed=config.seed, show_progress=show_progress)
     tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
     defaults = default_sampling(model.directory) if config.model.generation_config == "auto" else {}
     max_model_len = resolve_max_model_len(config, model)
@@ -69,7 +70,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     shapes = batch_shapes(sched.max_num_seqs, sched.max_num_batched_tokens)
     scheduler = Scheduler(sched, controller, max_model_len, step_sizes=step_sizes(shapes))
     loaded = time.perf_counter()
-    with tqdm(desc="compiling steps", unit="", disable=not show_progress, leave=False) as bar, _refusals(impl):
+    with tqdm(desc="compiling steps", total=len(shapes), unit="", disable=not show_progress, leave=False) as bar, \
+            logging_redirect_tqdm(), _refusals(impl):
         executor = JaxExecutor(
             model.spec, model.params, kv, mesh, max_num_seqs=sched.max_num_seqs,
             max_num_batched_tokens=sched.max_num_batched_tokens, max_model_len=max_model_len,

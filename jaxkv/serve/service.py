@@ -137,7 +137,7 @@ class Service:
         kept = request.cut(ids, window, max(answer, window - most) if most else answer)
         if len(kept) >= window or most and len(kept) > most:
             bound = f"this server takes {most}" if most and most < window else \
-                f"the model's window is {window} tokens, prompt and answer together"
+                f"this model's maximum context length is {window} tokens, prompt and answer together"
             raise bad_request(f"{name}: {len(kept)} tokens do not fit: {bound}", name, "context_length_exceeded")
         return kept
 
