@@ -7,7 +7,7 @@ from serve_fakes import REPLY
 from test_bad_input import refused
 from test_completions import post
 
-from jaxkv.serve.responses import ResponseStore
+from jaxkv.serve.response_store import ResponseStore
 from jaxkv.serve.schemas import ResponsesResponse
 
 PATH = "/v1/responses"
