@@ -1,7 +1,7 @@
 """What every HTTP request passes before and after its route: its id, its API key, its share, its deadline, its record.
 
-Owns headers that are about the request rather than its content. Knows no route but by the beginning of its path: /v1
-and /debug ask for a key where there are any, and what is posted to /v1 is work, which has bounds.
+Owns headers that are about the request rather than its content. Knows no route: what is posted is work, which has bounds,
+and that, /v1 and /debug ask for a key where there are any.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -61,15 +61,15 @@ class Gate:
         finally:
             if key is not None:
                 self._open[key] -= 1
-            record.end = asyncio.get_running_loop().time()
+            record.end = time.monotonic()
             self.done(record)
 
     def _enter(self, scope: Scope, headers: dict[bytes, bytes]) -> int | None:
         """The number of the key that the request counts for until it ends, if it does. Raises ApiError for what may not
         enter."""
-        path, key = scope["path"], None
-        if self.keys and path.startswith(("/v1", "/debug")):
-            scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        key = None
+        if self.keys and (_works(scope) or scope["path"].startswith(("/v1", "/debug"))):
+            scheme, _, token = headers.get(b"authorization", b"Bearer " + headers.get(b"x-api-key", b"")).partition(b" ")
             key = self.keys.find(token.strip()) if scheme.lower() == b"bearer" else None
             if key is None:
                 raise ApiError(401, "missing or wrong API key: send \"Authorization: Bearer KEY\"", code="invalid_api_key",
@@ -129,5 +129,4 @@ class _Writer:
 
 
 def _works(scope: Scope) -> bool:
-    method: Any = scope["method"]
-    return method == "POST" and scope["path"].startswith("/v1")
+    return bool(scope["method"] == "POST")
