@@ -12,8 +12,8 @@ from typing import Any
 from jaxkv.serve.parsers.reasoning import BEGIN, END
 from jaxkv.types import Structured
 
-# Between two tokens of JSON stand at most a line break and 20 blanks, as in answers without reasoning.
-_WHITE_SPACE = {"whitespace_pattern": r"[ \t]{1,20}|\r?\n[ \t]{0,20}"}
+# Between two tokens of JSON stands a blank or an indented new line, as in answers without reasoning.
+_WHITE_SPACE = {"whitespace_pattern": r"[ \t]|\r?\n[ \t]{0,20}"}
 _OPTIONAL = "start: reasoning? answer\n"
 _BEGUN = "start: reasoning answer\n"
 
