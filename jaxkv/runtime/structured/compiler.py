@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from jaxkv.runtime.structured.grammar import compile_grammar, make_tokenizer
+from jaxkv.runtime.structured.grammar import make_matcher, make_tokenizer
 from jaxkv.runtime.structured.trial import Trial
 from jaxkv.runtime.tokenizer import Tokenizer
 from jaxkv.types import Structured
@@ -92,8 +92,7 @@ class GrammarCompiler:
 
     def _build(self, structured: Structured) -> Grammar:
         try:
-            self._trial().check(structured)
-            grammar = Grammar(compile_grammar(self._tokenizer, structured))
+            grammar = Grammar(make_matcher(self._tokenizer, self._trial().compile(structured)))
         except ValueError as error:
             raise ValueError(f"structured cannot be compiled: {error}") from None
         finally:
