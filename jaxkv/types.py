@@ -220,6 +220,7 @@ class Request:
     end_session: bool = False  # the last turn: KV that only this session used may leave first
     retention: float | None = None  # seconds that the KV is kept after use as long as anything else can leave
     no_store: bool = False  # reads the cache, leaves nothing in it
+    needs_last_token: bool = False  # what may follow depends on the token before: no step while one is in flight
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -434,7 +435,7 @@ class TokenEvent:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[Logprobs, ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
-    finish_reason: str | None = None  # "stop", "length" or "abort"
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     stop_token: int | None = None
     num_cached: int = 0
 

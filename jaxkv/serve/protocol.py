@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from jaxkv.serve.errors import ApiError, bad_request, from_validation, from_value_error
 from jaxkv.serve.messages import STRICT as _STRICT
 from jaxkv.serve.messages import ChatMessage
+from jaxkv.serve.structured import ResponseFormat, StructuredOutputs, field_of, structured_of
 from jaxkv.serve.tools import Tool, ToolUse, tool_use_of
 from jaxkv.types import CacheHints, SamplingParams
 
@@ -27,9 +28,9 @@ log = logging.getLogger("jaxkv.serve")
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "audio": (), "continue_final_message": (False,), "documents": ([],), "function_call": ("none", "auto"),
-    "functions": ([],), "guided_choice": (), "guided_grammar": (), "guided_json": (), "guided_regex": (),
+    "functions": ([],), "guided_whitespace_pattern": (),
     "length_penalty": (1, 1.0), "modalities": (["text"],), "prefix": (), "prompt_embeds": (),
-    "response_format": ({"type": "text"},), "structured_outputs": (), "suffix": ("",), "tool_choice": ("none", "auto"),
+    "structural_tag": (), "suffix": ("",), "tool_choice": ("none", "auto"),
     "tools": ([],), "truncate_prompt_tokens": (), "use_beam_search": (False,), "web_search_options": (),
 }
 _ADVICE = {"functions": ": use tools", "function_call": ": use tool_choice",
@@ -78,6 +79,12 @@ class GenerationRequest(BaseModel):
     end_session: bool | None = None
     retention: float | None = None
     no_store: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     def cache_hints(self) -> CacheHints:
         """What the request says about its KV. Raises ApiError that names the request's field."""
@@ -92,6 +99,7 @@ class GenerationRequest(BaseModel):
         values = {name: value for name in _SAMPLING if (value := getattr(self, name, None)) is not None}
         if self.logit_bias is not None:
             values["logit_bias"] = _token_keys(self.logit_bias)
+        values["structured"] = structured_of(self)
         values |= overrides
         try:
             return SamplingParams(**values)
@@ -100,7 +108,8 @@ class GenerationRequest(BaseModel):
 
     def api_error(self, error: ValueError) -> ApiError:
         """What the engine or SamplingParams complained about, in this request's words."""
-        return from_value_error(error, set(type(self).model_fields), self.renamed())
+        field = field_of(self)
+        return from_value_error(error, {*type(self).model_fields, field}, {"structured": field} | self.renamed())
 
     def renamed(self) -> dict[str, str]:
         """Engine field -> field of this request that set it."""
