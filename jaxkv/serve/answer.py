@@ -128,11 +128,15 @@ class Answer(Response):
         if structured is None or engine is None or engine.grammars is None:
             return
         try:
-            async with asyncio.timeout(COMPILE_WAIT_S):
-                self.grammar = await asyncio.shield(asyncio.wrap_future(engine.grammars.submit(structured)))
-        except (CompilerBusy, TimeoutError):
+            compiling = asyncio.wrap_future(engine.grammars.submit(structured))
+            if not (await asyncio.wait([compiling], timeout=COMPILE_WAIT_S))[0]:
+                raise CompilerBusy()
+        except CompilerBusy:
             raise ApiError(429, "too many grammars wait to be compiled", code="too_many_requests",
                            headers={"retry-after": "1"}) from None
+        if (error := compiling.exception()) is not None:
+            raise ValueError(str(error))  # not the compiler's own, which it remembers: its traceback would hold this request
+        self.grammar = compiling.result()
 
     def _refusal(self, error: Exception) -> ApiError:
         if isinstance(error, ValueError):  # from engine.add_request, through the mailbox
