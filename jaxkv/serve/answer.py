@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jaxkv.runtime.outputs import Delta
-from jaxkv.runtime.structured.compiler import CompilerBusy, Grammar
+from jaxkv.runtime.structured.compiler import CompilerBusy, Grammar, grammar_or_error
 from jaxkv.serve.engine_loop import Call, EngineLoop
 from jaxkv.serve.errors import ApiError
 from jaxkv.serve.logprobs import TokenText
@@ -128,15 +128,12 @@ class Answer(Response):
         if structured is None or engine is None or engine.grammars is None:
             return
         try:
-            compiling = asyncio.wrap_future(engine.grammars.submit(structured))
-            if not (await asyncio.wait([compiling], timeout=COMPILE_WAIT_S))[0]:
-                raise CompilerBusy()
-        except CompilerBusy:
+            async with asyncio.timeout(COMPILE_WAIT_S):
+                found = await asyncio.shield(asyncio.wrap_future(engine.grammars.submit(structured)))
+        except (CompilerBusy, TimeoutError):
             raise ApiError(429, "too many grammars wait to be compiled", code="too_many_requests",
                            headers={"retry-after": "1"}) from None
-        if (error := compiling.exception()) is not None:
-            raise ValueError(str(error))  # not the compiler's own, which it remembers: its traceback would hold this request
-        self.grammar = compiling.result()
+        self.grammar = grammar_or_error(found)
 
     def _refusal(self, error: Exception) -> ApiError:
         if isinstance(error, ValueError):  # from engine.add_request, through the mailbox
