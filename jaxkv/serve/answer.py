@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jaxkv.runtime.outputs import Delta
-from jaxkv.runtime.structured.compiler import CompilerBusy, Grammar
+from jaxkv.runtime.structured.compiler import CompilerBusy, Grammar, grammar_or_error
 from jaxkv.serve.engine_loop import Call, EngineLoop
 from jaxkv.serve.errors import ApiError
 from jaxkv.serve.logprobs import TokenText
@@ -147,10 +147,11 @@ class Answer(Response):
             return
         try:
             async with asyncio.timeout(COMPILE_WAIT_S):
-                self.grammar = await asyncio.shield(asyncio.wrap_future(engine.grammars.submit(structured)))
+                found = await asyncio.shield(asyncio.wrap_future(engine.grammars.submit(structured)))
         except (CompilerBusy, TimeoutError):
             raise ApiError(429, "too many grammars wait to be compiled", code="too_many_requests",
                            headers={"retry-after": "1"}) from None
+        self.grammar = grammar_or_error(found)
 
     def _refusal(self, error: Exception) -> ApiError:
         if isinstance(error, ValueError):  # from engine.add_request, through the mailbox
