@@ -222,6 +222,7 @@ class Sequence:
     num_scheduled: int = 0  # leading positions whose KV is in pages once every submitted step has run
     in_flight: int = 0  # sampled by a submitted step, not yet committed
     num_cached: int = 0  # prompt tokens found in the cache at first admission
+    cached_below: tuple[int, int] = (0, 0)  # of those, the ones that came from host and from disk
     finish_reason: str | None = None
     first_admission: bool = True
     num_reported: int = 0  # prompt positions whose log-probabilities a submitted step returns, if they were asked for
@@ -236,7 +237,8 @@ class Sequence:
     dirty: list[int] = field(default_factory=list)  # [group] first page index the device's table does not know yet
     waits: list[Any] = field(default_factory=list)  # loads that bring pages of its prefix; left when it enters a slot
     rest: list[int] = field(default_factory=list)  # [group] pages it will need besides those that wait for it
-    brought: dict[Tier, int] = field(default_factory=dict)  # tokens of its prefix that came for it since it began to wait
+    brought: dict[Tier, range] = field(default_factory=dict)  # positions of its prefix that came since it began to wait
+    came: tuple[int, int] = (0, 0)  # tokens of the prefix it entered with that came from host and from disk
     asked: float | None = None  # when its pages were asked for, if they were
     kept: bool = False  # whether what HBM has of its prefix was kept since it began to wait
     looked_up: bool = False  # whether its prefix was asked for since it began to wait
@@ -410,6 +412,7 @@ class TokenEvent:
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_token: int | None = None
     num_cached: int = 0
+    cached_below: tuple[int, int] = (0, 0)  # of those, from host and from disk
 
 
 class DiskIndex(Protocol):

@@ -30,6 +30,7 @@ from jaxkv.serve.answer import Answer, Form, respond
 from jaxkv.serve.engine_loop import Call, EngineLike, EngineLoop, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.logprobs import TokenText
+from jaxkv.serve.page import add_page
 from jaxkv.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
 
 log = logging.getLogger("jaxkv.serve")
@@ -114,6 +115,7 @@ def build_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
     app = FastAPI(title="jaxkv", version=__version__, docs_url=None, redoc_url=None)
     _add_errors(app)
     _add_status(app, service)
+    add_page(app, service)
 
     @app.post("/v1/completions", openapi_extra=_schema(CompletionRequest))
     async def create_completion(request: Request) -> Response:
