@@ -2,7 +2,7 @@
 
 import { h, legend, number, svg } from "./dom.js";
 
-const [WIDTH, HEIGHT] = [360, 150];
+const HEIGHT = 150; // pixels; as wide as there is room
 const [LEFT, RIGHT, TOP, BOTTOM] = [42, 8, 10, 22];
 export const SPAN_S = 120;
 
@@ -19,7 +19,7 @@ export class Chart {
     this.ceiling = ceiling;
     this.unit = unit;
     this.points = []; // [seconds, value of each line]
-    this.plot = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
+    this.plot = svg("svg", { height: HEIGHT, role: "img" });
     this.element = h("figure", { class: "card" },
       h("figcaption", {}, h("h2", {}, title), h("span", { class: "dim" }, unit), legend(lines)), this.plot);
     this.title = title;
@@ -34,10 +34,11 @@ export class Chart {
   #draw(now) {
     const values = this.points.flatMap((point) => point.slice(1)).filter(Number.isFinite);
     const top = this.ceiling ?? round(Math.max(1, ...values));
-    const x = (time) => LEFT + (WIDTH - LEFT - RIGHT) * (1 - (now - time) / SPAN_S);
+    const width = this.plot.clientWidth;
+    const x = (time) => LEFT + (width - LEFT - RIGHT) * (1 - (now - time) / SPAN_S);
     const y = (value) => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / top;
     const grid = [0, 0.5, 1].map((share) => svg("g", {},
-      svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(share * top), y2: y(share * top) }),
+      svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(share * top), y2: y(share * top) }),
       svg("text", { x: LEFT - 5, y: y(share * top) + 4, "text-anchor": "end" }, number(share * top))));
     const ticks = [SPAN_S, SPAN_S / 2, 0].map((ago, i) => svg("text",
       { x: x(now - ago), y: HEIGHT - 6, "text-anchor": ["start", "middle", "end"][i] }, ago ? `−${ago} s` : "now"));

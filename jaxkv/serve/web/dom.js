@@ -30,7 +30,7 @@ export function bytes(value) {
   return `${number(value)} ${units[unit]}`;
 }
 
-export const TIERS = [["hbm", "HBM"], ["host", "host memory"], ["disk", "disk"]];
+export const TIERS = [["hbm", "HBM"], ["host", "Host memory"], ["disk", "Disk"]];
 
 // A legend of [class, text] pairs; the same swatches stand for the same things everywhere.
 export const legend = (items) => h("ul", { class: "legend" },

@@ -45,7 +45,9 @@ class Answer {
           turn.last = performance.now() - start;
           turn.first ??= turn.last;
         }
+        const below = document.body.scrollHeight - innerHeight - scrollY;
         this.text.append(piece);
+        if (below < 50) scrollTo(0, document.body.scrollHeight);
         this.speaker.add(piece);
       }
     } catch (error) {

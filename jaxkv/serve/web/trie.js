@@ -94,7 +94,7 @@ export class Trie {
     });
     const nodes = this.#order.map((node) => {
       const r = radius(node);
-      const kind = node.up ? `${node.tier.toLowerCase()} ${node.kind.toLowerCase()}` : "root";
+      const kind = node.up ? `${node.tier.toLowerCase()} by-${node.kind.toLowerCase()}` : "root";
       const below = node.up ? node.children.length < node.children_total : false;
       return svg("g", { class: `node ${kind}`, transform: `translate(${node.x} ${node.y})`, role: "treeitem", "data-digest": node.digest,
         "aria-label": name(node), "aria-level": node.depth + 1, "aria-expanded": node.children.length ? "true" : null,
@@ -102,7 +102,7 @@ export class Trie {
       svg("circle", { class: "ring", r: r + 3 }),
       svg("circle", { class: "dot", r, "fill-opacity": node.up && node.kind === "PROMPT" ? Math.min(1, 0.45 + 0.14 * Math.log2(1 + node.hits)) : null }),
       node.up && node.on_disk ? svg("circle", { class: "disk mark", r: 3, cx: r, cy: r }) : null,
-      svg("text", { y: -r - 3, "text-anchor": "middle" }, node.up ? `${node.tokens}` : "root"),
+      svg("text", { y: -r - 5, "text-anchor": "middle" }, node.up ? `${node.tokens}` : "root"),
       below ? svg("text", { class: "more", x: r + 4, y: 4 }, `+${node.children_total - node.children.length}`) : null);
     });
     this.world.replaceChildren(...links, ...nodes);
