@@ -36,6 +36,7 @@ class EngineOptions(TypedDict, total=False):
     max_model_len: int | None
     skip_tokenizer_init: bool
     load_format: str
+    generation_config: str
     page_size: int
     kv_cache_memory: int | str | None
     host_kv_memory: int | str | None
@@ -88,6 +89,8 @@ _OPTIONS = (
     _Option("answer_worth", "int", "log2 of what a use of an answer's KV counts beside a prompt's, for the eviction policy"),
     _Option("tensor_parallel_size", "int", "devices that share the model"),
     _Option("load_format", "text", "auto: safetensors; dummy: random weights", choices=("auto", "dummy")),
+    _Option("generation_config", "text", "auto: sampling fields that a request leaves out are those of the model's "
+                                         "generation_config.json; none: not", choices=("auto", "none")),
     _Option("kv_cache_dtype", "text", "dtype of the KV cache; auto: that of the model; int8, fp8_e4m3: quantised, approximate",
             choices=KV_CACHE_DTYPES),
     _Option("kv_layout", "text", "physical layout of the KV pool"),

@@ -45,6 +45,7 @@ class ModelConfig:
     max_model_len: int | None = None  # tokens; None: the model's window
     skip_tokenizer_init: bool = False
     load_format: str = "auto"  # auto: safetensors; dummy: random weights
+    generation_config: str = "auto"  # auto: the sampling defaults of the model's generation_config.json; none: ours
     attention_impl: str = "auto"  # which kernels run; auto: the best that is proven on the platform
 
     def __post_init__(self) -> None:
@@ -53,6 +54,8 @@ class ModelConfig:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.load_format not in ("auto", "dummy"):
             raise ConfigError(f"load_format must be auto or dummy, got {self.load_format!r}")
+        if self.generation_config not in ("auto", "none"):
+            raise ConfigError(f"generation_config must be auto or none, got {self.generation_config!r}")
         if self.attention_impl not in ATTENTION_IMPLS:
             raise ConfigError(f"attention_impl must be one of {', '.join(ATTENTION_IMPLS)}, got {self.attention_impl!r}")
 

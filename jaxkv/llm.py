@@ -65,9 +65,9 @@ class LLM:
         return self._tokenizer("get_tokenizer").hf
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What ``generate`` uses without sampling parameters: ``SamplingParams()``, the same for every model. The
-        model's generation_config.json only says which tokens end an answer."""
-        return SamplingParams()
+        """What ``generate`` uses without sampling parameters: the defaults of the model's generation_config.json, unless
+        ``generation_config="none"``, and our own for what it leaves out."""
+        return SamplingParams(**self.engine.default_sampling)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt],

@@ -73,6 +73,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # a dict is accepted
     logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely ones
     prompt_logprobs: int | None = None
+    embed: bool = False  # the hidden state of the last prompt token instead of an answer; needs max_tokens 1 and n 1
     seed: int | None = None
     max_tokens: int | None = 16  # None: up to the window
     min_tokens: int = 0
@@ -115,6 +116,8 @@ class SamplingParams:
         _int("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
+        if self.embed and (self.max_tokens != 1 or self.n != 1):
+            raise ValueError(f"embed needs max_tokens 1 and n 1, got {self.max_tokens} and {self.n}")
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise ValueError("stop must hold non-empty strings")
         for t in self.stop_token_ids:
@@ -399,6 +402,7 @@ class StepResult:
     tokens: tuple[tuple[int, ...], ...]
     logprobs: tuple[tuple[Logprobs, ...], ...] = ()
     prompt_logprobs: tuple[tuple[Logprobs, ...], ...] = ()  # for positions start + 1 .. of a chunk that asked
+    hidden: tuple[tuple[float, ...], ...] = ()  # of the last position, where the request is to be embedded
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,6 +417,7 @@ class TokenEvent:
     stop_token: int | None = None
     num_cached: int = 0
     cached_below: tuple[int, int] = (0, 0)  # of those, from host and from disk
+    hidden: tuple[float, ...] = ()
 
 
 class DiskIndex(Protocol):

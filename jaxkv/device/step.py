@@ -28,6 +28,7 @@ class StepOutput(NamedTuple):
     tokens: jax.Array  # i32 [R]
     logprobs: sampling.TokenLogprobs  # of the sampled tokens, [R] and [R, N]
     prompt_logprobs: sampling.TokenLogprobs  # of the next prompt token, [T] and [T, N]
+    hidden: jax.Array  # [R, d_model], what the logits were made of; there anyway, read by the host for embeddings only
 
 
 def build_step(
@@ -65,7 +66,7 @@ def build_step(
         tokens, sampler, logprobs = sampling.sample(models.logits(spec, params, rows), columns, state.sampler)
         prompt = sampling.prompt_logprobs(hidden, b["prompt_targets"], lambda h: models.logits(spec, params, h))
         last = state.last_tokens.at[b["row_slot"]].set(tokens, mode="drop")
-        return EngineState(tuple(map(tuple, pools)), last, sampler), StepOutput(tokens, logprobs, prompt)
+        return EngineState(tuple(map(tuple, pools)), last, sampler), StepOutput(tokens, logprobs, prompt, rows)
 
     return step
 

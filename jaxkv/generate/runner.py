@@ -44,7 +44,8 @@ def run(config: EngineConfig, input_path: Path, output_path: Path, *, shard: tup
         if todo:
             engine = build_engine(config, show_progress=show_progress)
             signals.running = True
-            preparer = Preparer(engine.model_name, engine.tokenizer, overrides or {}, config.seed)
+            preparer = Preparer(engine.model_name, engine.tokenizer, overrides or {}, config.seed, engine.default_sampling,
+                                engine.max_model_len)
             work = pipeline(lines, todo, preparer, ahead=config.sched.max_num_seqs)
             with _Progress(len(numbers), journal, show_progress) as progress:
                 _Batch(engine, journal, work, 2 * config.sched.max_num_seqs, progress).run(signals)

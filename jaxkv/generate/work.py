@@ -17,7 +17,7 @@ from jaxkv.generate.lines import digest
 from jaxkv.runtime.outputs import Delta
 from jaxkv.runtime.tokenizer import Tokenizer
 from jaxkv.serve import chat, completions
-from jaxkv.serve.answer import Choice, Form
+from jaxkv.serve.answer import Choice, Form, best_of
 from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.logprobs import TokenText, completion_logprobs
@@ -63,12 +63,13 @@ class Work:
         prompt = sum(len(call.prompt) for call in self.calls)
         answer = sum(len(choice.token_ids) for choice in self._choices)
         cached = sum(choice.num_cached for choice in self._choices[:: self._n])
+        best = best_of(self._choices, self._n, self._request.kept(self._n))
         if self._envelope.plain:
-            return self._envelope.fields | _plain_record(self._choices, self._form.tokens, cached)
+            return self._envelope.fields | _plain_record(best, self._form.tokens, cached)
         usage = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
                  "prompt_tokens_details": {"cached_tokens": cached}}
-        body = self._form.head | {"choices": [self._form.whole(choice) for choice in self._choices], "usage": usage} \
-            | self._form.extras(self._choices)
+        body = self._form.head | {"choices": [self._form.whole(choice) for choice in best], "usage": usage} \
+            | self._form.extras(best)
         return self._envelope.answer(200, body)
 
 
@@ -97,11 +98,14 @@ class Preparer:
     """Turns lines into ``Work``; called from the pipeline's thread.
 
     ``overrides``: sampling fields that win over what a line says. A line without a seed gets one made from ``seed`` and
-    its number, so that its answer does not depend on what ran before, be it in another process.
+    its number, so that its answer does not depend on what ran before, be it in another process. ``defaults``: the model's
+    sampling defaults; ``window``: its tokens.
     """
 
-    def __init__(self, model_name: str, tokenizer: Tokenizer | None, overrides: Mapping[str, Any], seed: int) -> None:
-        self._model_name, self._tokenizer, self._tokens = model_name, tokenizer, TokenText(tokenizer)
+    def __init__(self, model_name: str, tokenizer: Tokenizer | None, overrides: Mapping[str, Any], seed: int,
+                 defaults: Mapping[str, Any], window: int) -> None:
+        self._model_name, self._tokenizer = model_name, tokenizer
+        self._defaults, self._window = defaults, window
         self._overrides, self._seed = dict(overrides), seed
         self._ignored: set[str] = set()  # unknown fields that were logged
 
@@ -126,20 +130,22 @@ class Preparer:
         form: Form
         request: GenerationRequest
         if url == _URLS[0]:
-            chat_request = parse(ChatRequest, orjson.dumps(body), self._ignored)
+            chat_request = parse(ChatRequest, orjson.dumps(body), self._ignored, self._defaults)
             params, text = chat.params_of(chat_request), chat.prompt_of(chat_request, self._tokenizer)
             prompts = [self._encode(text, bool(chat_request.add_special_tokens))]
             request = chat_request
-            form = chat.ChatForm(f"chatcmpl-{name}", self._model_name, chat_request, self._tokens)
+            tokens = TokenText(self._tokenizer, chat_request.return_tokens_as_token_ids)
+            form = chat.ChatForm(f"chatcmpl-{name}", self._model_name, chat_request, tokens)
         else:
-            completion = parse(CompletionRequest, orjson.dumps(body), self._ignored)
+            completion = parse(CompletionRequest, orjson.dumps(body), self._ignored, self._defaults)
             params, rows = completions.params_of(completion), completions.prompts_of(completion)
             if envelope.plain and completion.prompt != rows[0]:
                 raise bad_request("prompt must be one text or one list of token ids", "prompt")
             special = completion.add_special_tokens is not False
             prompts = [self._encode(row, special) if isinstance(row, str) else (row, None) for row in rows]
             request = completion
-            form = completions.CompletionForm(f"cmpl-{name}", self._model_name, completion, self._tokens)
+            tokens = TokenText(self._tokenizer, completion.return_tokens_as_token_ids)
+            form = completions.CompletionForm(f"cmpl-{name}", self._model_name, completion, tokens)
         if request.stream:
             raise bad_request("stream is not available in a batch", "stream")
         hints = request.cache_hints()
@@ -147,10 +153,11 @@ class Preparer:
             params = replace(params, **self._overrides)
         except ValueError as error:
             raise request.api_error(error) from None
-        calls = [Call(f"{name}-{index}", ids,
+        cut = [(request.cut(ids, self._window, params.max_tokens or 1), ids, text) for ids, text in prompts]
+        calls = [Call(f"{name}-{index}", kept,
                       params if params.seed is not None else replace(params, seed=self._draw_seed(number, index)),
-                      Mailbox(), index, text, hints)
-                 for index, (ids, text) in enumerate(prompts)]
+                      Mailbox(), index, text if len(kept) == len(ids) else None, hints)
+                 for index, (kept, ids, text) in enumerate(cut)]
         return Work(number, line, envelope, request, form, calls)
 
     def _encode(self, text: str, add_special_tokens: bool) -> tuple[list[int], str | None]:

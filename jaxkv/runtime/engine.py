@@ -36,12 +36,14 @@ class Engine:
     def __init__(
         self, config: EngineConfig, scheduler: Scheduler, executor: JaxExecutor, *, model_name: str, max_model_len: int,
         vocab_size: int, capacity: Capacity, weight_bytes: int = 0, tokenizer: Any = None, eos_ids: Sequence[int] = (),
+        default_sampling: Mapping[str, Any] = MappingProxyType({}),
         description: Sequence[str] = (), info: Mapping[str, str] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.scheduler, self.executor = config, scheduler, executor
         self.model_name, self.max_model_len, self.vocab_size = model_name, max_model_len, vocab_size
         self.tokenizer, self.eos_ids = tokenizer, tuple(eos_ids)
+        self.default_sampling = default_sampling  # SamplingParams fields that generation_config.json sets
         self.events: deque[tuple[str, int]] = deque(maxlen=4096)
         # ("submit" | "read", plan id) or ("fetch" | "arrived" | "failed", fetch id), newest last
         self.capacity, self.weight_bytes = capacity, weight_bytes
@@ -197,7 +199,7 @@ class Engine:
             self.metrics.prefix_query_tokens += output.num_prompt_tokens
             self.metrics.prefix_hit_tokens += event.num_cached
         delta, stop = output.process(event)
-        self.metrics.generation_tokens += len(event.tokens)
+        self.metrics.generation_tokens += len(delta.token_ids)
         if stop is not None and event.finish_reason is None:
             self.scheduler.finish(event.request_id, "stop")
         if delta.finish_reason is not None:

@@ -50,6 +50,7 @@ class JaxExecutor:
         self._by_slot = {f.name: np.zeros(max_num_seqs, np.dtype(f.dtype)) for f in _BY_SLOT}
         self._ban_until = np.zeros(max_num_seqs, np.int32)  # first position at which stop ids may be sampled
         self._logprobs = [False] * max_num_seqs
+        self._embed = [False] * max_num_seqs
         self.tiers = Tiers(kv, mesh, host_bytes, form or PageForm(kv, mesh), disk)
         self.state = init_state(kv, max_num_seqs, spec.vocab_size, mesh)
         self._planners = {s: _planner(spec, kv, s, mesh.size, attention_impl) for s in self.shapes}
@@ -76,7 +77,8 @@ class JaxExecutor:
             self.stage_seconds["pack"] += t2 - t1
             self.stage_seconds["dispatch"] += time.thread_time() - t2
         self.stage_seconds["moves"] += t1 - t0
-        return Handle(plan, output, [self._logprobs[c.slot] for c in plan.chunks], self.stage_seconds)
+        return Handle(plan, output, [self._logprobs[c.slot] for c in plan.chunks],
+                      [self._embed[c.slot] for c in plan.chunks], self.stage_seconds)
 
     def arrivals(self) -> list[Arrival]:
         """Fetches that ended since the last call."""
@@ -96,6 +98,7 @@ class JaxExecutor:
             column[admit.slot] = values[name]
         self._ban_until[admit.slot] = admit.prompt_len + admit.params.min_tokens if admit.params.min_tokens else 0
         self._logprobs[admit.slot] = admit.params.logprobs is not None
+        self._embed[admit.slot] = admit.params.embed
         if admit.params.needs_slot_state:
             for args in sampling.admit_pieces(admit, self._vocab, ADMIT_TOKENS):
                 self.state = self.state._replace(sampler=self._admit_op(self.state.sampler, *args))
@@ -160,9 +163,11 @@ class Handle:
     """A step under way. Its small outputs start for the host at once and are read one step later."""
 
     def __init__(
-        self, plan: StepPlan, output: StepOutput | None, logprobs: list[bool], stage_seconds: dict[str, float]
+        self, plan: StepPlan, output: StepOutput | None, logprobs: list[bool], embed: list[bool],
+        stage_seconds: dict[str, float],
     ) -> None:
-        self._plan, self._output, self._logprobs, self._stage_seconds = plan, output, logprobs, stage_seconds
+        self._plan, self._output, self._stage_seconds = plan, output, stage_seconds
+        self._logprobs, self._embed = logprobs, embed  # by chunk
         if output is not None:
             output.tokens.copy_to_host_async()
 
@@ -179,6 +184,7 @@ class Handle:
         tokens = tuple(tuple(sampled[r.start : r.stop]) for r in rows)
         chosen: tuple = ()
         prompt: tuple = ()
+        hidden: tuple = ()
         if any(self._logprobs):
             arrays = [np.asarray(a) for a in output.logprobs]
             chosen = tuple(_logprobs(t, arrays, r) if want else () for t, r, want in zip(tokens, rows, self._logprobs))
@@ -187,7 +193,10 @@ class Handle:
             starts = accumulate((len(c.tokens) for c in chunks), initial=0)
             prompt = tuple(_logprobs(t := _prompt_targets(c), arrays, range(at, at + len(t)))
                            for c, at in zip(chunks, starts))
-        return StepResult(tokens, chosen, prompt)
+        if any(self._embed):
+            array = np.asarray(output.hidden).astype(np.float32)
+            hidden = tuple(tuple(array[r[-1]].tolist()) if want and r else () for r, want in zip(rows, self._embed))
+        return StepResult(tokens, chosen, prompt, hidden)
 
 
 def _prompt_targets(chunk: Chunk) -> tuple[int, ...]:

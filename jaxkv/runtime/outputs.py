@@ -29,6 +29,7 @@ class Delta:
     stop_reason: int | str | None = None  # the stop token id or stop string of the request; None for the model's EOS
     num_cached_tokens: int = 0
     cached_below: tuple[int, int] = (0, 0)  # of those, from host and from disk
+    hidden: tuple[float, ...] = ()  # final-norm state of the last prompt token, if the request is to be embedded
 
 
 class OutputProcessor:
@@ -49,6 +50,9 @@ class OutputProcessor:
         """The delta of an event, and the stop string that ended the sequence if one did: the scheduler, which cannot
         see text, must then be told to finish it. Tokens after the one that completed the stop string are dropped."""
         request, reason = self._request, event.finish_reason
+        if request.params.embed:
+            return Delta(request.parent or request.id, request.child, finish_reason=reason, hidden=event.hidden,
+                         num_cached_tokens=event.num_cached), None
         tokens, text, stop = event.tokens, "", None
         if self._text is not None:
             tokens, text, stop = self._decode(event)

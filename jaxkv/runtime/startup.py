@@ -22,9 +22,10 @@ from jaxkv.device.spec import KVSpec, kv_groups
 from jaxkv.runtime.disk import DiskError, DiskFormat, DiskStore
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.executor import JaxExecutor
+from jaxkv.runtime.generation_config import default_sampling, eos_token_ids
 from jaxkv.runtime.memory import FETCH_PAGES, Capacity, free_device_memory, free_host_memory, plan_capacity
 from jaxkv.runtime.page_ops import PageForm
-from jaxkv.runtime.tokenizer import eos_token_ids, load_tokenizer
+from jaxkv.runtime.tokenizer import load_tokenizer
 from jaxkv.runtime.weights import LoadedModel, load_model
 from jaxkv.sched.scheduler import Scheduler
 
@@ -47,6 +48,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     model = load_model(config.model.model, mesh, dtype=config.model.dtype, load_format=config.model.load_format,
                        seed=config.seed)
     tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
+    defaults = default_sampling(model.directory) if config.model.generation_config == "auto" else {}
     max_model_len = resolve_max_model_len(config, model)
     cache, sched = config.cache, config.sched
     kv_dtype = {"auto": model.spec.dtype, "fp8_e4m3": "float8_e4m3fn"}.get(cache.kv_cache_dtype, cache.kv_cache_dtype)
@@ -76,7 +78,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     description = describe(config, model, mesh, kv, capacity, executor, loaded - start, compiled - loaded)
     return Engine(config, scheduler, executor, model_name=model.name, max_model_len=max_model_len,
                   vocab_size=model.spec.vocab_size, tokenizer=tokenizer, weight_bytes=model.nbytes, capacity=capacity,
-                  eos_ids=eos_token_ids(model.directory, tokenizer), description=description,
+                  eos_ids=eos_token_ids(model.directory, tokenizer), default_sampling=defaults, description=description,
                   info={"model": model.name, "dtype": model.spec.dtype, "platform": platform,
                         "kv_layout": layout, "kv_cache_dtype": kv_dtype, "eviction_policy": cache.eviction_policy,
                         "kernels": _kernels()})

@@ -6,7 +6,6 @@ Owns loading, chat templates, the bytes behind a token id and which ids end a se
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,19 +119,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"model {str(path)!r} has no tokenizer that loads ({reason}); "
                           "skip_tokenizer_init works with token ids only") from None
-
-
-def eos_token_ids(directory: str | Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Ids that end a sequence: those of generation_config.json (else config.json), then the tokenizer's own."""
-    ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        file = Path(directory) / name
-        if not ids and file.is_file():
-            value = json.loads(file.read_text()).get("eos_token_id")
-            ids += value if isinstance(value, list) else [] if value is None else [value]
-    if tokenizer is not None and tokenizer.hf.eos_token_id is not None:
-        ids.append(tokenizer.hf.eos_token_id)
-    return tuple(dict.fromkeys(ids))
 
 
 def _plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

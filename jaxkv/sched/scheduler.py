@@ -297,7 +297,8 @@ class Scheduler:
                 self._end(seq, reason)
             events.append(TokenEvent(
                 chunk.request_id, tokens[:count], logprobs[index][:count] if logprobs else (), reported, reason,
-                tokens[count - 1] if reason == "stop" else None, seq.num_cached, seq.cached_below))
+                tokens[count - 1] if reason == "stop" else None, seq.num_cached, seq.cached_below,
+                result.hidden[index] if result.hidden else ()))
         return events
 
     def _measure(self, plan: StepPlan, seconds: float) -> None:

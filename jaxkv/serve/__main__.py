@@ -30,6 +30,12 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--max-open-requests", type=int, default=1024, metavar="N",
                        help="sequences running or waiting before a 429 (default: 1024)")
     group.add_argument("--max-body", default="32M", metavar="SIZE", help="largest request body (default: 32M)")
+    group.add_argument("--max-batch", type=int, default=32, metavar="N",
+                       help="prompts that go to the engine together for embeddings and scores (default: 32)")
+    group.add_argument("--max-wait-ms", type=float, default=5.0, metavar="MS",
+                       help="how long the first of them waits for others (default: 5)")
+    group.add_argument("--batch-dir", metavar="DIR",
+                       help="where /v1/files and /v1/batches keep files (default: a directory that goes with the process)")
     group.add_argument("--shutdown-timeout", type=float, default=10.0, metavar="SECONDS",
                        help="time that open requests get after SIGTERM (default: 10)")
     group.add_argument("--access-log", action="store_true", help="one log line per HTTP request")
@@ -48,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"max_open_requests must be at least 1, got {args.max_open_requests}")
         if not 0 <= args.shutdown_timeout < float("inf"):
             raise ConfigError(f"shutdown_timeout must be a number of seconds from 0, got {args.shutdown_timeout}")
+        if args.max_batch < 1:
+            raise ConfigError(f"max_batch must be at least 1, got {args.max_batch}")
+        if not 0 <= args.max_wait_ms <= 60_000:
+            raise ConfigError(f"max_wait_ms must be in [0, 60000], got {args.max_wait_ms}")
         args.max_body = parse_size(args.max_body, "max_body")
         args.api_key = args.api_key or [key for key in [os.environ.get("JAXKV_API_KEY")] if key]
         if not all(args.api_key):

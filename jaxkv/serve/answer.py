@@ -60,6 +60,18 @@ class Choice:
             self.num_cached, self.cached_below = delta.num_cached_tokens, delta.cached_below
 
 
+def best_of(choices: list[Choice], n: int, keep: int) -> list[Choice]:
+    """Of the ``n`` answers to each prompt the ``keep`` likeliest (by cumulative log-probability), best first, renumbered."""
+    if keep == n:
+        return choices
+    likelihood = lambda choice: sum(entry.logprob for entry in choice.logprobs)  # noqa: E731
+    best = [choice for start in range(0, len(choices), n)
+            for choice in sorted(choices[start : start + n], key=likelihood, reverse=True)[:keep]]
+    for index, choice in enumerate(best):
+        choice.index = index
+    return best
+
+
 class Form(ABC):
     """How an endpoint words its answer."""
 
@@ -137,8 +149,9 @@ class Answer(Response):
             if not self.unfinished:
                 break
             items = await self.mailbox.next()
-        body = self.form.head | {"choices": [self.form.whole(choice) for choice in self.choices],
-                                 "usage": self._usage()} | self.form.extras(self.choices)
+        best = best_of(self.choices, self._n, self.request.kept(self._n))
+        body = self.form.head | {"choices": [self.form.whole(choice) for choice in best],
+                                 "usage": self._usage()} | self.form.extras(best)
         await respond(send, 200, orjson.dumps(body), {"x-request-id": self.form.head["id"]})
 
     async def _stream(self, items: list[tuple[Call, Delta]], send: Send) -> None:

@@ -6,14 +6,9 @@ Owns which URL does what. Requests are parsed by ``protocol``, answered by ``ans
 
 from __future__ import annotations
 
-import asyncio
 import hmac
-import logging
-import time
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
@@ -26,88 +21,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jaxkv import __version__
 from jaxkv.serve import chat, completions
 from jaxkv.serve import metrics as prometheus
-from jaxkv.serve.answer import Answer, Form, respond
-from jaxkv.serve.engine_loop import Call, EngineLike, EngineLoop, Mailbox
-from jaxkv.serve.errors import ApiError, bad_request
+from jaxkv.serve.answer import respond
+from jaxkv.serve.embeddings import add_embeddings
+from jaxkv.serve.errors import ApiError
 from jaxkv.serve.logprobs import TokenText
+from jaxkv.serve.openapi import document, documented
 from jaxkv.serve.page import add_page
-from jaxkv.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
-
-log = logging.getLogger("jaxkv.serve")
-INLINE_CHARS = 8192  # texts up to this length are tokenised on the event loop: a few milliseconds at most
-
-
-@dataclass
-class Service:
-    """What the routes share."""
-
-    loop: EngineLoop
-    served_model_name: str | None = None
-    max_body: int = 32 * 2**20  # bytes
-    started: float = field(default_factory=time.time)
-    ignored_fields: set[str] = field(default_factory=set)
-    encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
-
-    def engine(self) -> EngineLike:
-        """The engine. Raises a 503 while it loads, after it failed and while the server drains."""
-        if self.loop.failure is not None:
-            raise ApiError(503, "the engine has failed", code="engine_error")
-        if self.loop.engine is None:
-            raise ApiError(503, "the model is loading", code="model_loading", headers={"retry-after": "1"})
-        return self.loop.engine
-
-    def model_name(self) -> str:
-        return self.served_model_name or self.engine().model_name
-
-    def check_model(self, name: str | None) -> str:
-        """The served name; a 404 for any other name that is asked for."""
-        own = self.model_name()
-        if name is not None and name != own:
-            raise ApiError(404, f"model {name[:100]!r} does not exist; this server serves {own!r}", param="model",
-                           code="model_not_found")
-        return own
-
-    async def body(self, request: Request) -> bytes:
-        """The request's body. Raises a 413 as soon as it is known to be too large."""
-        limit = ApiError(413, f"the body must be at most {self.max_body} bytes", code="request_too_large")
-        size = request.headers.get("content-length", "")
-        if size.isdecimal() and int(size) > self.max_body:
-            raise limit
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > self.max_body:
-                raise limit
-        return bytes(body)
-
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text. Raises ApiError without a tokenizer."""
-        tokenizer = self.engine().tokenizer
-        if tokenizer is None:
-            raise bad_request("this server has no tokenizer: prompt must be token ids", "prompt")
-        if len(text) <= INLINE_CHARS:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(
-            self.encoder, lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
-
-    def answer(self, request: GenerationRequest, form: Form, params: Any,
-               prompts: Sequence[tuple[list[int], str | None]]) -> Answer:
-        """The response that submits the prompts and waits for them. Raises ApiError for one that cannot fit."""
-        engine, mailbox = self.engine(), Mailbox()
-        if engine.tokenizer is None and params.stop:
-            raise bad_request("this server has no tokenizer: stop strings cannot be found", "stop")
-        for ids, _ in prompts:
-            if not ids:
-                raise bad_request("prompt must not be empty", "prompt")
-            if len(ids) >= engine.max_model_len:
-                field_name = request.renamed().get("prompt", "prompt")
-                raise bad_request(f"{field_name}: {len(ids)} tokens do not fit: the model's window is "
-                                  f"{engine.max_model_len} tokens, prompt and answer together", field_name,
-                                  "context_length_exceeded")
-        name, hints = form.head["id"], request.cache_hints()
-        calls = [Call(f"{name}-{i}", ids, params, mailbox, i, text, hints)
-                 for i, (ids, text) in enumerate(prompts)]
-        return Answer(self.loop, calls, request, form)
+from jaxkv.serve.protocol import ChatRequest, CompletionRequest
+from jaxkv.serve.schemas import ChatCompletionResponse, CompletionResponse, ModelCard, ModelList
+from jaxkv.serve.service import Service
+from jaxkv.serve.tokenize import add_tokenize
 
 
 def build_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
@@ -116,27 +39,27 @@ def build_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
     _add_errors(app)
     _add_status(app, service)
     add_page(app, service)
+    add_tokenize(app, service)
+    add_embeddings(app, service)
+    document(app)
 
-    @app.post("/v1/completions", openapi_extra=_schema(CompletionRequest))
+    @app.post("/v1/completions", **documented(CompletionRequest, CompletionResponse, stream=True))
     async def create_completion(request: Request) -> Response:
-        body = parse(CompletionRequest, await service.body(request), service.ignored_fields)
-        model = service.check_model(body.model)
-        params = completions.params_of(body)
-        special = body.add_special_tokens is not False
-        prompts = [(await service.encode(p, add_special_tokens=special), p) if isinstance(p, str) else (p, None)
-                   for p in completions.prompts_of(body)]
-        tokens = TokenText(service.engine().tokenizer)
-        return service.answer(body, completions.CompletionForm(f"cmpl-{uuid.uuid4().hex}", model, body, tokens), params,
-                              prompts)
+        body = await service.read(CompletionRequest, request)
+        params, prompts = completions.params_of(body), completions.prompts_of(body)
+        ids = await service.encode_all(prompts, add_special_tokens=body.add_special_tokens is not False)
+        tokens = TokenText(service.engine().tokenizer, body.return_tokens_as_token_ids)
+        form = completions.CompletionForm(f"cmpl-{uuid.uuid4().hex}", service.model_name(), body, tokens)
+        return service.answer(body, form, params, [(i, p if isinstance(p, str) else None) for i, p in zip(ids, prompts)])
 
-    @app.post("/v1/chat/completions", openapi_extra=_schema(ChatRequest))
+    @app.post("/v1/chat/completions", **documented(ChatRequest, ChatCompletionResponse, stream=True))
     async def create_chat_completion(request: Request) -> Response:
-        body = parse(ChatRequest, await service.body(request), service.ignored_fields)
-        model = service.check_model(body.model)
+        body = await service.read(ChatRequest, request)
         params, tokenizer = chat.params_of(body), service.engine().tokenizer
         text = chat.prompt_of(body, tokenizer)
         ids = await service.encode(text, add_special_tokens=bool(body.add_special_tokens))
-        form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", model, body, TokenText(tokenizer))
+        tokens = TokenText(tokenizer, body.return_tokens_as_token_ids)
+        form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", service.model_name(), body, tokens)
         return service.answer(body, form, params, [(ids, text)])
 
     return _KeyCheck(app, [key.encode() for key in api_keys])
@@ -145,17 +68,25 @@ def build_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
 def _add_status(app: FastAPI, service: Service) -> None:
     registry: list[Any] = []  # made at the first scrape: the model's name is known only when the engine is
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", **documented(None, ModelList))
     async def list_models() -> Any:
-        card = {"id": service.model_name(), "object": "model", "created": int(service.started), "owned_by": "jaxkv",
-                "max_model_len": service.engine().max_model_len}
+        created, engine = int(service.started), service.engine()
+        allowed = {"sampling": True, "logprobs": True, "view": True, "create_engine": False, "search_indices": False,
+                   "fine_tuning": False}
+        permission = {"id": f"modelperm-{created}", "object": "model_permission", "created": created, "organization": "*",
+                      "group": None, "is_blocking": False} | {f"allow_{name}": value for name, value in allowed.items()}
+        card = {"id": service.model_name(), "object": "model", "created": created, "owned_by": "jaxkv",
+                "root": engine.model_name, "parent": None, "max_model_len": engine.max_model_len,
+                "permission": [permission]}
         return {"object": "list", "data": [card]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", **documented(None, ModelCard))
     async def get_model(name: str) -> Any:
         service.check_model(name)
         return (await list_models())["data"][0]
 
+    @app.get("/ping")
+    @app.post("/ping")
     @app.get("/health")
     async def health() -> Any:
         service.engine()
@@ -222,8 +153,3 @@ class _KeyCheck:
                                  code="invalid_api_key")
                 return await respond(send, 401, error.render(), {"www-authenticate": "Bearer"})
         await self.app(scope, receive, send)
-
-
-def _schema(model: type[GenerationRequest]) -> dict[str, Any]:
-    schema = model.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

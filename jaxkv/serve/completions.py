@@ -14,25 +14,28 @@ from jaxkv.types import Logprobs, SamplingParams
 
 
 def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
-    """The prompts of a request: a text, a list of texts, token ids or a list of them. Raises ApiError."""
-    prompt = request.prompt
+    """The prompts of a request. Raises ApiError."""
+    return rows_of(request.prompt, "prompt")
+
+
+def rows_of(prompt: Any, name: str) -> list[str | list[int]]:
+    """Prompts in a field: a text, a list of texts, token ids or a list of them. Raises ApiError."""
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
         found = "an empty list" if prompt == [] else "nothing" if prompt is None else type(prompt).__name__
-        raise bad_request(f"prompt must be a string, a list of strings, token ids or a list of them, got {found}",
-                          "prompt")
+        raise bad_request(f"{name} must be a string, a list of strings, token ids or a list of them, got {found}", name)
     if all(isinstance(item, str) for item in prompt):
         return prompt
     nested = isinstance(prompt[0], list)
     rows = prompt if nested else [prompt]
     for i, row in enumerate(rows):
-        where = f"prompt[{i}]" if nested else "prompt"
+        where = f"{name}[{i}]" if nested else name
         if not isinstance(row, list) or not row:
-            raise bad_request(f"{where} must be a list of token ids, got {str(row)[:60]!r}", "prompt")
+            raise bad_request(f"{where} must be a list of token ids, got {str(row)[:60]!r}", name)
         bad = next((t for t in row if type(t) is not int or t < 0), None)
         if bad is not None:
-            raise bad_request(f"{where} must hold token ids (integers from 0), got {str(bad)[:60]!r}", "prompt")
+            raise bad_request(f"{where} must hold token ids (integers from 0), got {str(bad)[:60]!r}", name)
     return rows
 
 

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ class EngineLike(Protocol):
     max_model_len: int
     tokenizer: Any
     metrics: EngineMetrics
+    default_sampling: Mapping[str, Any]  # the model's own, for fields that a request leaves out
 
     def describe(self) -> Sequence[str]: ...
     @property

@@ -14,13 +14,15 @@ FLOOR = -9999.0
 
 
 class TokenText:
-    """Text and bytes of single tokens; without a tokenizer "token_id:N"."""
+    """Text and bytes of single tokens; without a tokenizer, or with ``as_ids``, the text is "token_id:N"."""
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, as_ids: bool | None = False):
+        self._tokenizer, self._as_ids = tokenizer, as_ids
 
     def text(self, token: int) -> str:
         """The token's text; bytes that are no whole character come as OpenAI's "bytes:\\\\xe2\\\\x82"."""
+        if self._as_ids:
+            return f"token_id:{token}"
         raw = self.bytes(token)
         try:
             return raw.decode()

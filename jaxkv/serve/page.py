@@ -17,6 +17,8 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from jaxkv.runtime.metrics import EngineMetrics, Histogram, TierUsage
+from jaxkv.serve.openapi import documented
+from jaxkv.serve.service import Service
 
 _TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8",
           "svg": "image/svg+xml"}
@@ -29,8 +31,8 @@ _HEADERS = {
 }
 
 
-def add_page(app: FastAPI, service: Any) -> None:
-    """Adds ``/``, its files under ``/web/`` and ``/debug/stats`` to the app; ``service``: what the routes share."""
+def add_page(app: FastAPI, service: Service) -> None:
+    """Adds ``/``, its files under ``/web/`` and ``/debug/stats`` to the app."""
     assets = {file.name: (file.read_bytes(), kind) for file in (files("jaxkv.serve") / "web").iterdir()
               if (kind := _TYPES.get(file.name.rpartition(".")[2]))}
 
@@ -45,7 +47,7 @@ def add_page(app: FastAPI, service: Any) -> None:
             return Response(status_code=304, headers=headers)
         return Response(body, headers=headers, media_type=kind)
 
-    @app.get("/debug/stats")
+    @app.get("/debug/stats", **documented(None, None))
     async def stats() -> Any:
         latencies = service.loop.latencies
         return {"time": time.monotonic(), "model": service.model_name(), **_counters(service.engine().metrics),

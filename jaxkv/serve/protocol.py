@@ -7,7 +7,9 @@ Owns the request models and the list of known fields that this version refuses. 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import orjson
@@ -16,20 +18,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from jaxkv.serve.errors import ApiError, bad_request, from_validation, from_value_error
 from jaxkv.types import CacheHints, SamplingParams
 
-R = TypeVar("R", bound="GenerationRequest")
+R = TypeVar("R", bound="ApiRequest")
 log = logging.getLogger("jaxkv.serve")
 _STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 # Fields of the OpenAI API or of vLLM that would change the answer and are not implemented -> values that ask nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (), "bad_words": ([],), "chat_template": (), "early_stopping": (False,), "echo": (False,),
+    "kv_transfer_params": (), "logits_processors": ([],), "media_io_kwargs": (), "mm_processor_kwargs": (),
+    "repetition_detection": (), "truncation_side": ("left",), "vllm_xargs": ({},),
     "audio": (), "continue_final_message": (False,), "documents": ([],), "function_call": ("none", "auto"),
     "functions": ([],), "guided_choice": (), "guided_grammar": (), "guided_json": (), "guided_regex": (),
     "length_penalty": (1, 1.0), "modalities": (["text"],), "prefix": (), "prompt_embeds": (),
     "response_format": ({"type": "text"},), "structured_outputs": (), "suffix": ("",), "tool_choice": ("none", "auto"),
-    "tools": ([],), "truncate_prompt_tokens": (), "use_beam_search": (False,), "web_search_options": (),
+    "tools": ([],), "use_beam_search": (False,), "web_search_options": (),
 }
 _INERT = {"metadata", "store", "service_tier", "user", "parallel_tool_calls", "reasoning_effort", "verbosity",
-          "prompt_cache_key", "prompt_cache_retention", "safety_identifier"}
+          "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "prediction", "request_id",
+          "spaces_between_special_tokens"}
+COMPLETION_TOKENS = 16  # max_tokens of a completion that names none, as in the OpenAI API
+NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 
 
 class StreamOptions(BaseModel):
@@ -38,11 +46,60 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(BaseModel):
-    """What completions and chat share. None stands for "not given", as clients send null for it."""
+class ApiRequest(BaseModel):
+    """What every request shares. None stands for "not given", as clients send null for it."""
 
     model_config = _STRICT
     model: str | None = None
+
+    def api_error(self, error: ValueError) -> ApiError:
+        """What the engine or SamplingParams complained about, in this request's words."""
+        return from_value_error(error, set(type(self).model_fields), self.renamed())
+
+    def renamed(self) -> dict[str, str]:
+        """Engine field -> field of this request that set it."""
+        return {}
+
+    def fill(self, defaults: Mapping[str, Any]) -> None:
+        """Takes the model's own sampling defaults for fields that were not given."""
+
+    def check(self) -> None:
+        """Raises ApiError for fields that do not go together."""
+
+
+class PromptRequest(ApiRequest):
+    """What requests with a prompt for the engine share."""
+
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    session_id: str | None = None
+    end_session: bool | None = None
+    retention: float | None = None
+    no_store: bool | None = None
+
+    def cache_hints(self) -> CacheHints:
+        """What the request says about its KV. Raises ApiError that names the request's field."""
+        given = {f.name: value for f in fields(CacheHints) if (value := getattr(self, f.name)) is not None}
+        try:
+            return CacheHints(**given)
+        except ValueError as error:
+            raise self.api_error(error) from None
+
+    def cut(self, ids: list[int], window: int, answer: int) -> list[int]:
+        """The last ``truncate_prompt_tokens`` ids of a prompt; -1: as many as leave ``answer`` tokens of the window."""
+        keep = self.truncate_prompt_tokens
+        if keep is None:
+            return ids
+        if keep != -1 and not 1 <= keep <= window:
+            raise bad_request(f"truncate_prompt_tokens must be -1 or in [1, {window}], got {keep}", "truncate_prompt_tokens")
+        return ids[-max(1, window - answer if keep == -1 else keep):]
+
+
+class GenerationRequest(PromptRequest):
+    """What completions and chat share."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -64,22 +121,26 @@ class GenerationRequest(BaseModel):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    priority: int | None = None
-    cache_salt: str | None = None
-    session_id: str | None = None
-    end_session: bool | None = None
-    retention: float | None = None
-    no_store: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
-    def cache_hints(self) -> CacheHints:
-        """What the request says about its KV. Raises ApiError that names the request's field."""
-        given = {f.name: value for f in fields(CacheHints) if (value := getattr(self, f.name)) is not None}
-        try:
-            return CacheHints(**given)
-        except ValueError as error:
-            raise self.api_error(error) from None
+    def fill(self, defaults: Mapping[str, Any]) -> None:
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def check(self) -> None:
+        n = self.n or 1
+        if self.best_of is not None and self.best_of < n:
+            raise bad_request(f"best_of must be at least n ({n}), got {self.best_of}", "best_of")
+        if self.best_of is not None and self.best_of > n and self.stream:
+            raise bad_request(f"best_of must equal n ({n}) when stream is true, got {self.best_of}", "best_of")
+        if self.stream_options is not None and not self.stream:
+            raise bad_request("stream_options is only allowed when stream is true", "stream_options")
+
+    def kept(self, count: int) -> int:
+        """How many of ``count`` answers to a prompt are returned."""
+        return count if self.best_of is None else self.n or 1
 
     def sampling_params(self, **overrides: Any) -> SamplingParams:
         """Raises ApiError that names the request's field. ``overrides`` win over the fields."""
@@ -87,18 +148,17 @@ class GenerationRequest(BaseModel):
         if self.logit_bias is not None:
             values["logit_bias"] = _token_keys(self.logit_bias)
         values |= overrides
+        if self.best_of is not None:
+            values["n"] = self.best_of
+            if self.best_of > self.kept(0) and values.get("logprobs") is None:
+                values["logprobs"] = 0  # the best are told by their log-probabilities
         try:
             return SamplingParams(**values)
         except ValueError as error:
             raise self.api_error(error) from None
 
-    def api_error(self, error: ValueError) -> ApiError:
-        """What the engine or SamplingParams complained about, in this request's words."""
-        return from_value_error(error, set(type(self).model_fields), self.renamed())
-
     def renamed(self) -> dict[str, str]:
-        """Engine field -> field of this request that set it."""
-        return {}
+        return {"n": "best_of"} if self.best_of is not None else {}
 
     @property
     def include_usage(self) -> bool:
@@ -116,6 +176,10 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     logprobs: int | None = None
 
+    def fill(self, defaults: Mapping[str, Any]) -> None:
+        limit = min(COMPLETION_TOKENS, defaults.get("max_tokens", COMPLETION_TOKENS))
+        super().fill({**defaults, "max_tokens": limit})
+
 
 class ChatMessage(BaseModel):
     model_config = _STRICT
@@ -127,6 +191,7 @@ class ChatMessage(BaseModel):
 class ChatRequest(GenerationRequest):
     """/v1/chat/completions."""
 
+    model_config = ConfigDict(title="ChatCompletionRequest")
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -135,7 +200,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def renamed(self) -> dict[str, str]:
-        names = {"logprobs": "top_logprobs", "prompt": "messages"}
+        names = super().renamed() | {"logprobs": "top_logprobs", "prompt": "messages"}
         return names | ({"max_tokens": "max_completion_tokens"} if self.max_completion_tokens is not None else {})
 
 
@@ -144,23 +209,32 @@ _SAMPLING = {"n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "
              "skip_special_tokens", "include_stop_str_in_output"}
 
 
-def parse(model: type[R], body: bytes, ignored: set[str]) -> R:
-    """The request in ``body``; ``ignored`` remembers which unknown fields were logged. Raises ApiError."""
+def parse(model: type[R], body: bytes, ignored: set[str], defaults: Mapping[str, Any] = NO_DEFAULTS) -> R:
+    """The request in ``body``; ``ignored`` remembers which unknown fields were logged. ``defaults``: the model's own, for
+    sampling fields that were not given. Raises ApiError."""
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise bad_request(f"the body must be a JSON object, got {type(data).__name__}")
+    request = validated(model, data, ignored)
+    request.fill(defaults)
+    return request
+
+
+def validated(model: type[R], data: dict[str, Any], ignored: set[str]) -> R:
+    """``data`` as a request. Raises ApiError."""
     try:
         request = model.model_validate(data)
     except ValidationError as error:
         raise from_validation(error) from None
-    _check_fields(request, ignored)
+    _check_extra(request, ignored)
+    request.check()
     return request
 
 
-def _check_fields(request: GenerationRequest, ignored: set[str]) -> None:
+def _check_extra(request: ApiRequest, ignored: set[str]) -> None:
     for name, value in (request.model_extra or {}).items():
         if value is None or name in _INERT:
             continue
@@ -170,11 +244,6 @@ def _check_fields(request: GenerationRequest, ignored: set[str]) -> None:
         elif name not in ignored and len(ignored) < 100:  # bounded: names come from outside
             ignored.add(name)
             log.warning("ignoring unknown request field %.60r (said once per name)", name)
-    if request.best_of is not None and request.best_of != (request.n or 1):
-        raise bad_request(f"best_of is not supported, got {request.best_of} with n = {request.n or 1}", "best_of",
-                          "unsupported_parameter")
-    if request.stream_options is not None and not request.stream:
-        raise bad_request("stream_options is only allowed when stream is true", "stream_options")
 
 
 def _token_keys(bias: dict[str, float]) -> dict[int, float]:

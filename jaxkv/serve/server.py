@@ -20,9 +20,10 @@ import uvicorn
 
 from jaxkv.config import ConfigError, EngineConfig
 from jaxkv.runtime.startup import build_engine
-from jaxkv.serve.app import Service, build_app
+from jaxkv.serve.app import build_app
 from jaxkv.serve.engine_loop import EngineLoop
 from jaxkv.serve.errors import shutting_down
+from jaxkv.serve.service import Service
 
 FLUSH_S = 2.0  # time for last bytes and for the engine's step under way
 LINGER_S = 1.0  # how long a failed engine's /health stays readable
@@ -50,7 +51,8 @@ class Server:
         self.sock, self.loop, self.grace = sock, loop, args.shutdown_timeout
         host, port = sock.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        service = Service(loop, args.served_model_name, args.max_body)
+        service = Service(loop, args.served_model_name, args.max_body, max_batch=args.max_batch,
+                          max_wait_ms=args.max_wait_ms, batch_dir=args.batch_dir)
         self.http = uvicorn.Server(uvicorn.Config(
             build_app(service, args.api_key), lifespan="off", log_config=None, access_log=args.access_log,
             log_level="info" if args.access_log else "warning", timeout_keep_alive=60,

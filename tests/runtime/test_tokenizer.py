@@ -1,13 +1,13 @@
 """Loading, special tokens, chat templates and end-of-sequence ids."""
 
-import json
 import threading
 from pathlib import Path
 
 import pytest
 
 from jaxkv.config import ConfigError
-from jaxkv.runtime.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
+from jaxkv.runtime.generation_config import eos_token_ids
+from jaxkv.runtime.tokenizer import Tokenizer, load_tokenizer
 from tests.text_models import SPECIAL, write_byte_level, write_sentencepiece_like
 
 DEFAULT = Path(__file__).parents[2] / "checkpoints" / "default"
@@ -100,20 +100,6 @@ def test_a_directory_without_tokenizer_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="has no tokenizer that loads") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("generation", "config", "files"), [
-    ({"eos_token_id": [7, 8]}, {"eos_token_id": 9}, (7, 8)),
-    ({"eos_token_id": 7}, {}, (7,)),
-    ({}, {"eos_token_id": 9}, (9,)),
-    (None, {"eos_token_id": None}, ()),
-])
-def test_eos_ids(tmp_path, tokenizer, generation, config, files):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    if generation is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert eos_token_ids(tmp_path, None) == files
-    assert eos_token_ids(tmp_path, tokenizer) == (*files, SPECIAL.index("<|im_end|>"))
 
 
 def test_threads_share_a_tokenizer(tokenizer):

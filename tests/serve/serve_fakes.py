@@ -13,14 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from jaxkv.runtime.engine import NO_HINTS
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
-from jaxkv.serve.app import Service, build_app
+from jaxkv.serve.app import build_app
 from jaxkv.serve.engine_loop import EngineLike, EngineLoop
+from jaxkv.serve.service import Service
 from jaxkv.types import Logprobs, Request, TokenEvent
 
 ROOT = Path(__file__).parents[2]
@@ -29,12 +31,14 @@ EOS = 2
 
 
 class FakeEngine:
-    """One token per open child and step. ``pause`` holds every step; ``crash`` makes the next one raise."""
+    """One token per open child and step; embeddings depend on the prompt's tokens only. Clearing ``run`` holds every step,
+    ``crash`` makes the next one raise."""
 
     def __init__(self, tokenizer, *, max_model_len: int = 256, step_seconds: float = 0.0):
         self.tokenizer, self.max_model_len, self.step_seconds = tokenizer, max_model_len, step_seconds
         self.model_name = "fake"
         self.metrics = EngineMetrics(info={"attention": "none"})
+        self.default_sampling: dict[str, float] = {}
         self.reply = tokenizer.encode(REPLY) if tokenizer else [7, 8, 9]
         self.children: dict[str, tuple[Request, OutputProcessor, int]] = {}
         self.requests: list[Request] = []  # every one ever added
@@ -76,7 +80,7 @@ class FakeEngine:
             raise self.crash
         time.sleep(self.step_seconds)
         deltas = [self._advance(key) for key in list(self.children)]
-        self.metrics.generation_tokens += len(deltas)
+        self.metrics.generation_tokens += sum(len(delta.token_ids) for delta in deltas)
         self.metrics.running = len(self.children)
         return deltas
 
@@ -104,13 +108,18 @@ class FakeEngine:
             prompt = tuple(self._logprobs(t, params.prompt_logprobs) for t in request.prompt[1:])
         logprobs = () if params.logprobs is None else (self._logprobs(token, params.logprobs),)
         delta, stop = output.process(TokenEvent(key, (token,), logprobs, prompt, reason, token if stopped else None,
-                                                num_cached=len(request.prompt) // 2))
+                                                num_cached=len(request.prompt) // 2,
+                                                hidden=self.hidden(request.prompt) if params.embed else ()))
         if stop is None and reason is None:
             self.children[key] = request, output, count + 1
         else:
             del self.children[key]
             self.metrics.finished[delta.finish_reason] += 1
         return delta
+
+    @staticmethod
+    def hidden(prompt) -> tuple[float, ...]:
+        return tuple(float(sum(t % (k + 2) == 0 for t in prompt) - k) for k in range(4))
 
     @staticmethod
     def _logprobs(token: int, top: int) -> Logprobs:
@@ -133,10 +142,10 @@ class Running:
 @contextlib.contextmanager
 def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: int = 2**20,
             api_keys: tuple[str, ...] = (), name: str | None = None,
-            start_seconds: float = 60) -> Iterator[Running]:
+            start_seconds: float = 60, **service: Any) -> Iterator[Running]:
     """Serves an engine from a thread of this process until the block ends."""
     loop = EngineLoop(build, max_open)
-    app = build_app(Service(loop, name, max_body), api_keys)
+    app = build_app(Service(loop, name, max_body, **service), api_keys)
     http = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1))
     sock = socket.create_server(("127.0.0.1", 0))
     up = threading.Event()
@@ -190,13 +199,13 @@ class ServerProcess:
         return self.child.returncode, errors
 
 
-def raw_post(url: str, **body: object) -> socket.socket:
-    """A connection on which /v1/completions was asked and nothing was read yet."""
+def raw_post(url: str, path: str = "/v1/completions", **body: object) -> socket.socket:
+    """A connection on which ``path`` was asked and nothing was read yet."""
     host, port = url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
     sock = socket.create_connection((host, int(port)), timeout=5)
-    sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-                 b"content-length: %d\r\n\r\n%s" % (len(data), data))
+    sock.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                 b"content-length: %d\r\n\r\n%s" % (path.encode(), len(data), data))
     return sock
 
 

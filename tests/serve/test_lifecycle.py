@@ -94,7 +94,8 @@ def test_loading_server_answers_503(tokenizer):
         return FakeEngine(tokenizer)
 
     loop = engine_loop.EngineLoop(build, 8)
-    from jaxkv.serve.app import Service, build_app
+    from jaxkv.serve.app import build_app
+    from jaxkv.serve.service import Service
 
     async def main():
         ready, _ = loop.start()

@@ -1,0 +1,131 @@
+"""What the routes share: the engine, the model's name, bodies and texts of requests, and the answer to prompts.
+
+Owns the checks that every route makes before a prompt goes to the engine. Owns no URL (``app`` and the route files do).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from jaxkv.serve.answer import Answer, Form
+from jaxkv.serve.engine_loop import Call, EngineLike, EngineLoop, Mailbox
+from jaxkv.serve.errors import ApiError, bad_request
+from jaxkv.serve.protocol import GenerationRequest, PromptRequest, R, parse
+
+T = TypeVar("T")
+INLINE_CHARS = 8192  # texts up to this length are tokenised on the event loop: a few milliseconds at most
+
+
+@dataclass
+class Service:
+    """What the routes share."""
+
+    loop: EngineLoop
+    served_model_name: str | None = None
+    max_body: int = 32 * 2**20  # bytes
+    max_batch: int = 32  # prompts to embed that go to the engine together
+    max_wait_ms: float = 5.0  # how long the first of them waits for others
+    batch_dir: str | None = None  # of files and batches; None: a directory of their own, gone with the process
+    started: float = field(default_factory=time.time)
+    ignored_fields: set[str] = field(default_factory=set)
+    encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+
+    def engine(self) -> EngineLike:
+        """The engine. Raises a 503 while it loads, after it failed and while the server drains."""
+        if self.loop.failure is not None:
+            raise ApiError(503, "the engine has failed", code="engine_error")
+        if self.loop.engine is None:
+            raise ApiError(503, "the model is loading", code="model_loading", headers={"retry-after": "1"})
+        return self.loop.engine
+
+    def model_name(self) -> str:
+        return self.served_model_name or self.engine().model_name
+
+    def check_model(self, name: str | None) -> str:
+        """The served name; a 404 for any other name that is asked for."""
+        own = self.model_name()
+        if name is not None and name != own:
+            raise ApiError(404, f"model {name[:100]!r} does not exist; this server serves {own!r}", param="model",
+                           code="model_not_found")
+        return own
+
+    async def read(self, model: type[R], request: Request) -> R:
+        """The request's JSON as ``model``, for the served model and with its sampling defaults. Raises ApiError."""
+        body = parse(model, await self.body(request), self.ignored_fields, self.engine().default_sampling)
+        self.check_model(body.model)
+        return body
+
+    async def body(self, request: Request) -> bytes:
+        """The request's body. Raises a 413 as soon as it is known to be too large."""
+        return b"".join([part async for part in self.parts(request)])
+
+    async def parts(self, request: Request) -> AsyncIterator[bytes]:
+        """The pieces of the request's body. Raises a 413 as soon as it is known to be too large."""
+        limit = ApiError(413, f"the body must be at most {self.max_body} bytes", code="request_too_large")
+        header = request.headers.get("content-length", "")
+        if header.isdecimal() and int(header) > self.max_body:
+            raise limit
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > self.max_body:
+                raise limit
+            yield part
+
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> list[int]:
+        """Token ids of a text. Raises ApiError without a tokenizer."""
+        return (await self.encode_all([text], add_special_tokens=add_special_tokens, param=param))[0]
+
+    async def encode_all(self, texts: Sequence[str | list[int]], *, add_special_tokens: bool,
+                         param: str = "prompt") -> list[list[int]]:
+        """Token ids of texts, which may be token ids already. Raises ApiError without a tokenizer."""
+        tokenizer: Any = self.tokenizer(param) if any(isinstance(text, str) for text in texts) else None
+        size = sum(len(text) for text in texts if isinstance(text, str))
+
+        def encode() -> list[list[int]]:
+            return [tokenizer.encode(text, add_special_tokens=add_special_tokens) if isinstance(text, str) else text
+                    for text in texts]
+
+        return await self.aside(size, encode)
+
+    def tokenizer(self, param: str = "prompt") -> Any:
+        """The tokenizer. Raises ApiError without one."""
+        tokenizer = self.engine().tokenizer
+        if tokenizer is None:
+            raise bad_request(f"this server has no tokenizer: {param} must be token ids", param)
+        return tokenizer
+
+    async def aside(self, size: int, work: Callable[[], T]) -> T:
+        """What ``work`` gives. It runs on another thread if ``size`` characters or tokens would hold the event loop up."""
+        return work() if size <= INLINE_CHARS else await asyncio.get_running_loop().run_in_executor(self.encoder, work)
+
+    def fit(self, request: PromptRequest, ids: list[int], answer: int, param: str | None = None) -> list[int]:
+        """The ids of a prompt, truncated if the request says so. Raises ApiError for none and for more than the window."""
+        window, name = self.engine().max_model_len, param or request.renamed().get("prompt", "prompt")
+        if not ids:
+            raise bad_request(f"{name} must not be empty", name)
+        kept = request.cut(ids, window, answer)
+        if len(kept) >= window:
+            raise bad_request(f"{name}: {len(kept)} tokens do not fit: the model's window is {window} tokens, prompt and "
+                              "answer together", name, "context_length_exceeded")
+        return kept
+
+    def answer(self, request: GenerationRequest, form: Form, params: Any,
+               prompts: Sequence[tuple[list[int], str | None]]) -> Answer:
+        """The response that submits the prompts and waits for them. Raises ApiError for one that cannot fit."""
+        engine, mailbox = self.engine(), Mailbox()
+        if engine.tokenizer is None and params.stop:
+            raise bad_request("this server has no tokenizer: stop strings cannot be found", "stop")
+        name, hints, limit = form.head["id"], request.cache_hints(), params.max_tokens or 1
+        calls = []
+        for i, (ids, text) in enumerate(prompts):
+            kept = self.fit(request, ids, limit)
+            calls.append(Call(f"{name}-{i}", kept, params, mailbox, i, text if len(kept) == len(ids) else None, hints))
+        return Answer(self.loop, calls, request, form)
