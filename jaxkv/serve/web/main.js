@@ -7,13 +7,14 @@ import { startPlayground } from "./playground.js";
 
 const VIEWS = ["chat", "complete", "dashboard"];
 const RETRY_MS = 1000; // while the model loads or the server is away
-const CHECK_MS = 10_000;
+const CHECK_MS = 5000;
 
 function showError(error) {
   const status = error.status ? `${error.status}: ` : "";
   const after = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : "";
   $("#alert span").textContent = `${status}${error.message}${after}`;
   $("#alert").hidden = false;
+  watch(false);
 }
 
 function clearError() {
@@ -39,7 +40,10 @@ function showView() {
   scrollTo(0, 0);
 }
 
+let next = 0;
+
 async function watch(ask = true) {
+  clearTimeout(next);
   let state = "ready";
   try {
     if (!$("#model").textContent) $("#model").textContent = (await getJson("/v1/models", { ask })).data[0].id;
@@ -49,7 +53,8 @@ async function watch(ask = true) {
   }
   $("#state").textContent = state;
   $("#state").dataset.ok = state === "ready";
-  setTimeout(watch, state === "ready" ? CHECK_MS : RETRY_MS, state !== "no key"); // asked once: a Send asks again
+  clearTimeout(next);
+  next = setTimeout(watch, state === "ready" ? CHECK_MS : RETRY_MS, state !== "no key"); // asked once: a Send asks again
 }
 
 function setTheme(theme) {
