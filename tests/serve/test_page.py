@@ -214,8 +214,8 @@ def test_dashboard_numbers_are_those_of_metrics(browser, url):
         rate = metric(url, "vllm:prefix_cache_hits_total") / metric(url, "vllm:prefix_cache_queries_total")
         percent = float(tile("Hit rate").text_content().removesuffix(" %"))
         assert percent == pytest.approx(100 * rate, abs=0.051)
-        for tier, name in zip(TIERS, ("device", "host", "disk")):
-            used, total = (int(metric(url, f'jaxkv:tier_bytes_{kind}{{model_name="jaxkv-tiny",tier="{name}"}}'))
+        for tier, name, unit in zip(TIERS, ("device", "host", "disk"), ("pages", "pages", "bytes")):
+            used, total = (int(metric(url, f'jaxkv:tier_{unit}_{kind}{{model_name="jaxkv-tiny",tier="{name}"}}'))
                            for kind in ("used", "total"))
             meter = page.locator(f"[data-tier={tier}] [role=meter]")
             assert 0 < used <= total

@@ -109,7 +109,7 @@ export class Dashboard {
   #showTiers(tiers) {
     const rows = TIERS.map(([name, text]) => {
       const tier = tiers[name];
-      const share = tier.bytes_total ? tier.bytes_used / tier.bytes_total : 0;
+      const share = (tier.pages_total ? tier.pages_used / tier.pages_total : tier.bytes_used / tier.bytes_total) || 0;
       const label = tier.bytes_total ? `${bytes(tier.bytes_used)} of ${bytes(tier.bytes_total)}` : "not in use";
       const active = tier.pages_total ? tier.pages_active / tier.pages_total : 0;
       const bar = h("div", { class: "fill", role: "meter", "aria-label": `${text} used`, "aria-valuemin": 0, "aria-valuemax": 100,

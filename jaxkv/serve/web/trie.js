@@ -4,41 +4,40 @@
 import { postJson } from "./api.js";
 import { $, h, legend, number, svg } from "./dom.js";
 
-const [LEVEL, ROW, MARGIN] = [96, 30, 40]; // pixels at scale 1
+const [NARROW, WIDE, ROW, MARGIN] = [90, 360, 30, 40]; // pixels at scale 1: a level, a row, the border of the view
 const [SMALLEST, LARGEST] = [0.05, 4];
 const TIER_TEXT = { HBM: "HBM", HOST: "host memory", DISK: "disk" };
 
-// Nodes with {children, depth, x, y} in the order of a walk, below a root that stands for the empty prefix.
-export function layout(rows) {
+// Nodes with {children, depth, x, y} in the order of a walk, below a root that stands for the empty prefix; as wide as
+// aspect times the height where levels can be stretched so far.
+export function layout(rows, aspect) {
   const root = { digest: "", parent: null, children: [], depth: 0, pages: 0, pages_below: 0, children_total: 0 };
   const known = new Map([[null, root], ["", root]]);
   for (const row of rows) known.set(row.digest, { ...row, children: [], children_total: row.children });
   for (const row of rows) known.get(row.parent).children.push(known.get(row.digest));
   const order = [];
   let leaf = 0;
-  const place = (top) => { // without recursion: a path may be long
-    const stack = [[top, 0]];
-    while (stack.length) {
-      const frame = stack.at(-1);
-      const [node, next] = frame;
-      if (next === 0) {
-        order.push(node);
-        node.children.sort((a, b) => b.pages_below - a.pages_below);
-      }
-      if (next < node.children.length) {
-        frame[1] += 1;
-        const child = node.children[next];
-        child.up = node;
-        child.depth = node.depth + 1;
-        stack.push([child, 0]);
-        continue;
-      }
-      node.x = node.depth * LEVEL;
+  const stack = [[root, 0]]; // node and its next child: without recursion, for a path may be long
+  while (stack.length) {
+    const frame = stack.at(-1);
+    const [node, next] = frame;
+    if (next === 0) {
+      order.push(node);
+      node.children.sort((a, b) => b.pages_below - a.pages_below);
+    }
+    if (next < node.children.length) {
+      frame[1] += 1;
+      const child = node.children[next];
+      child.up = node;
+      child.depth = node.depth + 1;
+      stack.push([child, 0]);
+    } else {
       node.y = node.children.length ? (node.children[0].y + node.children.at(-1).y) / 2 : ROW * leaf++;
       stack.pop();
     }
-  };
-  place(root);
+  }
+  const level = aspect * leaf * ROW / Math.max(1, ...order.map((node) => node.depth));
+  for (const node of order) node.x = node.depth * Math.max(NARROW, Math.min(WIDE, level));
   return order;
 }
 
@@ -54,6 +53,7 @@ export class Trie {
   #view = { x: 0, y: 0, k: 1 };
   #texts = new Map();
   #said = "";
+  #seen = "";
 
   constructor(element, refresh) {
     this.element = element;
@@ -75,14 +75,18 @@ export class Trie {
   }
 
   update(answer) {
+    $("#shown", this.element).textContent = `${number(answer.nodes.length)} of ${number(answer.nodes_total)} nodes`;
+    const seen = JSON.stringify(answer.nodes);
+    if (this.#seen === seen) return; // what is pointed at stays the same element
+    this.#seen = seen;
     const focused = this.tree.contains(document.activeElement);
-    this.#order = layout(answer.nodes);
+    const [width, height] = this.#size();
+    this.#order = layout(answer.nodes, width / height);
     this.#byDigest = new Map(this.#order.map((node) => [node.digest, node]));
     if (!this.#byDigest.has(this.#selected)) this.#selected = "";
     this.#draw();
     if (this.#zoomed != null) this.#zoom(this.#byDigest.has(this.#zoomed) ? this.#zoomed : "");
     else this.#apply();
-    $("#shown", this.element).textContent = `${number(answer.nodes.length)} of ${number(answer.nodes_total)} nodes`;
     if (focused) this.#focus(this.#selected);
     else this.#details();
   }
@@ -99,7 +103,7 @@ export class Trie {
       return svg("g", { class: `node ${kind}`, transform: `translate(${node.x} ${node.y})`, role: "treeitem", "data-digest": node.digest,
         "aria-label": name(node), "aria-level": node.depth + 1, "aria-expanded": node.children.length ? "true" : null,
         tabindex: node.digest === this.#selected ? 0 : -1, "aria-selected": node.digest === this.#selected },
-      svg("circle", { class: "ring", r: r + 3 }),
+      svg("circle", { class: "ring", r: r + 4 }),
       svg("circle", { class: "dot", r, "fill-opacity": node.up && node.kind === "PROMPT" ? Math.min(1, 0.45 + 0.14 * Math.log2(1 + node.hits)) : null }),
       node.up && node.on_disk ? svg("circle", { class: "disk mark", r: 3, cx: r, cy: r }) : null,
       svg("text", { y: -r - 5, "text-anchor": "middle" }, node.up ? `${node.tokens}` : "root"),
