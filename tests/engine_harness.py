@@ -56,7 +56,7 @@ def executor(
 
 
 def engine(
-    run: JaxExecutor, *, pages: int = POOL, host_pages: int = 0, policy: str = "lfu", budget: int = BUDGET,
+    run: JaxExecutor, *, pages: int | tuple[int, ...] = POOL, host_pages: int = 0, policy: str = "lfu", budget: int = BUDGET,
     chunked: bool = True, overlap: bool = True, prefix_caching: bool = True, max_num_seqs: int = SEQS,
     disk: DiskStore | None = None, fetch_pages: int = 8,
 ) -> Engine:
@@ -66,7 +66,7 @@ def engine(
     run.tiers.host_bytes = (host_pages + 2) * sum(g.page_bytes(PAGE) for g in groups)  # two pages of staging
     run.tiers.disk = run.tiers.fetches.disk = disk
     config = EngineConfig(sched=SchedConfig(max_num_seqs, budget, chunked, overlap), cache=CacheConfig(PAGE))
-    num_pages, num_host = (pages,) * len(groups), (host_pages,) * len(groups)
+    num_pages, num_host = (pages,) * len(groups) if isinstance(pages, int) else pages, (host_pages,) * len(groups)
     controller = CacheController(groups, PAGE, num_pages, num_host, policy, "test", prefix_caching, disk,
                                  fetch_pages=fetch_pages)
     capacity = Capacity(num_pages, 1, num_host, 1)
@@ -77,9 +77,8 @@ def engine(
 
 def disk_store(path: Path, run: JaxExecutor, **options: Any) -> DiskStore:
     """A disk tier for the pages of ``run``; batches are so small that pages are on disk soon."""
-    form = PageForm(run.kv, run.mesh)
-    pages = tuple((shape, dtype.name) for shape, dtype in form.shapes)
-    return DiskStore(path, 2**26, DiskFormat("test", PAGE, pages), **options)
+    form, copies = PageForm(run.kv, run.mesh), run.kv.groups[0].kv_heads // CONFIG["num_key_value_heads"]
+    return DiskStore(path, 2**26, DiskFormat("test", PAGE, form.on_disk(copies), copies), **options)
 
 
 @dataclass

@@ -91,3 +91,16 @@ def test_matrix(pool, policy, chunked, overlap, devices, windows, highest_precis
         moved = run.executor.tiers.bytes_moved
         assert m.evictions["demoted"] > 0 and m.promotions > 0
         assert moved[Tier.HBM, Tier.HOST] > 0 and moved[Tier.HOST, Tier.HBM] > 0
+
+
+@pytest.mark.parametrize("devices, overlap, host_pages", [(1, True, 0), (2, False, 16), (4, True, 16)])
+def test_a_window_group_that_loses_pages(devices, overlap, host_pages, highest_precision):
+    """The window group has fewer pages than the full one: it gives up those that nobody sees, which shortens later hits."""
+    run = engine(executor(True, devices), pages=(100, 26), host_pages=host_pages, overlap=overlap)
+    first = run_all(run, requests(1))
+    second = run_all(run, follow_ups(first, 2))
+    mismatches = [0, 0]
+    assert_greedy(True, first | second, mismatches)
+    assert mismatches[1] > 150 and mismatches[0] <= 0.001 * mismatches[1]
+    stats = run.scheduler.cache.stats
+    assert stats.holes > 0 and stats.hit_tokens > 0

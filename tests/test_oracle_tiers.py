@@ -63,6 +63,22 @@ def test_two_engines_share_a_disk(highest_precision, tmp_path):
         store.close()
 
 
+@pytest.mark.parametrize("writers, readers", [(4, 1), (1, 4), (4, 2)])
+def test_any_mesh_reads_what_another_wrote(writers, readers, highest_precision, tmp_path):
+    """On 4 devices each of the model's 2 KV heads stands twice in a page; on disk once."""
+    writer = executor(False, writers)
+    one = engine(writer, pages=160, disk=disk_store(tmp_path, writer))
+    run_all(one, requests(1))
+    one.close()
+    reader = executor(False, readers)
+    other = engine(reader, pages=160, disk=disk_store(tmp_path, reader))
+    mismatches = [0, 0]
+    assert_greedy(False, run_all(other, requests(1)), mismatches)
+    assert mismatches[1] > 50 and mismatches[0] <= 0.001 * mismatches[1]
+    assert other.scheduler.cache.stats.disk_hit_tokens > 50 and not other.scheduler.cache.stats.failed_loads
+    other.close()
+
+
 @pytest.mark.parametrize("fault", ["corrupt", "late"])
 def test_pages_that_do_not_come_are_computed(fault, highest_precision, tmp_path, monkeypatch):
     run = executor(False)

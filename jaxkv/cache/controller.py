@@ -2,8 +2,8 @@
 
 Owns the cache side of a ``Sequence`` (pages, path, how much of it is published). Owns no order between sequences and
 no device: every effect is a page number in ``Sequence.pages`` or a ``PageMove``. The tree is in ``trie``, who holds
-what in ``store``, eviction and moves in ``tiering``, the choice of a prefix in ``hit``, publication in ``publish``, what
-is under way while steps go on in ``prefetch`` and ``loads``.
+what in ``store``, eviction and moves in ``tiering``, the choice of a prefix in ``hit``, the start from it in ``admission``,
+publication in ``publish``, what is under way while steps go on in ``prefetch`` and ``loads``.
 
 A page is private to a running sequence until ``publish`` gives it to the trie; the sequence then pins the path (from
 ``Sequence.node`` up to the root) and goes on reading it. ``release`` publishes what is left and unpins: preemption is
@@ -23,17 +23,17 @@ import sys
 from typing import NamedTuple
 
 from jaxkv.cache import hints
+from jaxkv.cache.admission import Admission
 from jaxkv.cache.check import check
 from jaxkv.cache.costs import Costs
 from jaxkv.cache.eviction import Point
-from jaxkv.cache.hit import Use, cold_runs, find_hit
 from jaxkv.cache.loads import Loader
 from jaxkv.cache.prefetch import Prefetcher
 from jaxkv.cache.publish import Publisher
 from jaxkv.cache.stats import CacheStats
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
-from jaxkv.cache.trie import Node, Source, Trie
+from jaxkv.cache.trie import Trie
 from jaxkv.types import Arrival, DiskIndex, Fetch, KVGroup, PageKey, PageMove, Sequence, Tier
 
 SETTLED = sys.maxsize  # every position was computed by an earlier plan
@@ -77,7 +77,7 @@ class CacheController:
         self._loader = Loader(self.store, fetch_pages)
         self._prefetcher = Prefetcher(self.store, self._tiering, self._loader, disk)
         self._watermark = int(watermark * min(num_pages))
-        self._save_on_reuse = save_on_reuse and disk is not None
+        self._admission = Admission(self.store, self._tiering, save_on_reuse and disk is not None)
         self._windows = [(g, group.window) for g, group in enumerate(groups) if group.window is not None]
 
     # ---- what there is
@@ -215,90 +215,7 @@ class CacheController:
         seq.node = None
         seq.num_scheduled = seq.num_published = seq.num_matched = seq.num_settled = 0
         seq.came = (0, 0)
-        if not self.enable_prefix_caching:
-            return 0
-        store, stats = self.store, self.store.stats
-        hit = find_hit(store, seq, plan_id, Use.COLD if cold else Use.HOT)
-        first, runs = cold_runs(store, hit)
-        cut = store.costs.best_cut(first * self.page_size, runs, len(seq.tokens))
-        if cut < sum(pages for _, pages in runs):
-            hit = find_hit(store, seq, plan_id, Use.COLD, first + cut)
-        source, node = hit.source, hit.path[-1]
-        keep = hit.pages - store.first_page(node)
-        if keep < len(node):
-            source = source and Source(node, 0, source.tokens)
-            node = store.split(node, keep)
-        store.claim(node, len(seq.request.prompt))
-        seq.node, seq.first = node, hit.first
-        path = self._pin(node, hit.first)
-        if source:
-            self._protect(source, True)
-        room = self._tiering.reserve(hit.need)
-        assert room, "find_hit chose a prefix that there is no room for"
-        warm = sum(len(node) for node in path if node.tier is Tier.HBM) * self.page_size
-        self._enter(seq, path, plan_id)
-        seq.num_published = seq.num_matched = hit.pages * self.page_size
-        seq.num_scheduled = seq.num_settled = seq.num_matched + (source.tokens if source else 0)
-        if source:
-            warm += source.tokens if source.node.tier is Tier.HBM else 0
-            self._copy(seq, source)
-            self._protect(source, False)
-        stats.query_tokens += len(seq.tokens)
-        stats.hit_tokens += seq.num_scheduled
-        brought = {tier: len(range(span.start, min(span.stop, warm))) for tier, span in seq.brought.items()}
-        seq.came = seq.num_scheduled - warm + brought.get(Tier.HOST, 0), brought.get(Tier.DISK, 0)
-        stats.host_hit_tokens += seq.came[0]
-        stats.disk_hit_tokens += seq.came[1]
-        return seq.num_scheduled
-
-    def _pin(self, node: Node, first: list[int]) -> list[Node]:
-        """Pin the path to ``node`` and, of window groups, its pages from index ``first[g]`` on; the path, top first."""
-        self.store.pin(node)
-        path = []
-        while node.parent is not None:
-            path.append(node)
-            node = node.parent
-        path.reverse()
-        for g, _ in self._windows:
-            pool = self.store.window_pool(g)
-            for node in path:
-                if node.tier is Tier.HBM:
-                    for page in node.pages[g][max(0, first[g] - self.store.first_page(node)):]:
-                        pool.share(page)
-        return path
-
-    def _enter(self, seq: Sequence, path: list[Node], plan_id: int) -> None:
-        """Bring a pinned path into HBM, count the use and give the sequence the pages."""
-        for node in path:
-            if node.tier is Tier.HOST:
-                self._tiering.promote(node, seq.first, None)
-            elif self._save_on_reuse:
-                self._tiering.save(node, plan_id)
-            hints.use(self.store, node, seq.request)
-            for mine, pages in zip(seq.pages, node.pages, strict=True):
-                mine += pages
-        for g, _ in self._windows:
-            hidden = min(seq.first[g], len(seq.pages[g]))
-            seq.pages[g][:hidden] = [-1] * hidden
-
-    def _protect(self, source: Source, on: bool) -> None:
-        """Keep the page to be copied where it is while room is made."""
-        (self.store.hold if on else self.store.let_go)(source.node)
-        if source.node.tier is Tier.HBM:
-            for g, _ in self._windows:
-                pool = self.store.window_pool(g)
-                (pool.share if on else pool.unshare)(source.node.pages[g][source.page])
-
-    def _copy(self, seq: Sequence, source: Source) -> None:
-        """A private copy of a partly matching page in every group."""
-        node, store = source.node, self.store
-        for g, pages in enumerate(seq.pages):
-            pages.append(store.hbm[g].take())
-            store.moves.append(PageMove(g, (node.tier, node.pages[g][source.page]), (Tier.HBM, pages[-1])))
-        if self.trie.partial(node):
-            store.policies[node.tier].touch(node.key)
-            node.hits += 1
-        store.stats.partial_copies += 1
+        return self._admission.begin(seq, plan_id, cold) if self.enable_prefix_caching else 0
 
     # ---- a sequence runs
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import pallas_kernels as ops
 from jaxkv.device.spec import KVSpec
 from jaxkv.device.state import page_sharding, pool_structs
+from jaxkv.runtime.disk.format import HEADS
 
 BATCHES = (1, 4, 16)  # pages per call; each size compiles once per group and operation
 
@@ -39,6 +40,11 @@ class PageForm:
             self.shapes.append((encoded, jnp.dtype("uint8")) if self.lossy else (page, jnp.dtype(dtype)))
         self.bytes = [math.prod(shape) * dtype.itemsize for shape, dtype in self.shapes]
         self._mesh = mesh
+
+    def on_disk(self, copies: int) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """Shape and dtype by KV group where every KV head, of which there are ``copies`` here, stands once."""
+        return tuple(((*shape[:HEADS], shape[HEADS] // copies, *shape[HEADS + 1:]), dtype.name)
+                     for shape, dtype in self.shapes)
 
     def sharding(self, memory_kind: str | None = None) -> NamedSharding:
         if self.lossy:

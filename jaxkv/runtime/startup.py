@@ -54,7 +54,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     kv_dtype = {"auto": model.spec.dtype, "fp8_e4m3": "float8_e4m3fn"}.get(cache.kv_cache_dtype, cache.kv_cache_dtype)
     groups = kv_groups(model.spec, mesh.size, kv_dtype)
     form = _page_form(KVSpec(groups, (0,) * len(groups), cache.page_size, layout), mesh, cache.kv_codec)
-    disk = open_disk(cache, form, model.fingerprint)
+    disk = open_disk(cache, form, model.fingerprint, groups[0].kv_heads // model.spec.num_kv_heads)
     capacity = plan_capacity(
         groups, cache.page_size, sched, max_model_len, kv_cache_memory=cache.kv_cache_memory,
         host_kv_memory=cache.host_kv_memory, free_device=free_device_memory(list(mesh.devices.flat)),
@@ -91,14 +91,14 @@ def _page_form(kv: KVSpec, mesh: Mesh, codec: str) -> PageForm:
         raise ConfigError(f"kv_codec: {error}") from None
 
 
-def open_disk(cache: CacheConfig, form: PageForm, fingerprint: str) -> DiskStore | None:
-    """The disk tier, if there is to be one. What stops it is one line in the log, or a ConfigError if it is required."""
+def open_disk(cache: CacheConfig, form: PageForm, fingerprint: str, copies: int) -> DiskStore | None:
+    """The disk tier, if there is to be one; ``copies`` of every KV head stand in a page in memory. What stops it is one line
+    in the log, or a ConfigError if it is required."""
     if cache.disk_kv_path is None or not cache.enable_prefix_caching:
         return None
-    pages = tuple((shape, dtype.name) for shape, dtype in form.shapes)
     try:
         return DiskStore(cache.disk_kv_path, cache.disk_kv_memory or DISK_BYTES,
-                         DiskFormat(f"{fingerprint}/{cache.kv_codec}", cache.page_size, pages))
+                         DiskFormat(f"{fingerprint}/{cache.kv_codec}", cache.page_size, form.on_disk(copies), copies))
     except DiskError as error:
         if cache.disk_kv_required:
             raise

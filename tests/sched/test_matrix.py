@@ -3,6 +3,8 @@
 import pytest
 from sched_driver import FULL, FULL_AND_WINDOW, Driver, children, request
 
+from jaxkv.config import EVICTION_POLICIES
+
 MODEL_LEN = 96
 
 
@@ -29,7 +31,7 @@ def second_round(driver: Driver) -> None:
 @pytest.mark.parametrize("groups", [FULL, FULL_AND_WINDOW], ids=["full", "full+window"])
 @pytest.mark.parametrize("overlap", [0, 1], ids=["sync", "overlap"])
 @pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
-@pytest.mark.parametrize("policy", ["lfu", "lru", "arc"])
+@pytest.mark.parametrize("policy", EVICTION_POLICIES)
 @pytest.mark.parametrize("pool", ["roomy", "tight", "tight+host"])
 def test_tokens_do_not_depend_on_the_schedule(pool, policy, chunked, overlap, groups):
     driver = Driver(pages=600 if pool == "roomy" else 26, host_pages=40 if pool == "tight+host" else 0, policy=policy,

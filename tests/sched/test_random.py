@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sched_driver import FULL, FULL_AND_WINDOW, Driver, children
 
+from jaxkv.config import EVICTION_POLICIES
 from jaxkv.types import SamplingParams, StepPlan
 
 MODEL_LEN = 48
 ENGINES = st.fixed_dictionaries({
     "pages": st.sampled_from([12, 13, 15, 18, 100]), "host_pages": st.sampled_from([0, 5, 40]),
-    "policy": st.sampled_from(["lfu", "lru", "arc"]), "groups": st.sampled_from([FULL, FULL_AND_WINDOW]),
+    "policy": st.sampled_from(EVICTION_POLICIES), "groups": st.sampled_from([FULL, FULL_AND_WINDOW]),
     "max_num_seqs": st.integers(1, 5), "budget": st.sampled_from([5, 7, 16, MODEL_LEN]),
     "overlap": st.integers(0, 2), "caching": st.sampled_from([True, True, True, False]), "disk": st.booleans(),
     "fetch_pages": st.sampled_from([1, 3, 64]), "delay": st.integers(1, 5), "failures": st.sampled_from([0, 0, 2, 3])})

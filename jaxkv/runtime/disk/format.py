@@ -4,7 +4,7 @@
     record   head (the same size for all records of a format), then the page of each KV group; each padded to 64 bytes
     footer   (key, offset, length) of every record, then a trailer at the very end (magic, count, checksum)
 
-Little endian. Pages are raw bytes in the canonical layout, all heads of the whole mesh together: any mesh can read them.
+Little endian. Pages are raw bytes in the canonical layout, all heads of the model and each once: any mesh can read them.
 Checksums are xxh3_64. Those of header, heads and footer are seeded with the file's name, so that a stale block of another
 segment, which a power failure may leave in a file, is never taken for a record of this one.
 """
@@ -30,6 +30,7 @@ from jaxkv.cache.trie import DIGEST_BYTES, TOKEN_BYTES
 
 VERSION = 1
 HEADER_BYTES = 4096
+HEADS = -2  # axis of the KV heads: pages are [L, 2, ps, Hkv, C], or [Hkv, B] with a lossy codec
 ALIGN = 64  # bytes: records and pages begin at multiples, so that arrays over them are aligned for any dtype
 
 # By KV group an array: canonical page [L, 2, ps, Hkv, C] or encoded page [bytes] uint8; or None. What is to be written may be
@@ -54,12 +55,15 @@ class DiskFormat:
     """What every segment's header says. Segments of another format are another engine's: left alone, never read.
 
     ``fingerprint`` names model, weights, KV layout and adapter; ``page_size`` is in tokens; ``pages`` holds shape and dtype
-    of a canonical page by KV group. ValueError if that does not fit a header block or a dtype is unknown.
+    of a page on disk by KV group. ``copies``: how often every KV head stands in a page in memory, on a mesh with more devices
+    than heads; the disk has it once, so this is no part of what the header says. ValueError if that does not fit a header
+    block or a dtype is unknown.
     """
 
     fingerprint: str
     page_size: int
     pages: tuple[tuple[tuple[int, ...], str], ...]
+    copies: int = 1
 
     def __post_init__(self) -> None:
         for _, dtype in self.pages:
@@ -109,6 +113,7 @@ class Layout:
     def __init__(self, form: DiskFormat) -> None:
         self._json = form.to_json()
         self._pages = [(shape, np_dtype(dtype)) for shape, dtype in form.pages]
+        self._copies = form.copies
         self._words = Struct(f"<{len(form.pages)}q")
         self._token_room = form.page_size * TOKEN_BYTES
         self._sum_at = _FIXED.size + self._words.size + self._token_room
@@ -131,7 +136,7 @@ class Layout:
         parts: list[Any] = []
         for page in record.payload:
             if page is not None:
-                raw = np.ascontiguousarray(page).reshape(-1).view(np.uint8)
+                raw = np.ascontiguousarray(self._once(page)).reshape(-1).view(np.uint8)
                 check.update(raw.data)
                 parts += [raw.data, bytes(_aligned(raw.size) - raw.size)]
         head = _FIXED.pack(_RECORD_MAGIC, len(record.tokens), record.key, check.intdigest())
@@ -146,7 +151,8 @@ class Layout:
         return Entry(_FIXED.unpack_from(head)[2], offset, self._length(self._words.unpack_from(head, _FIXED.size)))
 
     def payload(self, raw: np.ndarray, entry: Entry, seed: int) -> tuple[bytes, Payload]:
-        """Tokens and pages of a whole record (uint8 [length]); the arrays are views. CorruptError if it is not ``entry``."""
+        """Tokens and pages of a whole record (uint8 [length]); the arrays are views where heads have no copies. CorruptError
+        if it is not ``entry``."""
         head = raw[:self.head_bytes].tobytes()
         if self.entry(head, entry.offset, seed) != entry or raw.size != entry.length:
             raise CorruptError("damaged head")
@@ -160,7 +166,8 @@ class Layout:
                 continue
             part = raw[at:at + (_page_bytes(shape, dtype) if kind == _CANONICAL else kind)]
             check.update(part.data)
-            pages.append(part.view(dtype).reshape(shape) if kind == _CANONICAL else part)
+            page = part.view(dtype).reshape(shape) if kind == _CANONICAL else part
+            pages.append(np.repeat(page, self._copies, axis=HEADS) if kind == _CANONICAL and self._copies > 1 else page)
             at += _aligned(part.size)
         if check.intdigest() != expected:
             raise CorruptError("damaged page")
@@ -172,13 +179,25 @@ class Layout:
         for page, (shape, dtype) in zip(payload, self._pages):
             if page is None:
                 kinds.append(_ABSENT)
-            elif page.shape == shape and page.dtype == dtype:
+            elif page.dtype == dtype and page.shape == self._held(shape):
                 kinds.append(_CANONICAL)
             elif page.ndim == 1 and page.dtype == np.uint8:
                 kinds.append(page.size)
             else:
-                raise ValueError(f"a page must be {dtype} {shape} or encoded uint8 [bytes], got {page.dtype} {page.shape}")
+                raise ValueError(f"a page must be {dtype} {self._held(shape)} or encoded uint8 [bytes], "
+                                 f"got {page.dtype} {page.shape}")
         return kinds
+
+    def _held(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape in memory of a page that has ``shape`` on disk."""
+        if self._copies == 1:
+            return shape
+        return (*shape[:HEADS], shape[HEADS] * self._copies, *shape[HEADS + 1:])
+
+    def _once(self, page: Any) -> np.ndarray:
+        """A page with every KV head once."""
+        page = np.asarray(page)
+        return page if page.ndim == 1 or self._copies == 1 else page[..., ::self._copies, :]
 
     def _length(self, kinds: Iterable[int]) -> int:
         sizes = (_page_bytes(*page) if kind == _CANONICAL else max(0, kind) for kind, page in zip(kinds, self._pages))
