@@ -243,6 +243,8 @@ class Sequence:
     brought: dict[Tier, range] = field(default_factory=dict)  # positions of its prefix that came since it began to wait
     came: tuple[int, int] = (0, 0)  # tokens of the prefix it entered with that came from host and from disk
     asked: float | None = None  # when its pages were asked for, if they were
+    page_wait: float = 0.0  # seconds that it waited for pages
+    admitted: float = 0.0  # when it first entered a slot
     kept: bool = False  # whether what HBM has of its prefix was kept since it began to wait
     looked_up: bool = False  # whether its prefix was asked for since it began to wait
 
@@ -406,6 +408,15 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """How a sequence came to its first token; seconds on the injected clock."""
+
+    admitted: float  # it first entered a slot
+    first_token: float  # the step that sampled it was read
+    page_wait: float = 0.0  # seconds before ``admitted`` that it waited for pages on their way
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """What commit tells the caller about one sequence."""
 
@@ -413,11 +424,12 @@ class TokenEvent:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[Logprobs, ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
-    finish_reason: str | None = None  # "stop", "length" or "abort"
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     stop_token: int | None = None
     num_cached: int = 0
-    cached_below: tuple[int, int] = (0, 0)  # of those, from host and from disk
+    start: Start | None = None  # with the first token
     hidden: tuple[float, ...] = ()
+    cached_below: tuple[int, int] = (0, 0)  # tokens of num_cached that came from host and from disk
 
 
 class DiskIndex(Protocol):

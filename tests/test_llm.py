@@ -85,7 +85,8 @@ def test_what_an_output_holds(llm):
     assert all(t in row for t, row in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:]))
     for answer in output.outputs:
         assert answer.finish_reason == "length"
-        assert answer.text == llm.engine.tokenizer.decode(answer.token_ids)
+        text = llm.engine.tokenizer.decode(answer.token_ids)
+        assert answer.text in (text, text.removesuffix("\ufffd"))  # a last unfinished character is no text
         assert [2 <= len(row) <= 3 for row in answer.logprobs] == [True] * 6
         chosen = [row[token] for token, row in zip(answer.token_ids, answer.logprobs)]
         assert answer.cumulative_logprob == pytest.approx(sum(entry.logprob for entry in chosen))

@@ -7,7 +7,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxkv import LLM
 
@@ -49,10 +49,18 @@ def write_sentencepiece_like(directory: Path) -> Path:
     return _write(directory, Tokenizer.from_str(json.dumps(data)), "</s>", None)
 
 
-def _write(directory: Path, tokenizer: Tokenizer, eos: str, chat_template: str | None) -> Path:
+def write_with_bos(directory: Path, *, in_template: bool) -> Path:
+    """As ``write_byte_level``, but encoding a text puts a BOS token before it, and so may the chat template (Llama 3)."""
+    write_byte_level(directory)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], 0)])
+    return _write(directory, tokenizer, SPECIAL[2], "{{ bos_token }}" * in_template + CHAT_TEMPLATE, bos_token=SPECIAL[0])
+
+
+def _write(directory: Path, tokenizer: Tokenizer, eos: str, chat_template: str | None, **more: str) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "clean_up_tokenization_spaces": False}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "clean_up_tokenization_spaces": False, **more}
     if chat_template:
         config["chat_template"] = chat_template
     (directory / "tokenizer_config.json").write_text(json.dumps(config))

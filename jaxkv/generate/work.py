@@ -80,7 +80,7 @@ class Envelope:
     plain: bool
     fields: dict[str, Any]
 
-    def answer(self, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
+    def answer(self, status: int, body: Any) -> dict[str, Any]:
         """A batch record around an HTTP-like response."""
         return self.fields | {"response": {"status_code": status, "request_id": self.fields["id"], "body": body},
                               "error": None}
@@ -118,7 +118,7 @@ class Preparer:
                 raise bad_request(f"the line is not valid JSON: {error}", code="invalid_json_line") from None
             if not isinstance(data, dict):
                 raise bad_request(f"the line must be a JSON object, got {type(data).__name__}")
-            envelope = _envelope(data, envelope)
+            envelope = envelope_of(data, envelope)
             return self._work(number, line, data, envelope)
         except ApiError as error:
             return Refused(number, digest(line), envelope.refusal(error))
@@ -170,8 +170,8 @@ class Preparer:
         return int.from_bytes(data, "little", signed=True)
 
 
-def _envelope(data: Mapping[str, Any], unnamed: Envelope) -> Envelope:
-    """Raises ApiError for a batch line without a name."""
+def envelope_of(data: Mapping[str, Any], unnamed: Envelope) -> Envelope:
+    """What stands around a line's answer. Raises ApiError for a batch line without a name."""
     if not {"custom_id", "url", "method", "body"} & set(data):
         return Envelope(True, {key: data[key] for key in ("id", "prompt") if key in data})
     if not isinstance(data.get("custom_id"), str):

@@ -16,13 +16,10 @@ _LONGEST = 8  # tokens that may wait for the rest of a character; more are broke
 
 
 class Detokenizer(Protocol):
-    """Text of a growing list of tokens; what it returns is whole characters and never taken back."""
+    """Text of a growing list of tokens; what it returns is whole characters and never taken back. A character that no token
+    finishes is no text."""
 
     def push(self, token_ids: Sequence[int]) -> str: ...
-
-    def flush(self) -> str:
-        """What is left when no token follows: an unfinished character, as U+FFFD."""
-        ...
 
 
 def make_detokenizer(tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> Detokenizer:
@@ -33,7 +30,8 @@ def make_detokenizer(tokenizer: Tokenizer, prompt: Sequence[int], skip_special_t
 
 
 class ByteDetokenizer:
-    """For byte-level vocabularies: the texts joined are ``tokenizer.decode`` of all tokens, whatever they are."""
+    """For byte-level vocabularies: the texts joined are ``tokenizer.decode`` of all tokens, whatever they are, but for the
+    bytes of a last unfinished character."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._bytes, self._characters = tokenizer.token_bytes, tokenizer.token_characters
@@ -51,9 +49,6 @@ class ByteDetokenizer:
         text = self._utf8.decode(b"".join([self._bytes(token) for token in token_ids if token not in skip]))
         self._waiting = bool(self._utf8.getstate()[0])
         return text
-
-    def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
 
 
 class WindowDetokenizer:
@@ -76,9 +71,6 @@ class WindowDetokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         return "".join([self._push_one(token) for token in token_ids])
-
-    def flush(self) -> str:
-        return self._take() if self._new else ""
 
     def _push_one(self, token: int) -> str:
         self._new.append(token)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from jaxkv.runtime.detokenizer import StopStrings, make_detokenizer
 from jaxkv.runtime.tokenizer import Tokenizer
-from jaxkv.types import Logprobs, Request, SamplingParams, TokenEvent
+from jaxkv.types import Logprobs, Request, SamplingParams, Start, TokenEvent
 
 
 @dataclass(slots=True)
@@ -25,11 +25,12 @@ class Delta:
     text: str = ""  # whole characters, already cut at a stop string
     logprobs: tuple[Logprobs, ...] = ()  # of token_ids, if asked for
     prompt_logprobs: tuple[Logprobs, ...] = ()  # of prompt[1:], complete, with the first tokens, if asked for
-    finish_reason: str | None = None  # "stop", "length" or "abort"
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     stop_reason: int | str | None = None  # the stop token id or stop string of the request; None for the model's EOS
     num_cached_tokens: int = 0
-    cached_below: tuple[int, int] = (0, 0)  # of those, from host and from disk
+    start: Start | None = None  # with the first tokens
     hidden: tuple[float, ...] = ()  # final-norm state of the last prompt token, if the request is to be embedded
+    cached_below: tuple[int, int] = (0, 0)  # of the cached tokens, from host and from disk
 
 
 class OutputProcessor:
@@ -51,8 +52,8 @@ class OutputProcessor:
         see text, must then be told to finish it. Tokens after the one that completed the stop string are dropped."""
         request, reason = self._request, event.finish_reason
         if request.params.embed:
-            return Delta(request.parent or request.id, request.child, finish_reason=reason, hidden=event.hidden,
-                         num_cached_tokens=event.num_cached), None
+            return Delta(request.parent or request.id, request.child, finish_reason=reason,
+                         num_cached_tokens=event.num_cached, start=event.start, hidden=event.hidden), None
         tokens, text, stop = event.tokens, "", None
         if self._text is not None:
             tokens, text, stop = self._decode(event)
@@ -64,7 +65,7 @@ class OutputProcessor:
             stop_reason = event.stop_token
         logprobs = event.logprobs[:len(tokens)] if request.params.logprobs is not None else ()
         delta = Delta(request.parent or request.id, request.child, tokens, text, logprobs, (), reason, stop_reason,
-                      event.num_cached, event.cached_below)
+                      event.num_cached, event.start, cached_below=event.cached_below)
         if event.prompt_logprobs or self._prompt_logprobs:
             self._prompt_logprobs += event.prompt_logprobs
             if tokens or reason is not None:
@@ -80,8 +81,7 @@ class OutputProcessor:
         if event.stop_token is not None and event.finish_reason == "stop" and not params.include_stop_str_in_output:
             shown = tokens[:-1]  # a stop token ends the answer and is no part of its text
         if stops is None:
-            text = self._text.push(shown)
-            return tokens, text + self._text.flush() if last else text, None
+            return tokens, self._text.push(shown), None
         pieces = []
         for count, token in enumerate(shown, 1):  # one by one: the stop string decides which token is the last
             active = self._num_tokens + count > params.min_tokens
@@ -90,9 +90,7 @@ class OutputProcessor:
             if stop is not None:
                 return tokens[:count], "".join(pieces), stop
         if last:
-            piece, stop = stops.push(self._text.flush(), self._num_tokens + len(shown) > params.min_tokens)
-            pieces += [piece, stops.flush()]
-            return tokens, "".join(pieces), stop
+            pieces.append(stops.flush())
         return tokens, "".join(pieces), None
 
 

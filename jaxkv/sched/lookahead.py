@@ -64,9 +64,11 @@ class Lookahead:
         """The sequence enters a slot."""
         seq.looked_up = seq.kept = False
         seq.brought = {}
+        seq.admitted = seq.admitted or self._now
         if seq.asked is not None:
             self._cache.stats.page_waits += 1
             self._cache.stats.page_wait_seconds += self._now - seq.asked
+            seq.page_wait += self._now - seq.asked
             seq.asked = None
 
     def leave(self, seq: Sequence) -> None:

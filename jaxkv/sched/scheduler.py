@@ -29,7 +29,7 @@ from jaxkv.sched.capacity import check_capacity, fits_beside
 from jaxkv.sched.chunking import append_tokens, chunk_length, excess_tokens, take_chunk
 from jaxkv.sched.lookahead import LOOKAHEAD, Lookahead
 from jaxkv.sched.policy import FCFS, SchedulerPolicy
-from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Status, StepPlan, StepResult, Tier, TokenEvent
+from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Start, Status, StepPlan, StepResult, Tier, TokenEvent
 
 MEASURED_TOKENS = 64  # besides decodes, for a step to tell what prefill takes
 _RUNNING, _FINISHED = Status.RUNNING, Status.FINISHED
@@ -289,16 +289,18 @@ class Scheduler:
             reported = prompt_logprobs[index] if chunk.prompt_logprobs and prompt_logprobs else ()
             if not chunk.num_logits:
                 if reported:
-                    events.append(TokenEvent(chunk.request_id, (), (), reported, None, None, seq.num_cached, seq.cached_below))
+                    events.append(TokenEvent(chunk.request_id, (), (), reported, None, None, seq.num_cached,
+                                             cached_below=seq.cached_below))
                 continue
             tokens = sampled[index]
+            first = Start(seq.admitted, now, seq.page_wait) if len(seq.tokens) == len(seq.request.prompt) else None
             count, reason = append_tokens(seq, tokens)
             if reason is not None:
                 self._end(seq, reason)
             events.append(TokenEvent(
                 chunk.request_id, tokens[:count], logprobs[index][:count] if logprobs else (), reported, reason,
-                tokens[count - 1] if reason == "stop" else None, seq.num_cached, seq.cached_below,
-                result.hidden[index] if result.hidden else ()))
+                tokens[count - 1] if reason == "stop" else None, seq.num_cached, first,
+                result.hidden[index] if result.hidden else (), seq.cached_below))
         return events
 
     def _measure(self, plan: StepPlan, seconds: float) -> None:

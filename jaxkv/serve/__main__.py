@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jaxkv.cli import OneLineParser, add_engine_args, config_from_namespace, one_line_errors
-from jaxkv.config import ConfigError, parse_size
+from jaxkv.config import ConfigError
+from jaxkv.serve.limits import add_limit_args, keys_of, limits_of
 from jaxkv.serve.sockets import listen
 
 PROG = "python -m jaxkv.serve"
@@ -24,12 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
                        help="address to listen on; 0.0.0.0 for every interface (default: 127.0.0.1)")
     group.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free port (default: 8000)")
-    group.add_argument("--api-key", action="append", metavar="KEY",
-                       help="bearer token asked for on /v1, may be repeated (default: $JAXKV_API_KEY, else none)")
     group.add_argument("--served-model-name", metavar="NAME", help="name in /v1/models (default: the model's)")
-    group.add_argument("--max-open-requests", type=int, default=1024, metavar="N",
-                       help="sequences running or waiting before a 429 (default: 1024)")
-    group.add_argument("--max-body", default="32M", metavar="SIZE", help="largest request body (default: 32M)")
     group.add_argument("--max-batch", type=int, default=32, metavar="N",
                        help="prompts that go to the engine together for embeddings and scores (default: 32)")
     group.add_argument("--max-wait-ms", type=float, default=5.0, metavar="MS",
@@ -38,7 +34,10 @@ def make_parser() -> argparse.ArgumentParser:
                        help="where /v1/files and /v1/batches keep files (default: a directory that goes with the process)")
     group.add_argument("--shutdown-timeout", type=float, default=10.0, metavar="SECONDS",
                        help="time that open requests get after SIGTERM (default: 10)")
-    group.add_argument("--access-log", action="store_true", help="one log line per HTTP request")
+    group.add_argument("--log-format", choices=("text", "json"), default="text", help="form of the log (default: text)")
+    group.add_argument("--request-log", action=argparse.BooleanOptionalAction, default=True,
+                       help="one log line per request, without its content")
+    add_limit_args(parser.add_argument_group("limits"))
     add_engine_args(parser)
     return parser
 
@@ -50,18 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_line_errors(PROG):
         if not 0 <= args.port <= 65535:
             raise ConfigError(f"port must be in [0, 65535], got {args.port}")
-        if args.max_open_requests < 1:
-            raise ConfigError(f"max_open_requests must be at least 1, got {args.max_open_requests}")
         if not 0 <= args.shutdown_timeout < float("inf"):
             raise ConfigError(f"shutdown_timeout must be a number of seconds from 0, got {args.shutdown_timeout}")
         if args.max_batch < 1:
             raise ConfigError(f"max_batch must be at least 1, got {args.max_batch}")
         if not 0 <= args.max_wait_ms <= 60_000:
             raise ConfigError(f"max_wait_ms must be in [0, 60000], got {args.max_wait_ms}")
-        args.max_body = parse_size(args.max_body, "max_body")
-        args.api_key = args.api_key or [key for key in [os.environ.get("JAXKV_API_KEY")] if key]
-        if not all(args.api_key):
-            raise ConfigError("api_key must not be empty")
+        args.limits, args.keys = limits_of(args), keys_of(args)
         config = config_from_namespace(args)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: sys.exit(0))  # until the server has its own handlers

@@ -7,6 +7,7 @@ that frees its pages. Owns no field names: those are the ``Form`` of the endpoin
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -22,8 +23,10 @@ from jaxkv.serve.engine_loop import Call, EngineLoop
 from jaxkv.serve.errors import ApiError
 from jaxkv.serve.logprobs import TokenText
 from jaxkv.serve.protocol import GenerationRequest
+from jaxkv.serve.records import RECORD, Record
 from jaxkv.types import Logprobs
 
+log = logging.getLogger("jaxkv.serve")
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no")]
 
@@ -110,6 +113,8 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(self._watch(receive))
+        record = scope.get(RECORD) or Record("", "")
+        record.calls = self.calls
         started = False
         try:
             self.loop.submit(self.calls)
@@ -123,8 +128,9 @@ class Answer(Response):
             pass
         except Exception as error:
             refusal = error if isinstance(error, ApiError) else self._refusal(error)
+            record.error = refusal.code
             if started:
-                await _body(send, b"data: " + refusal.render() + b"\n\ndata: [DONE]\n\n", more=False)
+                await _body(send, self._last_event(refusal), more=False)
             else:
                 await respond(send, refusal.status, refusal.render(), refusal.headers)
         finally:
@@ -134,7 +140,8 @@ class Answer(Response):
     def _refusal(self, error: Exception) -> ApiError:
         if isinstance(error, ValueError):  # from engine.add_request, through the mailbox
             return self.request.api_error(error)
-        raise error
+        log.error("a request failed", exc_info=error)
+        return ApiError(500, "internal server error", code="internal_error")
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -149,14 +156,20 @@ class Answer(Response):
             if not self.unfinished:
                 break
             items = await self.mailbox.next()
+        await respond(send, 200, orjson.dumps(self._result()))
+
+    def _result(self) -> dict[str, Any]:
+        """The whole answer, once every choice has finished."""
         best = best_of(self.choices, self._n, self.request.kept(self._n))
-        body = self.form.head | {"choices": [self.form.whole(choice) for choice in best],
+        return self.form.head | {"choices": [self.form.whole(choice) for choice in best],
                                  "usage": self._usage()} | self.form.extras(best)
-        await respond(send, 200, orjson.dumps(body), {"x-request-id": self.form.head["id"]})
+
+    def _last_event(self, refusal: ApiError) -> bytes:
+        """What ends a stream that cannot go on."""
+        return refusal.event()
 
     async def _stream(self, items: list[tuple[Call, Delta]], send: Send) -> None:
-        request_id = (b"x-request-id", str(self.form.head["id"]).encode())
-        await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS, request_id]})
+        await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS]})
         head = self.form.head | {"object": self.form.chunk_kind}
         while True:
             await _body(send, b"".join(self._events(items, head)), more=bool(self.unfinished))
@@ -186,6 +199,8 @@ class Answer(Response):
         return events
 
     def _take(self, call: Call, delta: Delta) -> None:
+        if delta.finish_reason == "error":
+            raise ApiError(500, "the model could not go on with this request", code="generation_failed")
         self.choices[call.position * self._n + delta.index].add(delta)
         if delta.finish_reason is not None:
             self.unfinished -= 1

@@ -1,46 +1,53 @@
-"""The HTTP face: routes, API keys, body limits, and an error object for everything that goes wrong.
+"""The HTTP face: routes, body limits, and an error object for everything that goes wrong.
 
-Owns which URL does what. Requests are parsed by ``protocol``, answered by ``answer``; the engine is behind
-``engine_loop``. The event loop does no work that grows with a prompt: long texts are tokenised on another thread.
+Owns which URL does what. Requests come through ``gate``, are parsed by ``protocol`` and answered by ``answer``; the engine
+is behind ``engine_loop``. The event loop does no work that grows with a prompt: long texts are tokenised on another thread.
 """
 
 from __future__ import annotations
 
-import hmac
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from jaxkv import __version__
 from jaxkv.serve import chat, completions
 from jaxkv.serve import metrics as prometheus
-from jaxkv.serve.answer import respond
+from jaxkv.serve.batches import add_batches
 from jaxkv.serve.embeddings import add_embeddings
 from jaxkv.serve.errors import ApiError
+from jaxkv.serve.gate import Gate
+from jaxkv.serve.limits import KeyRing
 from jaxkv.serve.logprobs import TokenText
 from jaxkv.serve.openapi import document, documented
 from jaxkv.serve.page import add_page
 from jaxkv.serve.protocol import ChatRequest, CompletionRequest
+from jaxkv.serve.records import Record
+from jaxkv.serve.responses import add_responses
 from jaxkv.serve.schemas import ChatCompletionResponse, CompletionResponse, ModelCard, ModelList
 from jaxkv.serve.service import Service
 from jaxkv.serve.tokenize import add_tokenize
 
 
-def build_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
-    """The ASGI application."""
+def build_app(service: Service, keys: KeyRing | None = None, *, origins: Sequence[str] = (), credentials: bool = False,
+              done: Callable[[Record], None] = Record.write) -> ASGIApp:
+    """The ASGI application. Pages of ``origins`` may call it; ``done`` gets the record of every request."""
     app = FastAPI(title="jaxkv", version=__version__, docs_url=None, redoc_url=None)
     _add_errors(app)
     _add_status(app, service)
     add_page(app, service)
     add_tokenize(app, service)
     add_embeddings(app, service)
+    add_responses(app, service)
+    add_batches(app, service)
     document(app)
 
     @app.post("/v1/completions", **documented(CompletionRequest, CompletionResponse, stream=True))
@@ -62,7 +69,11 @@ def build_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
         form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", service.model_name(), body, tokens)
         return service.answer(body, form, params, [(ids, text)])
 
-    return _KeyCheck(app, [key.encode() for key in api_keys])
+    gate: ASGIApp = Gate(app, service.loop, keys or KeyRing(), service.limits, done)
+    if origins:  # outermost: a page must be able to read a refusal too
+        gate = CORSMiddleware(gate, allow_origins=origins, allow_credentials=credentials, allow_methods=["*"],
+                              allow_headers=["*"], expose_headers=["x-request-id", "retry-after"])
+    return gate
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
@@ -137,19 +148,3 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(ApiError(500, "internal server error").body(), 500)
 
 
-class _KeyCheck:
-    """Lets only requests with a known bearer token reach /v1 and /debug; keys are compared in constant time, never logged."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[bytes]):
-        self.app, self.keys = app, keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.keys and scope["type"] == "http" and scope["path"].startswith(("/v1", "/debug")):
-            header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            scheme, _, token = header.partition(b" ")
-            matches = [hmac.compare_digest(token.strip(), key) for key in self.keys]
-            if scheme.lower() != b"bearer" or not any(matches):
-                error = ApiError(401, "missing or wrong API key: send \"Authorization: Bearer KEY\"",
-                                 code="invalid_api_key")
-                return await respond(send, 401, error.render(), {"www-authenticate": "Bearer"})
-        await self.app(scope, receive, send)

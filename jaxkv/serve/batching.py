@@ -69,6 +69,8 @@ class Batcher:
                     self._close()
                 while len(done) < min(start + size, len(calls)):
                     done |= {call: delta for call, delta in await calls[0].mailbox.next() if delta.finish_reason}
+                if any(delta.finish_reason == "error" for delta in done.values()):
+                    raise ApiError(500, "the model could not go on with this request", code="generation_failed")
         finally:
             for call in calls:
                 self._window.remove(call)

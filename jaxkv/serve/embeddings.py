@@ -27,6 +27,7 @@ from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.openapi import documented
 from jaxkv.serve.protocol import PromptRequest
+from jaxkv.serve.records import RECORD, Record
 from jaxkv.serve.schemas import EmbeddingResponse, ScoreResponse
 from jaxkv.serve.service import Service
 from jaxkv.types import SamplingParams
@@ -82,11 +83,12 @@ class Vectors(Response):
         raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.get(RECORD, Record("", "")).calls = self.calls
         work, gone = asyncio.ensure_future(self.batcher.run(self.calls)), asyncio.ensure_future(_disconnect(receive))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
-                await respond(send, 200, self._body(work.result()), {"x-request-id": self.head["id"]})
+                await respond(send, 200, self._body(work.result()))
         except ApiError as error:
             await respond(send, error.status, error.render(), error.headers)
         except ValueError as error:  # from engine.add_request, through the mailbox

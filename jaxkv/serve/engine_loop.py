@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,7 +23,7 @@ from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.errors import ApiError, shutting_down
 from jaxkv.serve.metrics import Latencies
-from jaxkv.types import CacheHints, SamplingParams
+from jaxkv.types import CacheHints, SamplingParams, Start
 
 log = logging.getLogger("jaxkv.serve")
 MAX_QUESTIONS = 8
@@ -100,13 +102,16 @@ class Call:
     arrival: float = field(default_factory=time.monotonic)
     first: float = 0.0  # time of the first token, 0: none yet
     last: dict[int, float] = field(default_factory=dict)  # child -> time of its latest token
-    finished: int = 0  # children
+    start: Start | None = None  # of the child that gave the first token
+    tokens: int = 0  # of all children
+    cached: int = 0  # prompt tokens found in the cache
+    reasons: list[str] = field(default_factory=list)  # why children finished, in the order they did
 
 
 class EngineLoop:
     """Runs one engine on one thread. Every method but ``_run`` and what it calls belongs to the event loop's thread."""
 
-    def __init__(self, build: Callable[[], EngineLike], max_open: int):
+    def __init__(self, build: Callable[[], EngineLike], max_open: int, step_timeout: float = 0.0):
         self.latencies = Latencies()
         self.max_open = max_open  # sequences accepted and not finished, the n of each prompt counted
         self.engine: EngineLike | None = None  # set before `ready` resolves
@@ -114,12 +119,15 @@ class EngineLoop:
         self.draining = False
         self.calls: dict[str, Call] = {}
         self._open = 0  # sequences of self.calls
+        self._ended: deque[float] = deque(maxlen=64)  # when the latest sequences finished
         self._build = build
         self._wakeup = threading.Condition()
         self._adds: list[Call] = []  # under _wakeup, like the next two
         self._aborts: list[str] = []
         self._questions: list[tuple[Callable[[EngineLike], Any], asyncio.Future[Any]]] = []
         self._stopping = False
+        self._step_timeout = step_timeout  # seconds; 0: a step may take any time
+        self._busy_since = 0.0  # when the round under way began; 0: none is
         self._next_report = time.monotonic() + REPORT_S
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -138,13 +146,22 @@ class EngineLoop:
             raise shutting_down()
         more = sum(call.params.n for call in calls)
         if self._open + more > self.max_open:
-            raise ApiError(429, f"too many open sequences: {self._open} of {self.max_open}, {more} more asked for",
-                           code="too_many_requests", headers={"retry-after": "1"})
+            metrics = self.engine.metrics
+            raise ApiError(429, f"too many open sequences: {self._open} of {self.max_open} ({metrics.running} running, "
+                                f"{metrics.waiting} waiting), {more} more asked for", code="too_many_requests",
+                           headers={"retry-after": str(self.retry_after(self._open + more - self.max_open))})
         self._open += more
         self.calls.update((call.id, call) for call in calls)
         with self._wakeup:
             self._adds.extend(calls)
             self._wakeup.notify()
+
+    def retry_after(self, sequences: int) -> int:
+        """Seconds until so many sequences will have finished, at the pace of the latest ones; 1 to 60."""
+        if len(self._ended) < 2:
+            return 1
+        pace = (time.monotonic() - self._ended[0]) / len(self._ended)
+        return max(1, min(60, math.ceil(sequences * pace)))
 
     def abort(self, calls: Sequence[Call]) -> None:
         """Forgets calls; the engine frees their pages before its next step. Finished ones are left alone."""
@@ -195,7 +212,7 @@ class EngineLoop:
         except RuntimeError:  # the event loop is closed: nobody listens any more
             self._stopping = True
 
-    def _deliver(self, deltas: list[Delta], refused: list[tuple[str, ValueError]]) -> None:
+    def _deliver(self, deltas: list[Delta], refused: list[tuple[str, Exception]]) -> None:
         now = time.monotonic()
         for request_id, error in refused:
             if (call := self._forget(request_id)) is not None:
@@ -206,16 +223,29 @@ class EngineLoop:
                 continue
             self.latencies.observe(call, delta, now)
             if delta.finish_reason is not None:
-                call.finished += 1
-                if call.finished == call.params.n:
+                self._ended.append(now)
+                if len(call.reasons) == call.params.n:
                     self._forget(call.id)
             call.mailbox.put(call, delta)
 
     def _set_ready(self, engine: EngineLike) -> None:
         self.engine = engine
         self.ready.set_result(None)
+        if self._step_timeout:
+            self._watch_steps()
+
+    def _watch_steps(self) -> None:
+        """Looks now and then whether the thread hangs in a step, and gives the engine up if it does."""
+        since, now = self._busy_since, time.monotonic()
+        if since and now - since > self._step_timeout:
+            log.critical("the engine hangs: one step has taken more than %g s", self._step_timeout)
+            self._fail(TimeoutError("a step hangs"))
+        elif not self._stopping and self.failure is None:
+            self._loop.call_later(self._step_timeout / 4, self._watch_steps)
 
     def _fail(self, error: BaseException) -> None:
+        if self.failure is not None:
+            return
         self.failure = error
         self.dead.set_result(None)
         for call in list(self.calls.values()):
@@ -238,17 +268,19 @@ class EngineLoop:
 
     def _work(self, engine: EngineLike) -> bool:
         """One round: take commands, step. Sleeps first if there is nothing to do. False: stop."""
+        self._busy_since = 0.0
         adds, aborts = self._take(engine)
         if self._stopping:
             return False
-        refused: list[tuple[str, ValueError]] = []
+        self._busy_since = time.monotonic()
+        refused: list[tuple[str, Exception]] = []
         gone = set(aborts)
         for call in adds:
             if call.id in gone:
                 continue
             try:
                 engine.add_request(call.id, call.prompt, call.params, call.hints)
-            except ValueError as error:
+            except Exception as error:  # what one request holds must not end the others
                 refused.append((call.id, error))
         for request_id in aborts:
             engine.abort(request_id)

@@ -11,7 +11,7 @@ import orjson
 from pydantic import ValidationError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
-          503: "service_unavailable_error"}
+          503: "service_unavailable_error", 504: "timeout_error"}
 
 
 class ApiError(Exception):
@@ -30,6 +30,10 @@ class ApiError(Exception):
     def render(self) -> bytes:
         """The error object as JSON text."""
         return orjson.dumps(self.body())
+
+    def event(self) -> bytes:
+        """The error object as the last event of a stream."""
+        return b"data: %b\n\ndata: [DONE]\n\n" % self.render()
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

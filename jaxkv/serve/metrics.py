@@ -22,25 +22,47 @@ from prometheus_client.registry import Collector
 from jaxkv.runtime.metrics import EngineMetrics, Histogram
 from jaxkv.runtime.outputs import Delta
 
+TOKEN_BUCKETS = tuple(10**e * k for e in range(6) for k in (1, 2, 5))
+
 
 class Latencies:
-    """Histograms in seconds, one writer: the event loop."""
+    """Histograms of requests, times in seconds, one writer: the event loop. A prompt with n answers counts once."""
 
     def __init__(self) -> None:
         self.first_token, self.between_tokens, self.whole = Histogram(), Histogram(), Histogram()
+        self.queue, self.prefill, self.decode = Histogram(), Histogram(), Histogram()
+        self.prompt, self.answer, self.n = (Histogram(TOKEN_BUCKETS) for _ in range(3))
 
     def observe(self, call: Any, delta: Delta, now: float) -> None:
         """Books one delta of a call (an ``engine_loop.Call``) that arrived at ``now``."""
         index, tokens = delta.index, len(delta.token_ids)
         if tokens:
-            if not call.first:
-                call.first = now
-                self.first_token.observe(now - call.arrival)
-            if index in call.last:
-                self.between_tokens.observe((now - call.last[index]) / tokens, tokens)
+            last = call.last.get(index)
+            if last is not None:
+                self.between_tokens.observe((now - last) / tokens, tokens)
+            elif not call.first:
+                self._begin(call, delta, now)
             call.last[index] = now
-        if delta.finish_reason is not None and call.finished == call.params.n - 1:
-            self.whole.observe(now - call.arrival)
+            call.tokens += tokens
+        if delta.finish_reason is not None:
+            call.reasons.append(delta.finish_reason)
+            if len(call.reasons) == call.params.n:
+                self._end(call, now)
+
+    def _begin(self, call: Any, delta: Delta, now: float) -> None:
+        call.first, call.start, call.cached = now, delta.start, delta.num_cached_tokens
+        self.first_token.observe(now - call.arrival)
+        if delta.start is not None:
+            self.queue.observe(delta.start.admitted - call.arrival)
+            self.prefill.observe(delta.start.first_token - delta.start.admitted)
+
+    def _end(self, call: Any, now: float) -> None:
+        self.whole.observe(now - call.arrival)
+        if call.first:
+            self.decode.observe(now - call.first)
+        self.prompt.observe(len(call.prompt))
+        self.answer.observe(call.tokens)
+        self.n.observe(call.params.n)
 
 
 class EngineCollector(Collector):
@@ -64,6 +86,12 @@ class EngineCollector(Collector):
         yield self._histogram("vllm:time_to_first_token_seconds", "arrival to first token", self.latencies.first_token)
         yield self._histogram("vllm:inter_token_latency_seconds", "between tokens", self.latencies.between_tokens)
         yield self._histogram("vllm:e2e_request_latency_seconds", "arrival to last token", self.latencies.whole)
+        yield self._histogram("vllm:request_queue_time_seconds", "arrival to a place in the batch", self.latencies.queue)
+        yield self._histogram("vllm:request_prefill_time_seconds", "from there to the first token", self.latencies.prefill)
+        yield self._histogram("vllm:request_decode_time_seconds", "first token to last", self.latencies.decode)
+        yield self._histogram("vllm:request_prompt_tokens", "tokens of a prompt", self.latencies.prompt)
+        yield self._histogram("vllm:request_generation_tokens", "tokens of a prompt's answers", self.latencies.answer)
+        yield self._histogram("vllm:request_params_n", "answers asked for", self.latencies.n)
         yield from self._tiers()
         yield self._by("jaxkv:cache_hit_tokens", "tokens found and not computed", "tier", m.hit_tokens)
         yield self._counter("jaxkv:partial_page_copies", "partly matching pages copied", m.partial_copies)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import logging
 import signal
 import socket
 import sys
@@ -23,6 +22,7 @@ from jaxkv.runtime.startup import build_engine
 from jaxkv.serve.app import build_app
 from jaxkv.serve.engine_loop import EngineLoop
 from jaxkv.serve.errors import shutting_down
+from jaxkv.serve.records import set_up_logs
 from jaxkv.serve.service import Service
 
 FLUSH_S = 2.0  # time for last bytes and for the engine's step under way
@@ -31,13 +31,14 @@ LINGER_S = 1.0  # how long a failed engine's /health stays readable
 
 def run(args: argparse.Namespace, config: EngineConfig, sock: socket.socket) -> int:
     """Serves on a listening socket until a signal or a failure; returns the exit code. Raises ConfigError."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    for name in ("jaxkv", "pallas_kernels"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    loop = EngineLoop(lambda: build_engine(config, show_progress=sys.stderr.isatty()), args.max_open_requests)
+    set_up_logs(args.log_format, args.request_log)
+    limits = args.limits
+    loop = EngineLoop(lambda: build_engine(config, show_progress=sys.stderr.isatty()), limits.max_open_requests,
+                      limits.step_timeout)
     server = Server(sock, loop, args)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         code = runner.run(server.run())
+    server.service.cleanup.close()
     if isinstance(loop.failure, ConfigError):
         raise loop.failure
     loop.stop(FLUSH_S)  # a thread inside a long compile or step is left behind: the process ends without it
@@ -51,11 +52,11 @@ class Server:
         self.sock, self.loop, self.grace = sock, loop, args.shutdown_timeout
         host, port = sock.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        service = Service(loop, args.served_model_name, args.max_body, max_batch=args.max_batch,
-                          max_wait_ms=args.max_wait_ms, batch_dir=args.batch_dir)
+        self.service = Service(loop, args.served_model_name, args.limits, max_batch=args.max_batch,
+                               max_wait_ms=args.max_wait_ms, batch_dir=args.batch_dir)
+        app = build_app(self.service, args.keys, origins=args.allowed_origins, credentials=args.allow_credentials)
         self.http = uvicorn.Server(uvicorn.Config(
-            build_app(service, args.api_key), lifespan="off", log_config=None, access_log=args.access_log,
-            log_level="info" if args.access_log else "warning", timeout_keep_alive=60,
+            app, lifespan="off", log_config=None, access_log=False, log_level="warning", timeout_keep_alive=60,
             timeout_graceful_shutdown=int(self.grace + FLUSH_S) + 1, server_header=False))
         self.http.capture_signals = contextlib.nullcontext  # type: ignore[assignment]  # signals are handled here
         self.signals = 0

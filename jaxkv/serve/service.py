@@ -6,9 +6,11 @@ Owns the checks that every route makes before a prompt goes to the engine. Owns 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,9 +19,11 @@ from fastapi import Request
 from jaxkv.serve.answer import Answer, Form
 from jaxkv.serve.engine_loop import Call, EngineLike, EngineLoop, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
+from jaxkv.serve.limits import Limits
 from jaxkv.serve.protocol import GenerationRequest, PromptRequest, R, parse
 
 T = TypeVar("T")
+log = logging.getLogger("jaxkv.serve")
 INLINE_CHARS = 8192  # texts up to this length are tokenised on the event loop: a few milliseconds at most
 
 
@@ -29,12 +33,13 @@ class Service:
 
     loop: EngineLoop
     served_model_name: str | None = None
-    max_body: int = 32 * 2**20  # bytes
+    limits: Limits = field(default_factory=Limits)
     max_batch: int = 32  # prompts to embed that go to the engine together
     max_wait_ms: float = 5.0  # how long the first of them waits for others
     batch_dir: str | None = None  # of files and batches; None: a directory of their own, gone with the process
     started: float = field(default_factory=time.time)
     ignored_fields: set[str] = field(default_factory=set)
+    cleanup: ExitStack = field(default_factory=ExitStack)  # closed when the server has ended
     encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
 
     def engine(self) -> EngineLike:
@@ -66,16 +71,17 @@ class Service:
         """The request's body. Raises a 413 as soon as it is known to be too large."""
         return b"".join([part async for part in self.parts(request)])
 
-    async def parts(self, request: Request) -> AsyncIterator[bytes]:
+    async def parts(self, request: Request) -> AsyncGenerator[bytes, None]:
         """The pieces of the request's body. Raises a 413 as soon as it is known to be too large."""
-        limit = ApiError(413, f"the body must be at most {self.max_body} bytes", code="request_too_large")
+        most = self.limits.max_body
+        limit = ApiError(413, f"the body must be at most {most} bytes", code="request_too_large")
         header = request.headers.get("content-length", "")
-        if header.isdecimal() and int(header) > self.max_body:
+        if header.isdecimal() and int(header) > most:
             raise limit
         size = 0
         async for part in request.stream():
             size += len(part)
-            if size > self.max_body:
+            if size > most:
                 raise limit
             yield part
 
@@ -93,7 +99,13 @@ class Service:
             return [tokenizer.encode(text, add_special_tokens=add_special_tokens) if isinstance(text, str) else text
                     for text in texts]
 
-        return await self.aside(size, encode)
+        try:
+            return await self.aside(size, encode)
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a tokenizer in Rust is no Exception, and must end this request only
+            log.error("the tokenizer failed on a text of %d characters", size, exc_info=error)
+            raise ApiError(500, "the tokenizer failed on this text", code="tokenizer_error") from None
 
     def tokenizer(self, param: str = "prompt") -> Any:
         """The tokenizer. Raises ApiError without one."""
@@ -111,21 +123,25 @@ class Service:
         window, name = self.engine().max_model_len, param or request.renamed().get("prompt", "prompt")
         if not ids:
             raise bad_request(f"{name} must not be empty", name)
-        kept = request.cut(ids, window, answer)
-        if len(kept) >= window:
-            raise bad_request(f"{name}: {len(kept)} tokens do not fit: the model's window is {window} tokens, prompt and "
-                              "answer together", name, "context_length_exceeded")
+        kept, most = request.cut(ids, window, answer), self.limits.max_prompt_tokens
+        if len(kept) >= window or most and len(kept) > most:
+            bound = f"this server takes {most}" if most and most < window else \
+                f"the model's window is {window} tokens, prompt and answer together"
+            raise bad_request(f"{name}: {len(kept)} tokens do not fit: {bound}", name, "context_length_exceeded")
         return kept
 
     def answer(self, request: GenerationRequest, form: Form, params: Any,
-               prompts: Sequence[tuple[list[int], str | None]]) -> Answer:
+               prompts: Sequence[tuple[list[int], str | None]], kind: type[Answer] = Answer) -> Answer:
         """The response that submits the prompts and waits for them. Raises ApiError for one that cannot fit."""
         engine, mailbox = self.engine(), Mailbox()
         if engine.tokenizer is None and params.stop:
             raise bad_request("this server has no tokenizer: stop strings cannot be found", "stop")
+        if params.n > self.limits.max_n:
+            name = request.renamed().get("n", "n")
+            raise bad_request(f"{name} must be at most {self.limits.max_n}, got {params.n}", name)
         name, hints, limit = form.head["id"], request.cache_hints(), params.max_tokens or 1
         calls = []
         for i, (ids, text) in enumerate(prompts):
             kept = self.fit(request, ids, limit)
             calls.append(Call(f"{name}-{i}", kept, params, mailbox, i, text if len(kept) == len(ids) else None, hints))
-        return Answer(self.loop, calls, request, form)
+        return kind(self.loop, calls, request, form)

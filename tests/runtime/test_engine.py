@@ -112,6 +112,16 @@ def test_stop_ids_are_banned_until_min_tokens_and_end_the_sequence_after(run):
     assert len(held.tokens) >= 5 and stop not in held.tokens[:4]
 
 
+def test_any_of_several_eos_ids_ends_an_answer(run):
+    free = run_all(run, {"r": (PROMPT, greedy(12))})["r"].tokens
+    seen = list(dict.fromkeys(free))
+    run.eos_ids = (seen[3], 66, seen[2])
+    cut = run_all(run, {"e": (PROMPT, greedy(12))})["e"]
+    assert cut.tokens == free[: free.index(seen[2]) + 1]
+    assert (cut.deltas[-1].finish_reason, cut.deltas[-1].stop_reason) == ("stop", None)
+    assert run_all(run, {"i": (PROMPT, greedy(12, ignore_eos=True))})["i"].tokens == free
+
+
 def test_logit_bias_decides(run):
     tokens = run_all(run, {"r": (PROMPT, greedy(4, logit_bias={42: 100.0}))})["r"].tokens
     assert tokens == [42] * 4

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import uvicorn
@@ -22,8 +23,9 @@ from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
 from jaxkv.serve.app import build_app
 from jaxkv.serve.engine_loop import EngineLike, EngineLoop
+from jaxkv.serve.limits import KeyRing, Limits
 from jaxkv.serve.service import Service
-from jaxkv.types import Logprobs, Request, TokenEvent
+from jaxkv.types import Logprobs, Request, Start, TokenEvent
 
 ROOT = Path(__file__).parents[2]
 REPLY = "The cat — naïve, 日本 🙂 — sat on the mat. def f(x):\n    return x\n"
@@ -42,6 +44,7 @@ class FakeEngine:
         self.reply = tokenizer.encode(REPLY) if tokenizer else [7, 8, 9]
         self.children: dict[str, tuple[Request, OutputProcessor, int]] = {}
         self.requests: list[Request] = []  # every one ever added
+        self.added: dict[str, float] = {}  # child -> when it came
         self.threads: set[int] = set()
         self.crash: Exception | None = None
         self.run = threading.Event()
@@ -67,6 +70,7 @@ class FakeEngine:
                               end_session=hints.end_session, retention=hints.retention, no_store=hints.no_store)
             self.children[request.id] = request, OutputProcessor(request, self.tokenizer), 0
             self.requests.append(request)
+            self.added[request.id] = time.monotonic()
         self.metrics.prompt_tokens += len(prompt_token_ids)
         self.metrics.running = len(self.children)
 
@@ -107,9 +111,10 @@ class FakeEngine:
         if params.prompt_logprobs is not None and not count:
             prompt = tuple(self._logprobs(t, params.prompt_logprobs) for t in request.prompt[1:])
         logprobs = () if params.logprobs is None else (self._logprobs(token, params.logprobs),)
+        start = None if count else Start(self.added.pop(key), time.monotonic())
         delta, stop = output.process(TokenEvent(key, (token,), logprobs, prompt, reason, token if stopped else None,
-                                                num_cached=len(request.prompt) // 2,
-                                                hidden=self.hidden(request.prompt) if params.embed else ()))
+                                                len(request.prompt) // 2, start,
+                                                self.hidden(request.prompt) if params.embed else ()))
         if stop is None and reason is None:
             self.children[key] = request, output, count + 1
         else:
@@ -141,11 +146,14 @@ class Running:
 
 @contextlib.contextmanager
 def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: int = 2**20,
-            api_keys: tuple[str, ...] = (), name: str | None = None,
-            start_seconds: float = 60, **service: Any) -> Iterator[Running]:
-    """Serves an engine from a thread of this process until the block ends."""
-    loop = EngineLoop(build, max_open)
-    app = build_app(Service(loop, name, max_body, **service), api_keys)
+            api_keys: tuple[str, ...] = (), name: str | None = None, start_seconds: float = 60, step_timeout: float = 0.0,
+            limits: Mapping[str, Any] = MappingProxyType({}), service: Mapping[str, Any] = MappingProxyType({}),
+            **options: Any) -> Iterator[Running]:
+    """Serves an engine from a thread of this process until the block ends. ``service``: more fields of ``Service``;
+    ``options`` are those of ``build_app``."""
+    loop = EngineLoop(build, max_open, step_timeout)
+    shared = Service(loop, name, Limits(max_body=max_body, **limits), **service)
+    app = build_app(shared, KeyRing(api_keys), **options)
     http = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1))
     sock = socket.create_server(("127.0.0.1", 0))
     up = threading.Event()
@@ -170,6 +178,7 @@ def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: i
         thread.join(10)
         assert not thread.is_alive()
         assert loop.stop(5)
+        shared.cleanup.close()
 
 
 class ServerProcess:
@@ -199,13 +208,15 @@ class ServerProcess:
         return self.child.returncode, errors
 
 
-def raw_post(url: str, path: str = "/v1/completions", **body: object) -> socket.socket:
+def raw_post(url: str, path: str = "/v1/completions", headers: Mapping[str, str] = MappingProxyType({}),
+             **body: object) -> socket.socket:
     """A connection on which ``path`` was asked and nothing was read yet."""
     host, port = url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
     sock = socket.create_connection((host, int(port)), timeout=5)
-    sock.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-                 b"content-length: %d\r\n\r\n%s" % (path.encode(), len(data), data))
+    more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    sock.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{more}".encode()
+                 + b"content-length: %d\r\n\r\n%s" % (len(data), data))
     return sock
 
 

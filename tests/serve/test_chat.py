@@ -59,8 +59,7 @@ def test_logprobs(client):
     answer = client.chat.completions.create(model="fake", messages=HI, max_tokens=30, logprobs=True, top_logprobs=2)
     content = answer.choices[0].logprobs.content
     assert len(content) == 30 and all(len(c.top_logprobs) == 2 for c in content)
-    assert b"".join(bytes(c.bytes) for c in content).decode("utf-8", "ignore") == answer.choices[0].message.content \
-        .rstrip("\ufffd")
+    assert b"".join(bytes(c.bytes) for c in content).decode("utf-8", "ignore") == answer.choices[0].message.content
     assert any(c.token.startswith("bytes:") for c in content)  # parts of one character
     chunks = list(client.chat.completions.create(model="fake", messages=HI, max_tokens=30, logprobs=True, stream=True))
     streamed = [entry for c in chunks if c.choices[0].logprobs for entry in c.choices[0].logprobs.content]

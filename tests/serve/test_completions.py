@@ -40,9 +40,22 @@ def test_stream_is_the_same_text_without_broken_characters(client):
     plain = client.completions.create(model="fake", prompt="a", max_tokens=60).choices[0].text
     chunks = list(client.completions.create(model="fake", prompt="a", max_tokens=60, stream=True))
     assert "".join(c.choices[0].text for c in chunks) == plain
-    assert not any("\ufffd" in c.choices[0].text for c in chunks[:-1])
+    assert not any("\ufffd" in c.choices[0].text for c in chunks)
     assert [c.choices[0].finish_reason for c in chunks][-1] == "length"
     assert len({c.id for c in chunks}) == 1
+
+
+def test_a_character_that_max_tokens_cuts_is_in_no_text(client, tokenizer):
+    ids = tokenizer.encode(REPLY)
+    cut = [n for n in range(1, len(ids)) if tokenizer.decode(ids[:n]).endswith("\ufffd")]
+    assert len(cut) > 4
+    for n in cut:
+        for more in ({}, {"stop": ["never"]}):
+            plain = client.completions.create(model="fake", prompt="a", max_tokens=n, **more)
+            chunks = list(client.completions.create(model="fake", prompt="a", max_tokens=n, stream=True, **more))
+            assert plain.choices[0].text == "".join(c.choices[0].text for c in chunks)
+            assert plain.choices[0].text == tokenizer.decode(ids[:n]).removesuffix("\ufffd")
+            assert plain.usage.completion_tokens == n
 
 
 def test_stream_usage_only_when_asked(http):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from serve_fakes import ServerProcess, raw_post, wait_for
@@ -97,6 +99,48 @@ def test_chat_stream(client):
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == plain.choices[0].message.content
     assert chunks[-1].usage.completion_tokens == plain.usage.completion_tokens
+
+
+def test_best_of_returns_the_likeliest(http):
+    ask = lambda **body: post(http, prompt=CODE, seed=5, temperature=1.0, max_tokens=12, **body)["choices"]  # noqa: E731
+    every = sorted(ask(n=4, logprobs=0), key=lambda c: -sum(c["logprobs"]["token_logprobs"]))
+    assert [c["text"] for c in ask(n=2, best_of=4)] == [c["text"] for c in every[:2]]
+
+
+def test_embeddings_are_unit_vectors_and_tell_texts_apart(client, http):
+    name = client.models.list().data[0].id
+    texts = [CODE, CODE, "Once upon a time there was a king.", *(f"def item_{i}(self):" for i in range(40))]
+    together = np.array([row.embedding for row in client.embeddings.create(model=name, input=texts).data])
+    alone = np.array(client.embeddings.create(model=name, input=texts[2]).data[0].embedding)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(together[2], alone, atol=1e-4)
+    cosines = together[0] @ together.T
+    assert cosines[1] == pytest.approx(1, abs=1e-4) and cosines[2] < 0.999
+    scores = [row["score"] for row in post(http, "/v1/score", text_1=CODE, text_2=texts[1:3])["data"]]
+    assert scores == pytest.approx(cosines[1:3], abs=1e-4)
+    again = client.embeddings.create(model=name, input=CODE).usage
+    assert again.prompt_tokens_details["cached_tokens"] == again.prompt_tokens - 1
+
+
+def test_responses(client):
+    name = client.models.list().data[0].id
+    ask = {"model": name, "input": "What is beta?", "temperature": 0, "max_output_tokens": 12}
+    plain = client.responses.create(**ask)
+    events = list(client.responses.create(**ask, stream=True))
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == plain.output_text
+    assert events[-1].response.usage.input_tokens_details.cached_tokens == plain.usage.input_tokens - 1
+
+
+def test_batch(client):
+    lines = [{"custom_id": str(i), "method": "POST", "url": "/v1/completions",
+              "body": {"prompt": CODE, "max_tokens": i, "temperature": 0, "ignore_eos": True}} for i in (3, 5, 0)]
+    file = client.files.create(file=("x.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    wait_for(lambda: client.batches.retrieve(batch.id).status == "completed", 30)
+    done = client.batches.retrieve(batch.id)
+    assert done.request_counts.to_dict() == {"total": 3, "completed": 2, "failed": 1}
+    rows = {r["custom_id"]: r for r in map(json.loads, client.files.content(done.output_file_id).text.splitlines())}
+    assert {name: row["response"]["body"]["usage"]["completion_tokens"] for name, row in rows.items()} == {"3": 3, "5": 5}
 
 
 def test_stop_string(http):

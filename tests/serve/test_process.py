@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -35,6 +36,8 @@ def build(config, show_progress=False):
     engine = FakeEngine(None, max_model_len=100_000, step_seconds=0.01)
     if config.seed == 14:
         engine.crash = RuntimeError("device lost")
+    if config.seed == 16:
+        engine.step = lambda: time.sleep(60)
     return engine
 startup.build_engine = build
 from jaxkv.serve.__main__ import command
@@ -73,6 +76,7 @@ def test_help_needs_no_jax():
     (["--kv-cache-memory", "lots"], "kv_cache_memory"), (["--nope"], "nope"), (["--dtype", "int3"], "dtype"),
     (["--max-open-requests", "0"], "max_open_requests"), (["--shutdown-timeout", "nan"], "shutdown_timeout"),
     (["--host", "no.such.host.invalid"], "no.such.host.invalid"), (["--api-key", ""], "api_key"),
+    (["--api-key-file", "/no/such/file"], "api_key_file"), (["--max-n", "0"], "max_n"), (["--log-format", "xml"], "log-format"),
 ])
 def test_bad_arguments(args, word):
     done = command(*args)
@@ -105,6 +109,35 @@ def test_engine_failure_ends_the_process():
     assert code == 1 and "device lost" in errors
 
 
+def test_an_engine_that_hangs_ends_the_process():
+    process = start("--seed", "16", "--step-timeout", "0.5")
+    url = process.ready()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(post(url), timeout=20)
+    assert refused.value.code == 500
+    code, errors = process.end()
+    assert code == 1 and "hangs" in errors
+
+
+def test_log_of_requests_is_json_and_holds_no_key(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("open-sesame\n")
+    process = start("--log-format", "json", "--api-key-file", str(keys))
+    url = process.ready()
+    request = post(url, max_tokens=3)
+    for header in ("Bearer wrong-key", "Bearer open-sesame"):
+        request.add_header("authorization", header)
+        with contextlib.suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(request, timeout=20)
+    assert b"open-sesame" not in Path(f"/proc/{process.child.pid}/cmdline").read_bytes()
+    process.child.terminate()
+    code, errors = process.end()
+    assert code == 0 and "sesame" not in errors + "".join(process.lines) and "wrong-key" not in errors
+    lines = [json.loads(line) for line in errors.splitlines()]
+    assert [line["status"] for line in lines if line["logger"] == "jaxkv.serve.request"] == [401, 200]
+    assert lines[-1]["output_tokens"] == 3 and lines[-1]["finish_reason"] == "length"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_when_idle(number):
     process = start()
@@ -120,6 +153,23 @@ def test_open_requests_get_the_grace_time():
         first = stream.readline()
         process.child.terminate()
         assert first.startswith(b"data: ") and stream.read().endswith(b"data: [DONE]\n\n")
+    assert process.end(15)[0] == 0
+
+
+def test_drain_under_load():
+    """Thirty streams end as if nothing had happened, and who comes later is refused."""
+    process = start("--shutdown-timeout", "20")
+    url = process.ready()
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(urllib.request.urlopen(post(url, stream=True, max_tokens=120, ignore_eos=True)))
+                   for _ in range(30)]
+        for stream in streams:
+            stream.readline()
+        process.child.terminate()
+        time.sleep(0.1)
+        with pytest.raises(OSError):
+            urllib.request.urlopen(post(url), timeout=5)
+        assert all(stream.read().count(b"data: ") == 120 for stream in streams)  # with the end, less the first
     assert process.end(15)[0] == 0
 
 

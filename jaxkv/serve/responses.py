@@ -1,0 +1,293 @@
+"""/v1/responses: text in, text out, whole or as the events of the Responses API.
+
+A request is a chat request in other words (``ResponsesRequest.chat``), so what holds for chat holds here. Finished answers
+are kept in memory for ``previous_response_id`` until newer ones need the room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+from fastapi import FastAPI, Request, Response
+
+from jaxkv.runtime.outputs import Delta
+from jaxkv.serve import chat
+from jaxkv.serve.answer import Answer, Choice, Form
+from jaxkv.serve.engine_loop import Call
+from jaxkv.serve.errors import ApiError, bad_request
+from jaxkv.serve.logprobs import TokenText, chat_logprobs
+from jaxkv.serve.openapi import documented
+from jaxkv.serve.protocol import ChatRequest, GenerationRequest, validated
+from jaxkv.serve.schemas import Deleted, ResponsesResponse
+from jaxkv.serve.service import Service
+
+MAX_STORED = 4096  # answers
+MAX_STORED_BYTES = 64 * 2**20  # of their JSON and the conversations they belong to
+LOGPROBS = "message.output_text.logprobs"
+_TEXT_PARTS = ("input_text", "output_text", "text")
+_NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}  # chat's -> ours
+_NOTHING: dict[str, tuple[Any, ...]] = {  # fields that are not implemented -> values that ask nothing
+    "tools": ([],), "background": (False,), "conversation": (), "prompt": (), "truncation": ("disabled",),
+    "tool_choice": ("none", "auto"), "n": (1,), "best_of": (1,),
+}
+
+
+class ResponsesRequest(GenerationRequest):
+    """/v1/responses. Sampling fields beyond OpenAI's are those of chat."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    text: dict[str, Any] | None = None
+    top_logprobs: int | None = None
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    truncation: str | None = None
+    background: bool | None = None
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        for name, values in _NOTHING.items():
+            if (value := getattr(self, name)) is not None and value not in values:
+                raise bad_request(f"{name} is not supported, got {str(value)[:80]}", name, "unsupported_parameter")
+
+    def renamed(self) -> dict[str, str]:
+        return {"prompt": "input", "logprobs": "top_logprobs", "max_tokens": "max_output_tokens"}
+
+    def conversation_of(self, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages so far, without the instructions. Raises ApiError for input that is not text."""
+        if isinstance(self.input, str):
+            return [*before, {"role": "user", "content": self.input}]
+        return [*before, *(_message(item, f"input[{i}]") for i, item in enumerate(self.input))]
+
+    def chat(self, messages: list[dict[str, Any]]) -> ChatRequest:
+        """The chat request this is. Raises ApiError in terms of chat (see ``_our_words``)."""
+        names = set(ChatRequest.model_fields) & set(GenerationRequest.model_fields)
+        given = self.model_dump(include=names, exclude_none=True)
+        system = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        limit = self.max_tokens if self.max_output_tokens is None else self.max_output_tokens
+        data = given | (self.model_extra or {}) | {"messages": system + messages, "max_tokens": limit}
+        if LOGPROBS in (self.include or ()):
+            data |= {"logprobs": True, "top_logprobs": self.top_logprobs}
+        return validated(ChatRequest, data | _format(self.text or {}), set())
+
+
+@contextlib.contextmanager
+def _our_words() -> Iterator[None]:
+    """Makes an error about a field of chat one about ours."""
+    try:
+        yield
+    except ApiError as error:
+        error.param = _NAMES.get((error.param or "").partition("[")[0], error.param)
+        raise
+
+
+def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
+    """An input item as a chat message. Raises ApiError."""
+    kind, role, content = item.get("type", "message"), item.get("role"), item.get("content")
+    if kind != "message":
+        raise bad_request(f"{where}.type must be \"message\", got {str(kind)[:40]!r}", f"{where}.type", "unsupported_item")
+    if role not in ("user", "assistant", "system", "developer"):
+        raise bad_request(f"{where}.role must be user, assistant, system or developer, got {str(role)[:40]!r}",
+                          f"{where}.role")
+    if isinstance(content, str):
+        return {"role": role, "content": content}
+    if not isinstance(content, list):
+        raise bad_request(f"{where}.content must be a string or a list of text parts, got {type(content).__name__}",
+                          f"{where}.content")
+    parts = []
+    for k, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in _TEXT_PARTS:
+            raise bad_request(f"{where}.content[{k}].type must be one of {', '.join(_TEXT_PARTS)}, got {str(kind)[:40]!r}",
+                              f"{where}.content[{k}].type", "unsupported_content_part")
+        parts.append({"type": "text", "text": part.get("text")})
+    return {"role": role, "content": parts}
+
+
+def _format(text: Mapping[str, Any]) -> dict[str, Any]:
+    """`text.format` as chat's `response_format`."""
+    kind = text.get("format")
+    if not isinstance(kind, dict) or kind.get("type") != "json_schema":
+        return {"response_format": kind} if kind else {}
+    return {"response_format": {"type": "json_schema", "json_schema": {k: v for k, v in kind.items() if k != "type"}}}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A finished answer and the conversation that ends with it."""
+
+    body: dict[str, Any]
+    messages: list[dict[str, Any]]
+    size: int  # bytes
+
+
+class ResponseStore:
+    """Answers by id, bounded in number and bytes; the oldest leave first."""
+
+    def __init__(self, max_items: int = MAX_STORED, max_bytes: int = MAX_STORED_BYTES):
+        self._max_items, self._max_bytes = max_items, max_bytes
+        self._items: OrderedDict[str, Stored] = OrderedDict()
+        self._bytes = 0
+
+    def put(self, body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+        """Keeps an answer as long as there is room."""
+        size = len(orjson.dumps([body, messages]))
+        self._items[body["id"]] = Stored(body, messages, size)
+        self._bytes += size
+        while len(self._items) > self._max_items or self._bytes > self._max_bytes:
+            self._bytes -= self._items.popitem(last=False)[1].size
+
+    def get(self, name: str, param: str | None = None) -> Stored:
+        """Raises ApiError, a 404, for an id that is unknown or has left."""
+        if name not in self._items:
+            raise ApiError(404, f"response {name[:100]!r} does not exist, or was kept no longer", param=param,
+                           code="response_not_found")
+        return self._items[name]
+
+    def delete(self, name: str) -> None:
+        """Raises ApiError, a 404, for an id that is unknown or has left."""
+        self._bytes -= self.get(name).size
+        del self._items[name]
+
+
+class ResponseForm(Form):
+    """The one message of an answer, and the events about its text."""
+
+    kind = chunk_kind = "response"
+
+    def __init__(self, model: str, request: ResponsesRequest, like: ChatRequest, tokens: TokenText):
+        super().__init__(f"resp_{uuid.uuid4().hex}", model, like, tokens)
+        self.like = like
+        self.item = f"msg_{uuid.uuid4().hex}"
+        kept = request.store is not False
+        self.head = {
+            "id": self.head["id"], "object": "response", "created_at": float(self.head["created"]), "model": model,
+            "status": "in_progress", "error": None, "incomplete_details": None, "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens, "output": [], "parallel_tool_calls": True,
+            "previous_response_id": request.previous_response_id, "temperature": request.temperature,
+            "top_p": request.top_p, "text": request.text or {"format": {"type": "text"}}, "tool_choice": "auto",
+            "tools": [], "truncation": "disabled", "background": False, "metadata": request.metadata or {},
+            "store": kept, "top_logprobs": request.top_logprobs or 0, "usage": None,
+        }
+
+    def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
+        if not (delta.text or self.like.logprobs and delta.token_ids):
+            return []
+        return [self.event("output_text.delta", delta=delta.text, logprobs=self.logprobs(delta.logprobs))]
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        status = "incomplete" if choice.finish_reason == "length" else "completed"
+        return self.message(status, [self.part("".join(choice.text), self.logprobs(choice.logprobs))])
+
+    def message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+        """The item of the output."""
+        return {"id": self.item, "type": "message", "status": status, "role": "assistant", "content": content}
+
+    def part(self, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The content of the item."""
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+
+    def event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """An event about the item's content."""
+        return {"type": f"response.{kind}", "item_id": self.item, "output_index": 0, "content_index": 0} | fields
+
+    def logprobs(self, entries: Any) -> list[dict[str, Any]]:
+        """Of tokens, if they were asked for."""
+        return chat_logprobs(entries, self.like.top_logprobs or 0, self.tokens)["content"] if self.like.logprobs else []
+
+
+class ResponsesAnswer(Answer):
+    """As a chat answer, in the words of the Responses API."""
+
+    form: ResponseForm
+    messages: list[dict[str, Any]]
+    store: ResponseStore
+    _number = 0
+
+    def _result(self) -> dict[str, Any]:
+        (choice,), usage = self.choices, self._usage()
+        cut, cached = choice.finish_reason == "length", usage["prompt_tokens_details"]["cached_tokens"]
+        details = {"cached_tokens": cached, "cache_write_tokens": usage["prompt_tokens"] - cached}
+        body = self.form.head | {
+            "status": "incomplete" if cut else "completed", "output": [self.form.whole(choice)],
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "usage": {"input_tokens": usage["prompt_tokens"], "input_tokens_details": details,
+                      "output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
+                      "total_tokens": usage["total_tokens"]}}
+        if body["store"]:
+            self.store.put(body, [*self.messages, {"role": "assistant", "content": "".join(choice.text)}])
+        return body
+
+    def _events(self, items: list[tuple[Call, Delta]], head: dict[str, Any]) -> list[bytes]:
+        form, (choice,) = self.form, self.choices
+        events: list[dict[str, Any]] = []
+        if not choice.started:
+            choice.started = True
+            events += [{"type": "response.created", "response": form.head},
+                       {"type": "response.in_progress", "response": form.head},
+                       {"type": "response.output_item.added", "output_index": 0, "item": form.message("in_progress", [])},
+                       form.event("content_part.added", part=form.part("", []))]
+        for call, delta in items:
+            events += form.chunks(choice, delta)
+            self._take(call, delta)
+        if not self.unfinished:
+            body = self._result()
+            item = body["output"][0]
+            part = item["content"][0]
+            events += [form.event("output_text.done", text=part["text"], logprobs=part["logprobs"]),
+                       form.event("content_part.done", part=part),
+                       {"type": "response.output_item.done", "output_index": 0, "item": item},
+                       {"type": f"response.{body['status']}", "response": body}]
+        return [self._render(event) for event in events]
+
+    def _last_event(self, refusal: ApiError) -> bytes:
+        error = {"code": refusal.code, "message": refusal.message}
+        failed = self.form.head | {"status": "failed", "error": error}
+        return self._render({"type": "response.failed", "response": failed})
+
+    def _render(self, event: dict[str, Any]) -> bytes:
+        data = orjson.dumps(event | {"sequence_number": self._number})
+        self._number += 1
+        return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data)
+
+
+def add_responses(app: FastAPI, service: Service) -> None:
+    """Adds the routes."""
+    store = ResponseStore()
+
+    @app.post("/v1/responses", **documented(ResponsesRequest, ResponsesResponse, stream=True))
+    async def create_response(request: Request) -> Response:
+        body = await service.read(ResponsesRequest, request)
+        earlier = body.previous_response_id
+        messages = body.conversation_of(store.get(earlier, "previous_response_id").messages if earlier else [])
+        tokenizer = service.tokenizer("input")
+        with _our_words():
+            like = body.chat(messages)
+            params, text = chat.params_of(like), chat.prompt_of(like, tokenizer)
+        ids = await service.encode(text, add_special_tokens=bool(body.add_special_tokens))
+        form = ResponseForm(service.model_name(), body, like, TokenText(tokenizer))
+        answer = service.answer(body, form, params, [(ids, text)], ResponsesAnswer)
+        assert isinstance(answer, ResponsesAnswer)
+        answer.messages, answer.store = messages, store
+        return answer
+
+    @app.get("/v1/responses/{name}", **documented(None, ResponsesResponse))
+    async def get_response(name: str) -> Any:
+        return store.get(name).body
+
+    @app.delete("/v1/responses/{name}", **documented(None, Deleted))
+    async def delete_response(name: str) -> Any:
+        store.delete(name)
+        return {"id": name, "object": "response", "deleted": True}
