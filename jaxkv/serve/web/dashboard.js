@@ -1,6 +1,6 @@
 // The live view: what the server does this second, how full each tier is, and the prefix trie.
 
-import { getJson } from "./api.js";
+import { ApiError, getJson } from "./api.js";
 import { Chart } from "./chart.js";
 import { $, bytes, h, legend, number, TIERS } from "./dom.js";
 import { Trie } from "./trie.js";
@@ -28,7 +28,7 @@ export class Dashboard {
   #last = null;
   #round = 0;
   #tiles = new Map();
-  #trie = new Trie($("#trie"), () => this.#updateTrie().catch(() => {}));
+  #trie = new Trie($("#trie"), () => this.show(true));
 
   constructor() {
     const names = ["Generated tokens/s", "First token, ms", "Between tokens, ms", "Running", "Waiting", "Hit rate", "Generated tokens",
@@ -65,7 +65,8 @@ export class Dashboard {
       let pause = TRIE_MS;
       try {
         pause = await work();
-      } catch {
+      } catch (error) {
+        if (!(error instanceof ApiError)) throw error;
         this.#last = null; // the header says what is wrong
       }
       await new Promise((resolve) => setTimeout(resolve, pause));
@@ -74,6 +75,7 @@ export class Dashboard {
 
   async #updateStats() {
     const now = await getJson("/debug/stats", { ask: false });
+    if (now.prompt_tokens < this.#last?.prompt_tokens) this.#last = null; // another process
     this.#show(now);
     this.#last = now;
     return STATS_MS;

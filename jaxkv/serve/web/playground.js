@@ -21,9 +21,10 @@ function settings() {
 class Answer {
   constructor(place, label, source) {
     this.source = source; // what /tokenize gets to spell out the prompt
+    this.thought = h("div", { class: "thought", hidden: true }); // what the model reasons before it answers
     this.text = h("div", { class: "text" });
     this.foot = h("footer", {});
-    this.element = h("article", { class: "answer", "aria-label": label, "aria-busy": "true" }, this.text, this.foot);
+    this.element = h("article", { class: "answer", "aria-label": label, "aria-busy": "true" }, this.thought, this.text, this.foot);
     this.speaker = new Speaker();
     this.turn = { promptIds: null, usage: null, tokens: [], finish: null };
     place.append(this.element);
@@ -40,6 +41,9 @@ class Answer {
         if (!choice) continue;
         turn.tokens.push(...tokensOf(choice));
         turn.finish = choice.finish_reason ?? turn.finish;
+        const thought = choice.delta?.reasoning_content ?? "";
+        this.thought.append(thought);
+        this.thought.hidden &&= !thought;
         const piece = choice.text ?? choice.delta.content ?? "";
         if (piece || choice.token_ids?.length) {
           turn.last = performance.now() - start;
@@ -52,7 +56,7 @@ class Answer {
       }
     } catch (error) {
       if (error.name !== "AbortError") throw error;
-      turn.finish = "stopped";
+      if (this.text.textContent) turn.finish = "stopped";
     } finally {
       this.#end();
     }
@@ -143,6 +147,7 @@ export function startPlayground(page) {
     const { body, system, tokens } = settings();
     const sent = [...(system ? [{ role: "system", content: system }] : []), ...messages, { role: "user", content: question }];
     const source = { model: page.model(), messages: sent };
+    const mine = messages; // a new chat has others
     const said = h("article", { class: "question", "aria-label": "You" }, question);
     empty.remove();
     place.append(said);
@@ -154,11 +159,11 @@ export function startPlayground(page) {
         { ...source, ...body, ...details(tokens, { logprobs: true, top_logprobs: TOP }) }, signal);
     } finally {
       if (answer.turn.finish) {
-        messages.push({ role: "user", content: question }, { role: "assistant", content: answer.content });
+        mine.push({ role: "user", content: question }, { role: "assistant", content: answer.content });
       } else if (!answer.content) { // nothing came: as if it had not been asked
         said.remove();
         answer.element.remove();
-        $("#question").value ||= question;
+        if (mine === messages) $("#question").value ||= question;
       }
     }
   });
