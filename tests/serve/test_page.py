@@ -257,6 +257,14 @@ def test_trie_is_walked_and_zoomed_by_keyboard(browser, url):
         assert view() != zoomed
         page.keyboard.press("Escape")
         assert view() == whole
+        box = page.locator("#tree").bounding_box()
+        page.mouse.move(box["x"] + 5, box["y"] + 5)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 45, box["y"] + 25)
+        page.mouse.up()
+        shift = [float(after) - float(before) for before, after in zip(*(re.findall(r"-?[\d.]+", v) for v in (whole, view())))]
+        assert shift == pytest.approx([40, 20, 0])
+        page.keyboard.press("Escape")
         page.keyboard.press("ArrowDown")
         page.keyboard.press("ArrowLeft")
         expect(selected).to_have_attribute("aria-level", re.compile("^[123]$"))
@@ -264,6 +272,16 @@ def test_trie_is_walked_and_zoomed_by_keyboard(browser, url):
         expect(selected).to_have_attribute("aria-label", re.compile("^Root"))
         page.wait_for_timeout(3500)  # the tree is drawn again, and the focus stays
         assert page.evaluate("document.activeElement.getAttribute('role')") == "treeitem"
+
+
+@browses
+def test_a_salted_prefix_is_drawn_and_not_shown(browser, url):
+    body = {"prompt": "A private prompt that nobody else shall read. " * 4, "max_tokens": 1, "cache_salt": "s"}
+    httpx.post(f"{url}/v1/completions", json=body, timeout=60).raise_for_status()
+    salted = next(row for row in httpx.get(f"{url}/debug/kv?top=100").json()["nodes"] if row["head"] is None)
+    with opened(browser, url, "dashboard") as page:
+        page.locator(f"#tree [data-digest='{salted['digest']}'] .dot").click()
+        expect(page.locator("#node")).to_contain_text("this prefix has a cache_salt")
 
 
 @browses

@@ -51,7 +51,7 @@ async function watch(ask = true) {
   } catch (error) {
     state = error.status === 503 ? error.message.replace(/^the (model|server) is /, "") : error.status === 401 ? "no key" : "away";
   }
-  $("#state").textContent = state;
+  if ($("#state").textContent !== state) $("#state").textContent = state; // read out when it changes
   $("#state").dataset.ok = state === "ready";
   clearTimeout(next);
   next = setTimeout(watch, state === "ready" ? CHECK_MS : RETRY_MS, state !== "no key"); // asked once: a Send asks again

@@ -26,6 +26,8 @@ class Answer {
     this.foot = h("footer", {});
     this.element = h("article", { class: "answer", "aria-label": label, "aria-busy": "true" }, this.thought, this.text, this.foot);
     this.speaker = new Speaker();
+    this.waiting = ""; // text for the next frame
+    this.frame = 0;
     this.turn = { promptIds: null, usage: null, tokens: [], finish: null };
     place.append(this.element);
   }
@@ -49,17 +51,27 @@ class Answer {
           turn.last = performance.now() - start;
           turn.first ??= turn.last;
         }
-        const below = document.body.scrollHeight - innerHeight - scrollY;
-        this.text.append(piece);
-        if (below < 50) scrollTo(0, document.body.scrollHeight);
+        this.waiting += piece;
+        this.frame ||= requestAnimationFrame(() => this.#write());
         this.speaker.add(piece);
       }
     } catch (error) {
+      this.#write();
       if (error.name !== "AbortError") throw error;
       if (this.text.textContent) turn.finish = "stopped";
     } finally {
       this.#end();
     }
+  }
+
+  // Once a frame, however fast tokens come; who reads the end goes on seeing it.
+  #write() {
+    cancelAnimationFrame(this.frame);
+    this.frame = 0;
+    const below = document.body.scrollHeight - innerHeight - scrollY;
+    this.text.append(this.waiting);
+    this.waiting = "";
+    if (below < 50) scrollTo(0, document.body.scrollHeight);
   }
 
   get content() {
@@ -68,6 +80,7 @@ class Answer {
 
   #end() {
     const { turn } = this;
+    this.#write();
     this.element.removeAttribute("aria-busy");
     if (!turn.usage) return this.speaker.end(turn.finish ?? "broken off");
     const { prompt_tokens: prompt, completion_tokens: made, prompt_tokens_details: found } = turn.usage;

@@ -58,7 +58,7 @@ export class Trie {
   constructor(element, refresh) {
     this.element = element;
     this.tree = $("#tree", element);
-    this.world = svg("g", {});
+    this.world = svg("g", { role: "none" });
     this.tree.append(this.world);
     this.#zoomed = "";
     $("#top", element).addEventListener("change", refresh);
