@@ -16,7 +16,8 @@ let asking = null; // one dialog at a time, however many requests were refused
 function askForKey(wrong) {
   asking ??= new Promise((resolve) => {
     const dialog = $("#key");
-    $("#keywhy").textContent = wrong ? "The server does not know that key." : "This server asks for a key. It is kept until the tab is closed.";
+    const why = wrong ? "The server does not know that key." : "This server asks for a key.";
+    $("#keywhy").textContent = `${why} It is kept until the tab is closed.`;
     dialog.addEventListener("close", () => {
       asking = null;
       const key = $("#keyvalue").value;
@@ -55,7 +56,8 @@ export const postJson = async (path, body) => (await request(path, { body })).js
 
 // The events of a streamed answer, one parsed object each. Throws when the server reports an error or goes away.
 export async function* stream(path, body, signal) {
-  const response = await request(path, { body: { ...body, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } }, signal });
+  const streaming = { stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
+  const response = await request(path, { body: { ...body, ...streaming }, signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
@@ -65,9 +67,9 @@ export async function* stream(path, body, signal) {
       const events = (rest + value).split("\n\n");
       rest = events.pop();
       for (const event of events) {
-        const data = event.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5)).join("\n").trim();
+        if (!event.startsWith("data:")) continue; // a comment that keeps the connection open
+        const data = event.slice(5).trim();
         if (data === "[DONE]") return;
-        if (!data) continue;
         const parsed = JSON.parse(data);
         if (parsed.error) throw new ApiError(0, parsed.error.message);
         yield parsed;

@@ -4,7 +4,7 @@ import { h, legend, number, svg } from "./dom.js";
 
 const HEIGHT = 150; // pixels; as wide as there is room
 const [LEFT, RIGHT, TOP, BOTTOM] = [42, 8, 10, 22];
-export const SPAN_S = 120;
+const SPAN_S = 120;
 
 // The smallest of 1, 2, 5 times a power of ten that is at least value.
 function round(value) {

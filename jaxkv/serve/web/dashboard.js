@@ -13,7 +13,7 @@ const rate = (now, before, name) => (now[name] - before[name]) / (now.time - bef
 const mean = (now, before, name) => 1000 * (now[name].sum - before[name].sum) / (now[name].count - before[name].count);
 
 // Numbers of the seconds between two answers of /debug/stats; NaN where nothing happened.
-export function between(now, before) {
+function between(now, before) {
   return {
     generated: rate(now, before, "generation_tokens"),
     computed: rate(now, before, "computed_tokens"),
@@ -31,9 +31,8 @@ export class Dashboard {
   #trie = new Trie($("#trie"), () => this.show(true));
 
   constructor() {
-    const names = ["Generated tokens/s", "First token, ms", "Between tokens, ms", "Running", "Waiting", "Hit rate", "Generated tokens",
-      "Prompt tokens"];
-    for (const name of names) {
+    for (const name of ["Generated tokens/s", "First token, ms", "Between tokens, ms", "Running", "Waiting", "Hit rate",
+      "Generated tokens", "Prompt tokens"]) {
       const value = h("dd", {}, "–");
       this.#tiles.set(name, value);
       $("#tiles").append(h("dl", { class: "card" }, h("dt", {}, name), value));
@@ -92,13 +91,17 @@ export class Dashboard {
   #show(now) {
     const step = this.#last && between(now, this.#last);
     const values = {
-      "Generated tokens/s": number(step?.generated), "First token, ms": number(step?.first), "Between tokens, ms": number(step?.gap, 2),
-      Running: number(now.running), Waiting: number(now.waiting), "Generated tokens": now.generation_tokens.toLocaleString("en"),
+      "Generated tokens/s": number(step?.generated),
+      "First token, ms": number(step?.first),
+      "Between tokens, ms": number(step?.gap, 2),
+      Running: number(now.running),
+      Waiting: number(now.waiting),
+      "Generated tokens": now.generation_tokens.toLocaleString("en"),
       "Prompt tokens": now.prompt_tokens.toLocaleString("en"),
       "Hit rate": now.prefix_query_tokens ? `${number(100 * now.prefix_hit_tokens / now.prefix_query_tokens)} %` : "–",
     };
     for (const [name, value] of Object.entries(values)) {
-      if (value !== "–" || !this.#tiles.get(name).textContent) this.#tiles.get(name).textContent = value;
+      if (value !== "–") this.#tiles.get(name).textContent = value; // the latest of what there was
     }
     this.#showTiers(now.tiers);
     if (!step) return;
@@ -109,23 +112,25 @@ export class Dashboard {
   }
 
   #showTiers(tiers) {
-    const rows = TIERS.map(([name, text]) => {
-      const tier = tiers[name];
-      const share = (tier.pages_total ? tier.pages_used / tier.pages_total : tier.bytes_used / tier.bytes_total) || 0;
-      const label = tier.bytes_total ? `${bytes(tier.bytes_used)} of ${bytes(tier.bytes_total)}` : "not in use";
-      const active = tier.pages_total ? tier.pages_active / tier.pages_total : 0;
-      const bar = h("div", { class: "fill", role: "meter", "aria-label": `${text} used`, "aria-valuemin": 0, "aria-valuemax": 100,
-        "aria-valuenow": Math.round(100 * share), "aria-valuetext": label });
-      for (const [part, kind] of [[active, `${name} active`], [Math.max(0, share - active), name]]) {
-        const span = h("span", { class: kind });
-        span.style.width = `${100 * part}%`;
-        bar.append(span);
-      }
-      const pages = tier.pages_total ? `${number(tier.pages_used)} of ${number(tier.pages_total)} pages` : `${number(tier.pages_used)} pages`;
-      return h("div", { class: "tier", "data-tier": name }, h("b", {}, text), bar,
-        h("span", { class: "dim" }, `${label} · ${pages}${name === "hbm" ? ` · ${number(tier.pages_active)} held by running sequences` : ""}`));
-    });
-    $("#tiers").replaceChildren(h("h2", {}, "KV memory"), ...rows,
+    $("#tiers").replaceChildren(h("h2", {}, "KV memory"), ...TIERS.map(([name, text]) => tierRow(name, text, tiers[name])),
       legend([["hbm active", "held by running sequences"], ["hbm", "cached, may leave for others"]]));
   }
+}
+
+// How full a tier is: by pages, or by bytes where their number is not fixed.
+function tierRow(name, text, tier) {
+  const share = (tier.pages_total ? tier.pages_used / tier.pages_total : tier.bytes_used / tier.bytes_total) || 0;
+  const active = tier.pages_total ? tier.pages_active / tier.pages_total : 0;
+  const label = tier.bytes_total ? `${bytes(tier.bytes_used)} of ${bytes(tier.bytes_total)}` : "not in use";
+  const bar = h("div", { class: "fill", role: "meter", "aria-label": `${text} used`, "aria-valuemin": 0, "aria-valuemax": 100,
+    "aria-valuenow": Math.round(100 * share), "aria-valuetext": label });
+  for (const [part, kind] of [[active, `${name} active`], [Math.max(0, share - active), name]]) {
+    const span = h("span", { class: kind });
+    span.style.width = `${100 * part}%`;
+    bar.append(span);
+  }
+  const facts = [label, `${number(tier.pages_used)}${tier.pages_total ? ` of ${number(tier.pages_total)}` : ""} pages`,
+    name === "hbm" && `${number(tier.pages_active)} held by running sequences`];
+  return h("div", { class: "tier", "data-tier": name }, h("b", {}, text), bar,
+    h("span", { class: "dim" }, facts.filter(Boolean).join(" · ")));
 }

@@ -49,7 +49,7 @@ async function watch(ask = true) {
     if (!$("#model").textContent) $("#model").textContent = (await getJson("/v1/models", { ask })).data[0].id;
     else await getJson("/health");
   } catch (error) {
-    state = error.status === 503 ? error.message.replace(/^the (model|server) is /, "") : error.status === 401 ? "no key" : "away";
+    state = { 401: "no key", 503: error.message.replace(/^the (model|server) is /, "") }[error.status] ?? "away";
   }
   if ($("#state").textContent !== state) $("#state").textContent = state; // read out when it changes
   $("#state").dataset.ok = state === "ready";

@@ -2,7 +2,7 @@
 
 import { postJson, stream } from "./api.js";
 import { $, h, number, Speaker } from "./dom.js";
-import { originBar, originsOf, textOfVocabulary, tokensOf, tokenView } from "./tokens.js";
+import { originBar, originsOf, textsOfVocabulary, tokensOf, tokenView } from "./tokens.js";
 
 const TOP = 5; // alternatives of each token
 
@@ -24,7 +24,8 @@ class Answer {
     this.thought = h("div", { class: "thought", hidden: true }); // what the model reasons before it answers
     this.text = h("div", { class: "text" });
     this.foot = h("footer", {});
-    this.element = h("article", { class: "answer", "aria-label": label, "aria-busy": "true" }, this.thought, this.text, this.foot);
+    this.element = h("article", { class: "answer", "aria-label": label, "aria-busy": "true" },
+      this.thought, this.text, this.foot);
     this.speaker = new Speaker();
     this.waiting = ""; // text for the next frame
     this.frame = 0;
@@ -84,9 +85,10 @@ class Answer {
     this.element.removeAttribute("aria-busy");
     if (!turn.usage) return this.speaker.end(turn.finish ?? "broken off");
     const { prompt_tokens: prompt, completion_tokens: made, prompt_tokens_details: found } = turn.usage;
-    const cached = originsOf(turn.usage).slice(0, 3).filter(([, count]) => count).map(([, count, name]) => `${number(count)} ${name}`);
+    const tiers = originsOf(turn.usage).filter(([kind, count]) => count && kind !== "computed");
+    const where = tiers.map(([, count, name]) => `${number(count)} ${name}`).join(", ");
     const facts = [
-      `prompt ${number(prompt)} tokens, ${number(found.cached_tokens)} cached${cached.length ? ` (${cached.join(", ")})` : ""}`,
+      `prompt ${number(prompt)} tokens, ${number(found.cached_tokens)} cached${where && ` (${where})`}`,
       `answer ${number(made)} tokens`,
       turn.first && `first after ${number(turn.first)} ms`,
       turn.last > turn.first && `then ${number(1000 * (made - 1) / (turn.last - turn.first))} tokens/s`,
@@ -108,8 +110,8 @@ class Answer {
     if (view.hidden || view.firstChild) return;
     const { promptIds } = this.turn;
     const spelt = await postJson("/tokenize", { ...this.source, return_token_strs: true }).catch(() => null);
-    const same = spelt?.token_strs && spelt.tokens.length === promptIds.length && spelt.tokens.every((id, i) => id === promptIds[i]);
-    view.replaceChildren(tokenView(this.turn, same ? spelt.token_strs.map(textOfVocabulary) : null));
+    const same = spelt?.tokens.join() === promptIds.join();
+    view.replaceChildren(tokenView(this.turn, same ? textsOfVocabulary(spelt.token_strs) : null));
   }
 }
 

@@ -21,11 +21,14 @@ for (let byte = 0, next = 256; byte < 256; byte += 1) {
   BYTE_OF.set(String.fromCharCode(printable ? byte : next++), byte);
 }
 
-// Text of a token as its vocabulary spells it: byte-level ("Ġthe") or SentencePiece ("▁the").
-export function textOfVocabulary(token) {
-  if (token.includes("▁")) return token.replaceAll("▁", " ");
-  const bytes = [...token].map((character) => BYTE_OF.get(character));
-  return bytes.includes(undefined) ? token : textOfBytes(bytes);
+// Texts of tokens as their vocabulary spells them: SentencePiece ("▁the"), which one of them gives away, or byte-level
+// ("Ġthe").
+export function textsOfVocabulary(tokens) {
+  if (tokens.some((token) => token.includes("▁"))) return tokens.map((token) => token.replaceAll("▁", " "));
+  return tokens.map((token) => {
+    const bytes = [...token].map((character) => BYTE_OF.get(character));
+    return bytes.includes(undefined) ? token : textOfBytes(bytes);
+  });
 }
 
 // The tokens of one entry of `choices`: {id, text, logprob, top: [[text, logprob]]}, of chat or of completions.
@@ -102,11 +105,12 @@ function list(label, tokens, panel) {
   box.addEventListener("keydown", (event) => {
     const all = [...shown.keys()];
     const at = all.indexOf(event.target);
-    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, ArrowDown: at + 10, ArrowUp: at - 10, Home: 0, End: all.length - 1 }[event.key];
+    const last = all.length - 1;
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, ArrowDown: at + 10, ArrowUp: at - 10, Home: 0, End: last }[event.key];
     if (to === undefined || at < 0) return;
     event.preventDefault();
     event.target.tabIndex = -1;
-    const next = all[Math.max(0, Math.min(all.length - 1, to))];
+    const next = all[Math.max(0, Math.min(last, to))];
     next.tabIndex = 0;
     next.focus();
   });

@@ -4,13 +4,13 @@
 import { postJson } from "./api.js";
 import { $, h, legend, number, svg } from "./dom.js";
 
-const [NARROW, WIDE, ROW, MARGIN] = [90, 360, 30, 40]; // pixels at scale 1: a level, a row, the border of the view
+const [NARROW, WIDE, ROW, MARGIN] = [60, 360, 30, 40]; // pixels at scale 1: a level, a row, the border of the view
 const [SMALLEST, LARGEST] = [0.05, 4];
 const TIER_TEXT = { HBM: "HBM", HOST: "host memory", DISK: "disk" };
 
 // Nodes with {children, depth, x, y} in the order of a walk, below a root that stands for the empty prefix; as wide as
 // aspect times the height where levels can be stretched so far.
-export function layout(rows, aspect) {
+function layout(rows, aspect) {
   const root = { digest: "", parent: null, children: [], depth: 0, pages: 0, pages_below: 0, children_total: 0 };
   const known = new Map([[null, root], ["", root]]);
   for (const row of rows) known.set(row.digest, { ...row, children: [], children_total: row.children });
@@ -41,15 +41,16 @@ export function layout(rows, aspect) {
   return order;
 }
 
-const name = (node) => node.up ? `${node.kind === "ANSWER" ? "Answer" : "Prompt"}, ${TIER_TEXT[node.tier]}, ${node.tokens} tokens, ` +
-  `${node.hits} hits` : "Root: the empty prefix";
+const writer = (node) => node.kind === "ANSWER" ? "Answer" : "Prompt";
+const name = (node) => node.up ? `${writer(node)}, ${TIER_TEXT[node.tier]}, ${node.tokens} tokens, ${node.hits} hits`
+  : "Root: the empty prefix";
 const radius = (node) => node.up ? Math.min(15, 5 + 2 * Math.log2(1 + node.hits)) : 5;
 
 export class Trie {
   #order = [];
   #byDigest = new Map();
   #selected = "";
-  #zoomed = null; // digest of the node that fills the view; "" is the whole tree, null a view of the user's own
+  #zoomed = ""; // digest of the node that fills the view; "" is the whole tree, null a view of the user's own
   #view = { x: 0, y: 0, k: 1 };
   #texts = new Map();
   #said = "";
@@ -60,14 +61,16 @@ export class Trie {
     this.tree = $("#tree", element);
     this.world = svg("g", { role: "none" });
     this.tree.append(this.world);
-    this.#zoomed = "";
     $("#top", element).addEventListener("change", refresh);
-    $("#trielegend", element).append(legend([["hbm", "HBM"], ["host", "host memory"], ["disk", "on disk too"], ["hollow", "answer"],
-      ["big", "larger and stronger: more hits"]]));
-    element.querySelectorAll("[data-view]").forEach((button) => button.addEventListener("click", () => this.#button(button.dataset.view)));
+    $("#trielegend", element).append(legend([["hbm", "HBM"], ["host", "host memory"], ["disk", "on disk too"],
+      ["hollow", "answer"], ["big", "larger and stronger: more hits"]]));
+    for (const button of element.querySelectorAll("[data-view]")) {
+      button.addEventListener("click", () => this.#button(button.dataset.view));
+    }
+    const pointed = (event) => event.target.closest("[data-digest]")?.dataset.digest;
     this.tree.addEventListener("keydown", (event) => this.#key(event));
-    this.tree.addEventListener("click", (event) => this.#select(event.target.closest("[data-digest]")?.dataset.digest));
-    this.tree.addEventListener("dblclick", (event) => this.#zoom(event.target.closest("[data-digest]")?.dataset.digest ?? ""));
+    this.tree.addEventListener("click", (event) => this.#select(pointed(event)));
+    this.tree.addEventListener("dblclick", (event) => this.#zoom(pointed(event) ?? ""));
     this.tree.addEventListener("focusin", (event) => this.#select(event.target.dataset.digest));
     this.tree.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
     this.#drag();
@@ -94,22 +97,27 @@ export class Trie {
   #draw() {
     const links = this.#order.filter((node) => node.up).map(({ x, y, up, tier }) => {
       const middle = (up.x + x) / 2;
-      return svg("path", { class: `link ${tier.toLowerCase()}`, d: `M${up.x} ${up.y}C${middle} ${up.y} ${middle} ${y} ${x} ${y}` });
+      const d = `M${up.x} ${up.y}C${middle} ${up.y} ${middle} ${y} ${x} ${y}`;
+      return svg("path", { class: `link ${tier.toLowerCase()}`, d });
     });
-    const nodes = this.#order.map((node) => {
-      const r = radius(node);
-      const kind = node.up ? `${node.tier.toLowerCase()} by-${node.kind.toLowerCase()}` : "root";
-      const below = node.up ? node.children.length < node.children_total : false;
-      return svg("g", { class: `node ${kind}`, transform: `translate(${node.x} ${node.y})`, role: "treeitem", "data-digest": node.digest,
-        "aria-label": name(node), "aria-level": node.depth + 1, "aria-expanded": node.children.length ? "true" : null,
-        tabindex: node.digest === this.#selected ? 0 : -1, "aria-selected": node.digest === this.#selected },
-      svg("circle", { class: "ring", r: r + 4 }),
-      svg("circle", { class: "dot", r, "fill-opacity": node.up && node.kind === "PROMPT" ? Math.min(1, 0.45 + 0.14 * Math.log2(1 + node.hits)) : null }),
-      node.up && node.on_disk ? svg("circle", { class: "disk mark", r: 3, cx: r, cy: r }) : null,
-      svg("text", { y: -r - 5, "text-anchor": "middle" }, node.up ? `${node.tokens}` : "root"),
-      below ? svg("text", { class: "more", x: r + 4, y: 4 }, `+${node.children_total - node.children.length}`) : null);
-    });
-    this.world.replaceChildren(...links, ...nodes);
+    this.world.replaceChildren(...links, ...this.#order.map((node) => this.#circle(node)));
+  }
+
+  #circle(node) {
+    const r = radius(node);
+    const hidden = node.children_total - node.children.length;
+    const strength = node.kind === "PROMPT" ? Math.min(1, 0.45 + 0.14 * Math.log2(1 + node.hits)) : null;
+    return svg("g", {
+      class: `node ${node.up ? `${node.tier.toLowerCase()} by-${node.kind.toLowerCase()}` : "root"}`,
+      transform: `translate(${node.x} ${node.y})`, role: "treeitem", "data-digest": node.digest, "aria-label": name(node),
+      "aria-level": node.depth + 1, "aria-expanded": node.children.length ? "true" : null,
+      "aria-selected": String(node.digest === this.#selected), tabindex: node.digest === this.#selected ? 0 : -1,
+    },
+    svg("circle", { class: "ring", r: r + 4 }),
+    svg("circle", { class: "dot", r, "fill-opacity": strength }),
+    node.on_disk ? svg("circle", { class: "disk mark", r: 3, cx: r, cy: r }) : null,
+    svg("text", { y: -r - 5, "text-anchor": "middle" }, node.up ? `${node.tokens}` : "root"),
+    hidden > 0 ? svg("text", { x: r + 6, y: 4 }, `+${hidden}`) : null);
   }
 
   #size() {
@@ -133,7 +141,8 @@ export class Trie {
     const [xs, ys] = [part.map((node) => node.x), part.map((node) => node.y)];
     const [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
     const [width, height] = this.#size();
-    const k = Math.max(SMALLEST, Math.min(1.6, (width - 2 * MARGIN) / (right - left || 1), (height - 2 * MARGIN) / (high - low || 1)));
+    const [wide, tall] = [(width - 2 * MARGIN) / (right - left || 1), (height - 2 * MARGIN) / (high - low || 1)];
+    const k = Math.max(SMALLEST, Math.min(1.6, wide, tall));
     this.#view = { k, x: width / 2 - k * (left + right) / 2, y: height / 2 - k * (low + high) / 2 };
     this.#apply();
   }
@@ -142,6 +151,12 @@ export class Trie {
     const view = this.#view;
     const k = Math.max(SMALLEST, Math.min(LARGEST, view.k * factor));
     this.#view = { k, x: x - (x - view.x) * k / view.k, y: y - (y - view.y) * k / view.k };
+    this.#zoomed = null;
+    this.#apply();
+  }
+
+  #move(x, y) {
+    this.#view = { ...this.#view, x: this.#view.x + x, y: this.#view.y + y };
     this.#zoomed = null;
     this.#apply();
   }
@@ -165,10 +180,8 @@ export class Trie {
     this.tree.addEventListener("pointercancel", () => { last = null; });
     this.tree.addEventListener("pointermove", (event) => {
       if (!last) return;
-      this.#view = { ...this.#view, x: this.#view.x + event.clientX - last.clientX, y: this.#view.y + event.clientY - last.clientY };
-      this.#zoomed = null;
+      this.#move(event.clientX - last.clientX, event.clientY - last.clientY);
       last = event;
-      this.#apply();
     });
   }
 
@@ -199,9 +212,7 @@ export class Trie {
     const [width, height] = this.#size();
     const [x, y] = [this.#view.x + this.#view.k * node.x, this.#view.y + this.#view.k * node.y];
     if (x < MARGIN / 2 || y < MARGIN / 2 || x > width - MARGIN / 2 || y > height - MARGIN / 2) {
-      this.#view = { ...this.#view, x: this.#view.x + width / 2 - x, y: this.#view.y + height / 2 - y };
-      this.#zoomed = null;
-      this.#apply();
+      this.#move(width / 2 - x, height / 2 - y);
     }
   }
 
@@ -225,14 +236,21 @@ export class Trie {
     }
     const text = await this.#text(node);
     if (this.#selected !== node.digest) return;
-    const facts = [["Written by", node.kind === "ANSWER" ? "an answer" : "a prompt"],
-      ["Tier", TIER_TEXT[node.tier] + (node.on_disk ? `, ${number(node.on_disk)} pages on disk too` : "") + (node.coming ? ", coming" : "")],
-      ["Tokens", `${number(node.tokens)} from position ${number(node.start)}`], ["Pages", `${number(node.pages)}, with all below ${number(node.pages_below)}`],
-      ["Hits", number(node.hits)], ["In use by", `${number(node.users)} sequences`], ["Children", number(node.children_total)]];
+    const where = [TIER_TEXT[node.tier], node.on_disk && `${number(node.on_disk)} pages on disk too`, node.coming && "coming"];
+    const facts = [
+      ["Written by", node.kind === "ANSWER" ? "an answer" : "a prompt"],
+      ["Tier", where.filter(Boolean).join(", ")],
+      ["Tokens", `${number(node.tokens)} from position ${number(node.start)}`],
+      ["Pages", `${number(node.pages)}, with all below ${number(node.pages_below)}`],
+      ["Hits", number(node.hits)],
+      ["In use by", `${number(node.users)} sequences`],
+      ["Children", number(node.children_total)],
+    ];
     const said = JSON.stringify([text, facts]); // nothing new is not read out again
     if (this.#said === said && panel.querySelector("dl")) return;
     this.#said = said;
-    panel.replaceChildren(h("pre", {}, text), h("dl", {}, ...facts.flatMap(([key, value]) => [h("dt", {}, key), h("dd", {}, value)])));
+    const rows = facts.flatMap(([key, value]) => [h("dt", {}, key), h("dd", {}, value)]);
+    panel.replaceChildren(h("pre", {}, text), h("dl", {}, ...rows));
   }
 
   async #text(node) {
