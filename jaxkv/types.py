@@ -16,6 +16,8 @@ MAX_LOGIT_BIAS = 300  # entries of `logit_bias`, as the OpenAI API allows
 MAX_NAME = 256  # characters of a session id or a cache salt
 MAX_RETENTION = 7 * 86400.0  # seconds
 MAX_STOP_IDS = 32  # stop ids and end-of-sequence ids of one request together
+MAX_GRAMMAR = 2**16  # characters of what an answer must follow
+STRUCTURED_KINDS = ("json_object", "json_schema", "regex", "choice", "grammar")
 
 
 class Tier(IntEnum):
@@ -56,6 +58,26 @@ class KVGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Structured:
+    """What an answer must follow. ``value``: the schema as JSON text, the pattern, a JSON list of strings, the grammar
+    (Lark or GBNF), "" for json_object.
+
+    Raises ValueError that names the limit; whether the value compiles is known later.
+    """
+
+    kind: str  # one of STRUCTURED_KINDS
+    value: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in STRUCTURED_KINDS:
+            raise ValueError(f"structured.kind must be one of {', '.join(STRUCTURED_KINDS)}, got {self.kind!r:.40}")
+        if not isinstance(self.value, str) or not self.value and self.kind != "json_object":
+            raise ValueError(f"structured.value must be a non-empty string, got {self.value!r:.40}")
+        if len(self.value) > MAX_GRAMMAR:
+            raise ValueError(f"structured.value may have at most {MAX_GRAMMAR} characters, got {len(self.value)}")
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens; names and meanings are those of the OpenAI API and of vLLM.
 
@@ -82,6 +104,7 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured: Structured | None = None
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  frozen: normalise once
@@ -124,6 +147,10 @@ class SamplingParams:
             _int("stop_token_ids", t, 0)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise ValueError(f"logit_bias may hold at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}")
+        if isinstance(self.structured, dict):  # from JSON
+            put("structured", Structured(**self.structured))
+        if not isinstance(self.structured, Structured | None):
+            raise ValueError(f"structured must be a Structured, got {type(self.structured).__name__}")
 
     @property
     def needs_slot_state(self) -> bool:
@@ -228,6 +255,8 @@ class Sequence:
     cached_below: tuple[int, int] = (0, 0)  # of those, the ones that came from host and from disk
     finish_reason: str | None = None
     first_admission: bool = True
+    sound: bool = True  # False: its KV is wrong and must not be published
+    void: int = 0  # of those in flight, tokens that were sampled from wrong KV
     num_reported: int = 0  # prompt positions whose log-probabilities a submitted step returns, if they were asked for
     key: tuple[float, ...] = ()  # place among the waiting and running, best first; unique
     # owned by the CacheController
@@ -401,10 +430,11 @@ class Logprobs:
 class StepResult:
     """What the host learns from one step, by chunk of the plan: sampled tokens, and log-probabilities if asked for."""
 
-    tokens: tuple[tuple[int, ...], ...]
+    tokens: tuple[tuple[int, ...], ...]  # -1: there was NaN among the logits
     logprobs: tuple[tuple[Logprobs, ...], ...] = ()
     prompt_logprobs: tuple[tuple[Logprobs, ...], ...] = ()  # for positions start + 1 .. of a chunk that asked
     hidden: tuple[tuple[float, ...], ...] = ()  # of the last position, where the request is to be embedded
+    failed: bool = False  # the plan's chunks were not run, and nothing else is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,6 +467,10 @@ class DiskIndex(Protocol):
 
     def match(self, keys: list[bytes]) -> int:
         """How many leading pages of a path, given by their digests, are on disk."""
+        ...
+
+    def forget(self, keys: list[bytes]) -> None:
+        """Pages that are wrong: they match no more."""
         ...
 
 

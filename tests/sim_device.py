@@ -38,6 +38,7 @@ class SimDevice:
         self.num_moves: dict[str, int] = {"demote": 0, "promote": 0, "drop": 0, "copy hbm": 0, "copy host": 0,
                                          "fetch host": 0, "fetch disk": 0, "save": 0}
         self.disk: dict[str, dict[int, Page]] = {}  # digest -> page of each group
+        self.wrong: set[bytes] = set()  # digests that the disk tier is to forget
         self.staged: dict[int, list[tuple[PageMove, Page]]] = {}
         self.started: list[int] = []  # fetches, oldest first: tests say how each ends
         self._prefixes: dict[tuple[int, int], int] = {}
@@ -121,8 +122,12 @@ class SimDevice:
 
     def match(self, keys: list[bytes]) -> int:
         """As the disk tier would say."""
-        missing = (i for i, key in enumerate(keys) if len(self.disk.get(key.hex(), ())) < len(self.groups))
+        missing = (i for i, key in enumerate(keys)
+                   if key in self.wrong or len(self.disk.get(key.hex(), ())) < len(self.groups))
         return next(missing, len(keys))
+
+    def forget(self, keys: list[bytes]) -> None:
+        self.wrong.update(keys)
 
     def _move(self, move: PageMove, saves: tuple[PageKey, ...]) -> None:
         (tier, page), dst, host = move.src, move.dst, self.host[move.group]

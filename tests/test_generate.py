@@ -116,6 +116,17 @@ def test_every_format(generate, llm):
     assert [output["text"] for output in second["outputs"]] == [expected.text] * 2
 
 
+def test_tools(generate):
+    tool = {"type": "function", "function": {"name": "clock"}}
+    talk = {"messages": [{"role": "user", "content": "hi"}], "tools": [tool], "max_tokens": 5}
+    _, records = generate(jsonl(
+        batch("named", "/v1/chat/completions", **talk, tool_choice={"type": "function", "function": {"name": "clock"}}),
+        batch("auto", "/v1/chat/completions", **talk)))
+    call = ChatCompletion.model_validate(records[0]["response"]["body"]).choices[0].message.tool_calls[0]
+    assert call.function.name == "clock" and call.id.startswith("call_")
+    assert records[1]["response"]["body"]["error"]["param"] == "tools"  # the template shows no format of calls
+
+
 def test_bad_lines_are_records_and_the_others_go_on(generate):
     chat = "/v1/chat/completions"
     code, records = generate(jsonl(

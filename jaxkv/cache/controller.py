@@ -33,7 +33,7 @@ from jaxkv.cache.publish import Publisher
 from jaxkv.cache.stats import CacheStats
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
-from jaxkv.cache.trie import Trie
+from jaxkv.cache.trie import Node, Trie
 from jaxkv.types import Arrival, DiskIndex, Fetch, KVGroup, PageKey, PageMove, Sequence, Tier
 
 SETTLED = sys.maxsize  # every position was computed by an earlier plan
@@ -199,6 +199,28 @@ class CacheController:
             for node in tops:
                 self.store.discard(node)
 
+    # ---- KV that turned out wrong
+
+    def beginnings(self, seqs: list[Sequence] | None) -> list[Node]:
+        """The topmost nodes whose tokens the sequences begin with, whoever computed them; None: those of everyone."""
+        if seqs is None:
+            return [node for root in self.trie.roots.values() for node in root.children.values()]
+        return list({id(node): node for seq in seqs
+                     for node in self.trie.beginnings(seq.request.namespace, seq.tokens)}.values())
+
+    def forget(self, nodes: list[Node], seqs: list[Sequence]) -> None:
+        """Drop nodes and all below them from every tier, and from the disk also what the sequences have there. Nobody uses
+        them or waits for their pages."""
+        names = [name for seq in seqs for name in self.trie.page_names(seq.request.namespace, seq.tokens)]
+        for node in nodes:
+            below = [node]
+            for one in below:
+                below.extend(one.children.values())
+            names += [digest for one in below for digest in one.digests]
+            self.store.discard(node)
+        if self.disk is not None:
+            self.disk.forget(names)
+
     # ---- a sequence enters
 
     def acquire(self, seq: Sequence, plan_id: int, cold: bool = True) -> int:
@@ -265,7 +287,7 @@ class CacheController:
             self._publisher.last_page(seq, done, seq.num_settled, plan_id)
 
     def _stores(self, seq: Sequence) -> bool:
-        return self.enable_prefix_caching and not seq.request.no_store
+        return self.enable_prefix_caching and not seq.request.no_store and seq.sound
 
     def release(self, seq: Sequence, ended: bool = False) -> None:
         """Publish everything, a partly filled last page included, and hold nothing any more.

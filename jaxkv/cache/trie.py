@@ -151,6 +151,18 @@ class Trie:
             if node.parent is not None:
                 yield node
 
+    def page_names(self, namespace: str, tokens: Sequence[int]) -> list[bytes]:
+        """The digests of the pages of ``tokens``."""
+        root = self.root(namespace)
+        self.prune(root)
+        return self.digest(root.digests[-1], encode(tokens))
+
+    def beginnings(self, namespace: str, tokens: Sequence[int]) -> list[Node]:
+        """The children of the root that ``tokens`` begin with: by a first page, or by leaves that fill a part of one."""
+        root, data = self.roots.get(namespace), encode(tokens[:self.page_size])
+        ends = range(TOKEN_BYTES, len(data) + 1, TOKEN_BYTES)
+        return [] if root is None else [root.children[data[:end]] for end in ends if data[:end] in root.children]
+
     # ---- search
 
     def match(self, root: Node, data: bytes) -> Match:

@@ -18,6 +18,7 @@ from jaxkv.runtime.outputs import Delta
 from jaxkv.runtime.tokenizer import Tokenizer
 from jaxkv.serve import chat, completions
 from jaxkv.serve.answer import Choice, Form, best_of
+from jaxkv.serve.dialect import ChatOptions, choose_dialect
 from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.logprobs import TokenText, completion_logprobs
@@ -107,6 +108,7 @@ class Preparer:
         self._model_name, self._tokenizer = model_name, tokenizer
         self._defaults, self._window = defaults, window
         self._overrides, self._seed = dict(overrides), seed
+        self._dialect = choose_dialect(ChatOptions(), tokenizer)
         self._ignored: set[str] = set()  # unknown fields that were logged
 
     def __call__(self, number: int, line: bytes) -> Work | Refused:
@@ -131,11 +133,11 @@ class Preparer:
         request: GenerationRequest
         if url == _URLS[0]:
             chat_request = parse(ChatRequest, orjson.dumps(body), self._ignored, self._defaults)
-            params, text = chat.params_of(chat_request), chat.prompt_of(chat_request, self._tokenizer)
-            prompts = [self._encode(text, bool(chat_request.add_special_tokens))]
+            talk = chat.prepare(chat_request, self._tokenizer, self._dialect)
+            params, prompts = talk.params, [self._encode(talk.prompt, bool(chat_request.add_special_tokens))]
             request = chat_request
             tokens = TokenText(self._tokenizer, chat_request.return_tokens_as_token_ids)
-            form = chat.ChatForm(f"chatcmpl-{name}", self._model_name, chat_request, tokens)
+            form = chat.ChatForm(f"chatcmpl-{name}", self._model_name, chat_request, tokens, talk)
         else:
             completion = parse(CompletionRequest, orjson.dumps(body), self._ignored, self._defaults)
             params, rows = completions.params_of(completion), completions.prompts_of(completion)

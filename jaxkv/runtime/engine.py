@@ -7,6 +7,7 @@ step n is read, so that the host's work hides behind the device's.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from jaxkv.types import MAX_STOP_IDS, CacheHints, Request, SamplingParams, StepH
 
 NO_HINTS = CacheHints()
 SAVE_PAGES = 64  # pages written at a time when the engine ends
+log = logging.getLogger("jaxkv")
 IDLE_WAIT_S = 0.01  # longest sleep while nothing but fetches is under way
 
 
@@ -198,10 +200,16 @@ class Engine:
             self._unseen.remove(event.request_id)
             self.metrics.prefix_query_tokens += output.num_prompt_tokens
             self.metrics.prefix_hit_tokens += event.num_cached
-        delta, stop = output.process(event)
+        try:
+            delta = output.process(event)[0]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a tokenizer in Rust is no Exception, and must end this sequence only
+            log.error("the text of %s cannot be made", event.request_id, exc_info=error)
+            delta = output.broken()
         self.metrics.generation_tokens += len(delta.token_ids)
-        if stop is not None and event.finish_reason is None:
-            self.scheduler.finish(event.request_id, "stop")
+        if delta.finish_reason is not None and event.finish_reason is None:
+            self.scheduler.finish(event.request_id, delta.finish_reason)
         if delta.finish_reason is not None:
             del self._outputs[event.request_id]
             siblings = self._children[delta.request_id]
@@ -220,9 +228,9 @@ class Engine:
                              "and leaves room for at least one new token")
         for name, ids in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids),
                           ("logit_bias", [t for t, _ in params.logit_bias])):
-            bad = next((t for t in ids if not isinstance(t, int) or not 0 <= t < self.vocab_size), None)
-            if bad is not None:
-                raise ValueError(f"{name} holds token id {bad!r}, outside of the vocabulary of {self.vocab_size}")
+            bad = [t for t in ids if not isinstance(t, int) or not 0 <= t < self.vocab_size]
+            if bad:
+                raise ValueError(f"{name} holds token id {bad[0]!r}, outside of the vocabulary of {self.vocab_size}")
         room = self.max_model_len - len(prompt)
         return min(params.max_tokens or room, room)
 

@@ -6,6 +6,7 @@ engine is dispatched from here, on one thread, in plan order.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,9 @@ from jaxkv.device.step import StepOutput, build_step
 from jaxkv.runtime.disk import DiskStore
 from jaxkv.runtime.page_ops import PageForm
 from jaxkv.runtime.tiers import Tiers
-from jaxkv.types import Admit, Arrival, Chunk, Logprobs, StepPlan, StepResult
+from jaxkv.types import Admit, Arrival, Chunk, Logprobs, StepHandle, StepPlan, StepResult
+
+log = logging.getLogger("jaxkv")
 
 ADMIT_TOKENS = 1024  # tokens of a sequence told to the sampler at once
 _BY_SLOT = [f for f in FIELDS if f.dims == ("R",) and not f.name.startswith("row_")]
@@ -59,8 +62,9 @@ class JaxExecutor:
         self._vocab = spec.vocab_size
         self._admit_op = _compile_admit(self.state, mesh)
 
-    def submit(self, plan: StepPlan) -> Handle:
-        """Enqueues the plan's transfers, admissions and step, in this order."""
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """Enqueues the plan's transfers, admissions and step, in this order. A step that the device has no memory for is lost,
+        and nothing else; JaxRuntimeError when the device state is lost with it."""
         t0 = time.thread_time()
         if plan.moves or plan.landings or plan.fetches:
             self.state = self.state._replace(pools=self.tiers.apply(self.state.pools, plan))
@@ -73,7 +77,13 @@ class JaxExecutor:
             shape = choose_shape(self.shapes, plan.num_tokens, len(plan.chunks), rows)
             buffer = self._pack(plan.chunks, shape)
             t2 = time.thread_time()
-            self.state, output = self.steps[shape](self.params, self.state, buffer)
+            try:
+                self.state, output = self.steps[shape](self.params, self.state, buffer)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) or any(x.is_deleted() for x in jax.tree.leaves(self.state)):
+                    raise
+                log.error("a step of %d tokens did not fit into the device's memory", plan.num_tokens)
+                return LostStep()
             self.stage_seconds["pack"] += t2 - t1
             self.stage_seconds["dispatch"] += time.thread_time() - t2
         self.stage_seconds["moves"] += t1 - t0
@@ -197,6 +207,13 @@ class Handle:
             array = np.asarray(output.hidden).astype(np.float32)
             hidden = tuple(tuple(array[r[-1]].tolist()) if want and r else () for r, want in zip(rows, self._embed))
         return StepResult(tokens, chosen, prompt, hidden)
+
+
+class LostStep:
+    """A step that was not run."""
+
+    def read(self) -> StepResult:
+        return StepResult((), failed=True)
 
 
 def _prompt_targets(chunk: Chunk) -> tuple[int, ...]:

@@ -72,6 +72,10 @@ class OutputProcessor:
                 delta.prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, ()
         return delta, stop
 
+    def broken(self) -> Delta:
+        """The end of a child that cannot go on."""
+        return Delta(self._request.parent or self._request.id, self._request.child, finish_reason="error")
+
     def _decode(self, event: TokenEvent) -> tuple[tuple[int, ...], str, str | None]:
         """Tokens up to a stop string, their text, the stop string."""
         assert self._text is not None

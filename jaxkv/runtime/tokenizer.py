@@ -97,6 +97,8 @@ class Tokenizer:
             raise ValueError(f"messages cannot be rendered by the chat template: {error}") from None
         except (TypeError, KeyError) as error:
             raise ValueError(f"messages do not suit the chat template: {error}") from None
+        except RecursionError:
+            raise ValueError("messages are nested too deeply for the chat template") from None
 
     def _lookup(self, token_id: int) -> bytes:
         token = self.hf.convert_ids_to_tokens(token_id) if 0 <= token_id < self.vocab_size else None

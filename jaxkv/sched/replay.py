@@ -50,7 +50,7 @@ class Recorder:
         self._scheduler.arrived(arrival)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
-        self._sink({"event": "commit", "plan": plan.id, "tokens": result.tokens, "now": now})
+        self._sink({"event": "commit", "plan": plan.id, "tokens": result.tokens, "failed": result.failed, "now": now})
         return self._scheduler.commit(plan, result, now)
 
     def __getattr__(self, name: str) -> Any:
@@ -69,6 +69,9 @@ class _Listener:
         self._sink({"event": "disk", "pages": pages})
         return pages
 
+    def forget(self, keys: list[bytes]) -> None:
+        self._disk.forget(keys)
+
 
 class RecordedDisk:
     """The disk tier of a replay: gives the recorded answers in their order."""
@@ -78,6 +81,8 @@ class RecordedDisk:
 
     def match(self, keys: list[bytes]) -> int:
         return next(self._answers)
+
+    def forget(self, keys: list[bytes]) -> None: ...
 
 
 def replay(events: Iterable[dict[str, Any]], scheduler: Scheduler) -> list[StepPlan]:
@@ -97,7 +102,7 @@ def replay(events: Iterable[dict[str, Any]], scheduler: Scheduler) -> list[StepP
                 if plan is not None:
                     plans.append(plan)
             case "commit":
-                result = StepResult(tuple(tuple(tokens) for tokens in event["tokens"]))
+                result = StepResult(tuple(tuple(tokens) for tokens in event["tokens"]), failed=event["failed"])
                 scheduler.commit(plans[event["plan"]], result, event["now"])
             case "arrived":
                 scheduler.arrived(Arrival(**event["arrival"]))

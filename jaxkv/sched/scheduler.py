@@ -24,6 +24,7 @@ from itertools import pairwise
 from operator import attrgetter
 
 from jaxkv.cache.controller import CacheController
+from jaxkv.cache.trie import Node
 from jaxkv.config import SchedConfig
 from jaxkv.sched.capacity import check_capacity, fits_beside
 from jaxkv.sched.chunking import append_tokens, chunk_length, excess_tokens, take_chunk
@@ -274,12 +275,15 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
         """Learn what a step sampled; plans are committed in order, each once. ``now`` is the injected clock.
 
-        Tokens after a stop id and tokens of sequences that ended meanwhile are discarded.
+        Tokens after a stop id and tokens of sequences that ended meanwhile are discarded. A sequence with NaN among its
+        logits, and every one of a step that failed, ends with "error".
         """
         plan_id, planned, seqs = self._pending.popleft()
         assert plan_id == plan.id, f"commit of plan {plan.id}, expected {plan_id}"
         self._measure(plan, now - max(planned, self._committed))
         self._committed = now
+        if result.failed:
+            return self._disown([seq for seq in seqs if seq.status is not _FINISHED], everything=True)
         events: list[TokenEvent] = []
         sampled, logprobs, prompt_logprobs = result.tokens, result.logprobs, result.prompt_logprobs
         for index, seq in enumerate(seqs):
@@ -293,6 +297,9 @@ class Scheduler:
                                              cached_below=seq.cached_below))
                 continue
             tokens = sampled[index]
+            if seq.void or min(tokens) < 0:
+                events += self._discard(seq, len(tokens))
+                continue
             first = Start(seq.admitted, now, seq.page_wait) if len(seq.tokens) == len(seq.request.prompt) else None
             count, reason = append_tokens(seq, tokens)
             if reason is not None:
@@ -310,6 +317,40 @@ class Scheduler:
         if tokens >= len(plan.chunks) + MEASURED_TOKENS or moved and costs.measured:
             positions = sum(len(c.tokens) * (2 * c.start + len(c.tokens) - 1) // 2 for c in plan.chunks)
             costs.stepped(tokens, positions, moved // len(self.cache.groups), seconds)
+
+    # ---- KV that turned out wrong
+
+    def _discard(self, seq: Sequence, count: int) -> list[TokenEvent]:
+        """``count`` tokens are worth nothing: the sequence ends, unless it is to compute them again."""
+        if not seq.void:
+            return self._disown([seq])
+        seq.void -= count
+        seq.in_flight -= count
+        return []
+
+    def _disown(self, seqs: list[Sequence], everything: bool = False) -> list[TokenEvent]:
+        """End sequences whose KV is wrong, and let nobody have it: who shares a beginning with them, or everyone, computes
+        all anew. What is under way for others is given up, too: this is rare."""
+        for seq in seqs:
+            self._end_unsound(seq)
+        while self._lookahead.give_way() or self._lookahead.cancel():
+            pass
+        wrong = None if everything else seqs
+        tops = set(map(id, self.cache.beginnings(wrong)))
+        others = [seq for seq in self._sequences.values() if everything or id(_top(seq)) in tops]
+        reported = [seq for seq in others if seq.request.params.prompt_logprobs is not None and seq.num_reported]
+        for seq in reported:  # some may be out already
+            self._end_unsound(seq)
+        for seq in others:
+            seq.void = seq.in_flight
+            if seq.status is _RUNNING:
+                self._preempt(seq)
+        self.cache.forget(self.cache.beginnings(wrong), seqs)  # not those from above: publication may have cut them
+        return [TokenEvent(seq.request.id, finish_reason="error", num_cached=seq.num_cached) for seq in [*seqs, *reported]]
+
+    def _end_unsound(self, seq: Sequence) -> None:
+        seq.sound = False
+        self._end(seq, "error")
 
     # ---- leaving
 
@@ -357,6 +398,14 @@ class Scheduler:
         assert all(seq.slot < 0 for seq in self._waiting)
         assert sorted([*self._slots, *(seq.slot for seq in self._running)]) == list(range(self._num_slots)), "slots"
         self.cache.check(self._running)
+
+
+def _top(seq: Sequence) -> Node | None:
+    """The topmost node of the path that a sequence holds."""
+    node = seq.node
+    while node is not None and node.parent is not None and node.parent.parent is not None:
+        node = node.parent
+    return node
 
 
 def _remove(order: list[Sequence], seq: Sequence) -> None:

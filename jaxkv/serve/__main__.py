@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from jaxkv.cli import OneLineParser, add_engine_args, config_from_namespace, one_line_errors
 from jaxkv.config import ConfigError
+from jaxkv.serve.dialect import add_chat_args, chat_options
 from jaxkv.serve.limits import add_limit_args, keys_of, limits_of
 from jaxkv.serve.sockets import listen
 
@@ -37,7 +38,11 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--log-format", choices=("text", "json"), default="text", help="form of the log (default: text)")
     group.add_argument("--request-log", action=argparse.BooleanOptionalAction, default=True,
                        help="one log line per request, without its content")
+    group.add_argument("--otlp-endpoint", metavar="URL",
+                       help="where OpenTelemetry traces go, such as http://localhost:4318/v1/traces; needs jaxkv[otel] "
+                            "(default: none)")
     add_limit_args(parser.add_argument_group("limits"))
+    add_chat_args(parser.add_argument_group("chat"))
     add_engine_args(parser)
     return parser
 
@@ -55,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"max_batch must be at least 1, got {args.max_batch}")
         if not 0 <= args.max_wait_ms <= 60_000:
             raise ConfigError(f"max_wait_ms must be in [0, 60000], got {args.max_wait_ms}")
-        args.limits, args.keys = limits_of(args), keys_of(args)
+        args.limits, args.keys, args.chat = limits_of(args), keys_of(args), chat_options(args)
         config = config_from_namespace(args)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: sys.exit(0))  # until the server has its own handlers

@@ -32,7 +32,7 @@ from jaxkv.serve.page import add_page
 from jaxkv.serve.protocol import ChatRequest, CompletionRequest
 from jaxkv.serve.records import Record
 from jaxkv.serve.responses import add_responses
-from jaxkv.serve.schemas import ChatCompletionResponse, CompletionResponse, ModelCard, ModelList
+from jaxkv.serve.schemas import ChatCompletionResponse, CompletionResponse, Health, ModelCard, ModelList, Version
 from jaxkv.serve.service import Service
 from jaxkv.serve.tokenize import add_tokenize
 
@@ -62,12 +62,12 @@ def build_app(service: Service, keys: KeyRing | None = None, *, origins: Sequenc
     @app.post("/v1/chat/completions", **documented(ChatRequest, ChatCompletionResponse, stream=True))
     async def create_chat_completion(request: Request) -> Response:
         body = await service.read(ChatRequest, request)
-        params, tokenizer = chat.params_of(body), service.engine().tokenizer
-        text = chat.prompt_of(body, tokenizer)
-        ids = await service.encode(text, add_special_tokens=bool(body.add_special_tokens))
+        tokenizer, dialect = service.engine().tokenizer, service.dialect()
+        talk = await service.aside(chat.size_of(body), lambda: chat.prepare(body, tokenizer, dialect))
+        ids = await service.encode(talk.prompt, add_special_tokens=bool(body.add_special_tokens))
         tokens = TokenText(tokenizer, body.return_tokens_as_token_ids)
-        form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", service.model_name(), body, tokens)
-        return service.answer(body, form, params, [(ids, text)])
+        form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", service.model_name(), body, tokens, talk)
+        return service.answer(body, form, talk.params, [(ids, talk.prompt)])
 
     gate: ASGIApp = Gate(app, service.loop, keys or KeyRing(), service.limits, done)
     if origins:  # outermost: a page must be able to read a refusal too
@@ -96,20 +96,20 @@ def _add_status(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         return (await list_models())["data"][0]
 
-    @app.get("/ping")
-    @app.post("/ping")
-    @app.get("/health")
+    @app.get("/ping", **documented(None, Health))
+    @app.post("/ping", **documented(None, Health))
+    @app.get("/health", **documented(None, Health))
     async def health() -> Any:
         service.engine()
         if service.loop.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         return {"status": "ok"}
 
-    @app.get("/version")
+    @app.get("/version", **documented(None, Version))
     async def show_version() -> Any:
         return {"version": app.version}
 
-    @app.get("/debug/kv")
+    @app.get("/debug/kv", **documented(None, None))
     async def inspect_kv(top: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Any:
         service.engine()
         return await service.loop.ask(lambda engine: engine.inspect_kv(top))

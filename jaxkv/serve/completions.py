@@ -33,9 +33,9 @@ def rows_of(prompt: Any, name: str) -> list[str | list[int]]:
         where = f"{name}[{i}]" if nested else name
         if not isinstance(row, list) or not row:
             raise bad_request(f"{where} must be a list of token ids, got {str(row)[:60]!r}", name)
-        bad = next((t for t in row if type(t) is not int or t < 0), None)
-        if bad is not None:
-            raise bad_request(f"{where} must hold token ids (integers from 0), got {str(bad)[:60]!r}", name)
+        bad = [t for t in row if type(t) is not int or t < 0]
+        if bad:
+            raise bad_request(f"{where} must hold token ids (integers from 0), got {str(bad[0])[:60]!r}", name)
     return rows
 
 

@@ -26,7 +26,7 @@ from starlette.responses import FileResponse
 from jaxkv.config import ConfigError
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.openapi import documented
-from jaxkv.serve.schemas import Deleted, FileList, FileObject
+from jaxkv.serve.schemas import Deleted, ErrorResponse, FileList, FileObject
 from jaxkv.serve.service import Service
 
 MAX_FILES = 1000
@@ -205,6 +205,7 @@ def add_files(app: FastAPI, service: Service) -> Callable[[], FileStore]:
     body = {"type": "object", "required": ["file", "purpose"],
             "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": ["batch"]}}}
     upload = documented(None, FileObject)
+    upload["responses"][415] = {"model": ErrorResponse, "description": "The body is not multipart/form-data."}
     upload["openapi_extra"] = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": body}}}}
 
     @app.post("/v1/files", **upload)

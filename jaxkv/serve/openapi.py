@@ -26,7 +26,7 @@ def documented(request: type[BaseModel] | None, answer: type[BaseModel] | None, 
     """Arguments of a route: the JSON it reads and gives, and the errors. ``stream``: it may give server-sent events instead."""
     good: dict[str, Any] = {"description": "The answer.", **({"model": answer} if answer else {})}
     if stream:
-        good["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        good["content"] = {"text/event-stream": {}}
     route: dict[str, Any] = {"responses": {200: good, **ERRORS}}
     if request is not None:
         schema = request.model_json_schema(ref_template=_REF)

@@ -1,7 +1,7 @@
 """/v1/responses: text in, text out, whole or as the events of the Responses API.
 
-A request is a chat request in other words (``ResponsesRequest.chat``), so what holds for chat holds here. Finished answers
-are kept in memory for ``previous_response_id`` until newer ones need the room.
+A request is a chat request in other words (``ResponsesRequest.chat``), so what holds for chat holds here; reasoning is
+left out of the answer. Finished answers are kept in memory for ``previous_response_id`` until newer ones need the room.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jaxkv.serve.engine_loop import Call
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.logprobs import TokenText, chat_logprobs
 from jaxkv.serve.openapi import documented
+from jaxkv.serve.parsers.message import MessageReader
 from jaxkv.serve.protocol import ChatRequest, GenerationRequest, validated
 from jaxkv.serve.schemas import Deleted, ResponsesResponse
 from jaxkv.serve.service import Service
@@ -71,7 +72,7 @@ class ResponsesRequest(GenerationRequest):
             return [*before, {"role": "user", "content": self.input}]
         return [*before, *(_message(item, f"input[{i}]") for i, item in enumerate(self.input))]
 
-    def chat(self, messages: list[dict[str, Any]]) -> ChatRequest:
+    def chat(self, messages: list[dict[str, Any]], ignored: set[str]) -> ChatRequest:
         """The chat request this is. Raises ApiError in terms of chat (see ``_our_words``)."""
         names = set(ChatRequest.model_fields) & set(GenerationRequest.model_fields)
         given = self.model_dump(include=names, exclude_none=True)
@@ -80,7 +81,7 @@ class ResponsesRequest(GenerationRequest):
         data = given | (self.model_extra or {}) | {"messages": system + messages, "max_tokens": limit}
         if LOGPROBS in (self.include or ()):
             data |= {"logprobs": True, "top_logprobs": self.top_logprobs}
-        return validated(ChatRequest, data | _format(self.text or {}), set())
+        return validated(ChatRequest, data | _format(self.text or {}), ignored)
 
 
 @contextlib.contextmanager
@@ -167,9 +168,9 @@ class ResponseForm(Form):
 
     kind = chunk_kind = "response"
 
-    def __init__(self, model: str, request: ResponsesRequest, like: ChatRequest, tokens: TokenText):
+    def __init__(self, model: str, request: ResponsesRequest, like: ChatRequest, tokens: TokenText, reader: MessageReader):
         super().__init__(f"resp_{uuid.uuid4().hex}", model, like, tokens)
-        self.like = like
+        self.like, self._reader, self._text = like, reader, ""
         self.item = f"msg_{uuid.uuid4().hex}"
         kept = request.store is not False
         self.head = {
@@ -183,13 +184,20 @@ class ResponseForm(Form):
         }
 
     def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
-        if not (delta.text or self.like.logprobs and delta.token_ids):
+        text = self.read(delta.text, delta.finish_reason is not None)
+        if not (text or self.like.logprobs and delta.token_ids):
             return []
-        return [self.event("output_text.delta", delta=delta.text, logprobs=self.logprobs(delta.logprobs))]
+        return [self.event("output_text.delta", delta=text, logprobs=self.logprobs(delta.logprobs))]
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         status = "incomplete" if choice.finish_reason == "length" else "completed"
-        return self.message(status, [self.part("".join(choice.text), self.logprobs(choice.logprobs))])
+        return self.message(status, [self.part(self._text, self.logprobs(choice.logprobs))])
+
+    def read(self, text: str, last: bool) -> str:
+        """What of the next text is answer and not reasoning."""
+        content = self._reader.feed(text, last).content
+        self._text += content
+        return content
 
     def message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
         """The item of the output."""
@@ -227,8 +235,14 @@ class ResponsesAnswer(Answer):
                       "output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
                       "total_tokens": usage["total_tokens"]}}
         if body["store"]:
-            self.store.put(body, [*self.messages, {"role": "assistant", "content": "".join(choice.text)}])
+            answer = body["output"][0]["content"][0]["text"]
+            self.store.put(body, [*self.messages, {"role": "assistant", "content": answer}])
         return body
+
+    def _take(self, call: Call, delta: Delta) -> None:
+        super()._take(call, delta)
+        if not self.request.stream:
+            self.form.read(delta.text, delta.finish_reason is not None)
 
     def _events(self, items: list[tuple[Call, Delta]], head: dict[str, Any]) -> list[bytes]:
         form, (choice,) = self.form, self.choices
@@ -272,13 +286,13 @@ def add_responses(app: FastAPI, service: Service) -> None:
         body = await service.read(ResponsesRequest, request)
         earlier = body.previous_response_id
         messages = body.conversation_of(store.get(earlier, "previous_response_id").messages if earlier else [])
-        tokenizer = service.tokenizer("input")
+        tokenizer, dialect = service.tokenizer("input"), service.dialect()
         with _our_words():
-            like = body.chat(messages)
-            params, text = chat.params_of(like), chat.prompt_of(like, tokenizer)
-        ids = await service.encode(text, add_special_tokens=bool(body.add_special_tokens))
-        form = ResponseForm(service.model_name(), body, like, TokenText(tokenizer))
-        answer = service.answer(body, form, params, [(ids, text)], ResponsesAnswer)
+            like = body.chat(messages, service.ignored_fields)
+            talk = await service.aside(chat.size_of(like), lambda: chat.prepare(like, tokenizer, dialect))
+        ids = await service.encode(talk.prompt, add_special_tokens=bool(body.add_special_tokens))
+        form = ResponseForm(service.model_name(), body, like, TokenText(tokenizer), talk.reader())
+        answer = service.answer(body, form, talk.params, [(ids, talk.prompt)], ResponsesAnswer)
         assert isinstance(answer, ResponsesAnswer)
         answer.messages, answer.store = messages, store
         return answer

@@ -144,6 +144,14 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class Version(BaseModel):
+    version: str
+
+
 class ModelPermission(BaseModel):
     id: str
     object: Literal["model_permission"]

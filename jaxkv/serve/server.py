@@ -22,8 +22,9 @@ from jaxkv.runtime.startup import build_engine
 from jaxkv.serve.app import build_app
 from jaxkv.serve.engine_loop import EngineLoop
 from jaxkv.serve.errors import shutting_down
-from jaxkv.serve.records import set_up_logs
+from jaxkv.serve.records import Record, set_up_logs
 from jaxkv.serve.service import Service
+from jaxkv.serve.traces import connect
 
 FLUSH_S = 2.0  # time for last bytes and for the engine's step under way
 LINGER_S = 1.0  # how long a failed engine's /health stays readable
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace, config: EngineConfig, sock: socket.socket) -> 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         code = runner.run(server.run())
     server.service.cleanup.close()
+    if server.traces is not None:
+        server.traces.close(FLUSH_S)
     if isinstance(loop.failure, ConfigError):
         raise loop.failure
     loop.stop(FLUSH_S)  # a thread inside a long compile or step is left behind: the process ends without it
@@ -52,9 +55,11 @@ class Server:
         self.sock, self.loop, self.grace = sock, loop, args.shutdown_timeout
         host, port = sock.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.traces = connect(args.otlp_endpoint, args.served_model_name) if args.otlp_endpoint else None
         self.service = Service(loop, args.served_model_name, args.limits, max_batch=args.max_batch,
-                               max_wait_ms=args.max_wait_ms, batch_dir=args.batch_dir)
-        app = build_app(self.service, args.keys, origins=args.allowed_origins, credentials=args.allow_credentials)
+                               max_wait_ms=args.max_wait_ms, batch_dir=args.batch_dir, chat=args.chat)
+        app = build_app(self.service, args.keys, origins=args.allowed_origins, credentials=args.allow_credentials,
+                        done=self.ended)
         self.http = uvicorn.Server(uvicorn.Config(
             app, lifespan="off", log_config=None, access_log=False, log_level="warning", timeout_keep_alive=60,
             timeout_graceful_shutdown=int(self.grace + FLUSH_S) + 1, server_header=False))
@@ -77,6 +82,12 @@ class Server:
             self.http.should_exit = True
         await serving
         return 1 if self.loop.failure is not None else 0
+
+    def ended(self, record: Record) -> None:
+        """Every request comes here at its end."""
+        record.write()
+        if self.traces is not None:
+            self.traces.add(record)
 
     def on_signal(self) -> None:
         """First: no new requests, the open ones get the grace time. Second: everything ends now."""
@@ -101,6 +112,7 @@ class Server:
         assert engine is not None
         for line in engine.describe():
             print(line)
+        print(self.service.dialect().describe())
         print(f"ready: {self.url}/v1 (model {engine.model_name}); stop with Ctrl+C", flush=True)
 
 

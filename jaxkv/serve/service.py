@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from jaxkv.serve.answer import Answer, Form
+from jaxkv.serve.dialect import ChatOptions, Dialect, choose_dialect
 from jaxkv.serve.engine_loop import Call, EngineLike, EngineLoop, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.limits import Limits
@@ -39,8 +40,11 @@ class Service:
     batch_dir: str | None = None  # of files and batches; None: a directory of their own, gone with the process
     started: float = field(default_factory=time.time)
     ignored_fields: set[str] = field(default_factory=set)
+    chat: ChatOptions = ChatOptions()
     cleanup: ExitStack = field(default_factory=ExitStack)  # closed when the server has ended
     encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+
+    _dialect: Dialect | None = None  # known once the engine is there
 
     def engine(self) -> EngineLike:
         """The engine. Raises a 503 while it loads, after it failed and while the server drains."""
@@ -49,6 +53,13 @@ class Service:
         if self.loop.engine is None:
             raise ApiError(503, "the model is loading", code="model_loading", headers={"retry-after": "1"})
         return self.loop.engine
+
+    def dialect(self) -> Dialect:
+        """How chats with this model are written and read. Raises ApiError without an engine, ConfigError for options that
+        do not suit the model."""
+        if self._dialect is None:
+            self._dialect = choose_dialect(self.chat, self.engine().tokenizer)
+        return self._dialect
 
     def model_name(self) -> str:
         return self.served_model_name or self.engine().model_name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import orjson
@@ -22,6 +23,8 @@ class TokenizeRequest(ApiRequest):
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None  # None: true for a prompt, false for messages
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
@@ -47,7 +50,8 @@ def add_tokenize(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             fields = body.model_dump(exclude={"prompt", "return_token_strs"}, exclude_none=True)
             conversation = validated(ChatRequest, fields, service.ignored_fields)
-            text, special = chat.prompt_of(conversation, tokenizer), bool(body.add_special_tokens)
+            render = partial(chat.prompt_of, conversation, tokenizer, service.dialect())
+            text, special = await service.aside(chat.size_of(conversation), render), bool(body.add_special_tokens)
         ids = await service.encode(text, add_special_tokens=special)
 
         def answer() -> bytes:

@@ -48,7 +48,7 @@ def finish(partial: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.
     sinks: [Hq], joins the softmax denominator of the rows that are not empty.
     """
     acc, top, total = partial[..., :-2], partial[..., -2], partial[..., -1]
-    real = total > 0
+    real = total != 0  # NaN is no emptiness: it must reach the logits, where it is found
     if sinks is not None:
         sink = jnp.broadcast_to(sinks.astype(jnp.float32)[None], top.shape)
         new_top = jnp.maximum(top, sink)

@@ -120,7 +120,7 @@ def _tiles(
 ) -> jax.Array:
     """Partials `out` [Hkv, T', G, D + 2] after the rows of all runs have seen their keys, tile by tile; q [Hkv, T', G, D].
 
-    Rows of a tile beyond its own see no key, which leaves their partials as they are.
+    Rows of a tile beyond its own keep their partials: NaN among the tile's values must not reach them.
     """
     kv_heads, _, groups, head_dim = q.shape
     page_size, pages = dims.page_size, batch.table.shape[1]
@@ -150,10 +150,11 @@ def _tiles(
         first = start // page_size
         count = (stop - 1) // page_size + 1 - first
         large = count // many
-        seen = lax.dynamic_slice_in_dim(out, row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim + 2)
-        seen = lax.fori_loop(0, large, lambda j, x: block(many, first + j * many, x), seen)
+        before = lax.dynamic_slice_in_dim(out, row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim + 2)
+        seen = lax.fori_loop(0, large, lambda j, x: block(many, first + j * many, x), before)
         rest = first + large * many
         seen = lax.fori_loop(0, (count - large * many + few - 1) // few, lambda j, x: block(few, rest + j * few, x), seen)
+        seen = jnp.where(jnp.repeat(ahead < own, groups)[None, :, None], seen, before)
         return lax.dynamic_update_slice_in_dim(out, seen.reshape(kv_heads, tile, groups, head_dim + 2), row, axis=1)
 
     return lax.fori_loop(0, total, one_tile, out)

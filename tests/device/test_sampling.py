@@ -8,6 +8,7 @@ import pytest
 from jaxkv.device import sampling
 from jaxkv.device.sampling import SamplingColumns, columns_for
 from jaxkv.device.sampling.noise import exponential, row_keys, token_bits
+from jaxkv.device.sampling.sampler import NO_TOKEN
 from jaxkv.types import MAX_LOGPROBS, Admit, SamplingParams
 
 B = 4  # slots
@@ -64,7 +65,7 @@ def test_hostile_logits_give_a_token_and_end(temperature):
     x[6], x[6, 9] = -np.inf, -5.0
     params = SamplingParams(temperature=temperature, top_k=100, top_p=0.7, min_p=0.01)
     tokens = sample(x, [{"params": params}] * 7, sampling.init_sampler_state(B, LARGE))[0]
-    assert np.all((tokens >= 0) & (tokens < LARGE))
+    assert tokens[0] == NO_TOKEN and np.all((tokens[1:] >= 0) & (tokens[1:] < LARGE))
     assert tokens[2] == 0 and tokens[3] == 5 and tokens[4] == 6 and tokens[6] == 9
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,7 @@ from jaxkv.runtime.engine import NO_HINTS
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
 from jaxkv.serve.app import build_app
+from jaxkv.serve.dialect import ChatOptions
 from jaxkv.serve.engine_loop import EngineLike, EngineLoop
 from jaxkv.serve.limits import KeyRing, Limits
 from jaxkv.serve.service import Service
@@ -30,6 +32,7 @@ from jaxkv.types import Logprobs, Request, Start, TokenEvent
 ROOT = Path(__file__).parents[2]
 REPLY = "The cat — naïve, 日本 🙂 — sat on the mat. def f(x):\n    return x\n"
 EOS = 2
+MODELS_OWN = ChatOptions()
 
 
 class FakeEngine:
@@ -132,6 +135,18 @@ class FakeEngine:
         return Logprobs(token, float("-inf") if token == 6 else -0.5, 1, best)
 
 
+class ScriptedEngine(FakeEngine):
+    """Says ``script`` and then ends."""
+
+    script = ""
+
+    def add_request(self, request_id, prompt_token_ids, params, hints=NO_HINTS):
+        self.reply = [*self.tokenizer.encode(self.script), EOS]
+        super().add_request(request_id, prompt_token_ids, params, hints)
+        for key, (request, output, count) in self.children.items():
+            self.children[key] = replace(request, stop_ids=(EOS,)), output, count
+
+
 class Running:
     """A server on a loopback port."""
 
@@ -148,11 +163,11 @@ class Running:
 def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: int = 2**20,
             api_keys: tuple[str, ...] = (), name: str | None = None, start_seconds: float = 60, step_timeout: float = 0.0,
             limits: Mapping[str, Any] = MappingProxyType({}), service: Mapping[str, Any] = MappingProxyType({}),
-            **options: Any) -> Iterator[Running]:
+            chat: ChatOptions = MODELS_OWN, **options: Any) -> Iterator[Running]:
     """Serves an engine from a thread of this process until the block ends. ``service``: more fields of ``Service``;
     ``options`` are those of ``build_app``."""
     loop = EngineLoop(build, max_open, step_timeout)
-    shared = Service(loop, name, Limits(max_body=max_body, **limits), **service)
+    shared = Service(loop, name, Limits(max_body=max_body, **limits), chat=chat, **service)
     app = build_app(shared, KeyRing(api_keys), **options)
     http = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1))
     sock = socket.create_server(("127.0.0.1", 0))

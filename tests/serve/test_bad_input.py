@@ -39,7 +39,8 @@ def refused(response, status=400, param=None, code=None):
     ("stream_options", {"include_usage": True}), ("user_", None),
     ("prompt", None), ("prompt", []), ("prompt", ""), ("prompt", {}), ("prompt", 5), ("prompt", [1, "a"]),
     ("prompt", ["a", 1]), ("prompt", [[]]), ("prompt", [[1], "a"]), ("prompt", [-1]), ("prompt", [1.5]),
-    ("prompt", [True]), ("prompt", [[1], [2, -3]]), ("prompt", [2**70]), ("prompt", [5000]), ("prompt", ["a", ""]),
+    ("prompt", [True]), ("prompt", [None]), ("prompt", [[1], [None]]),
+    ("prompt", [[1], [2, -3]]), ("prompt", [2**70]), ("prompt", [5000]), ("prompt", ["a", ""]),
 ])
 def test_field(http, field, value):
     response = http.post("/v1/completions", json={**GOOD, field: value})
@@ -58,7 +59,7 @@ def test_field(http, field, value):
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
      "messages[0].content[0].type"),
     ("messages", [{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
-    ("messages", [{"role": "assistant", "tool_calls": [{"id": "x"}]}], "messages[0].tool_calls"),
+    ("messages", [{"role": "assistant", "tool_calls": [{"id": "x"}]}], "messages[0].tool_calls[0].function"),
     ("tools", [{"type": "function", "function": {"name": "f"}}], "tools"), ("tool_choice", "required", "tool_choice"),
     ("response_format", {"type": "json_schema", "json_schema": {}}, "response_format"),
     ("logprobs", 3, "logprobs"), ("top_logprobs", 2, "top_logprobs"), ("max_completion_tokens", -4,

@@ -143,6 +143,14 @@ def test_batch(client):
     assert {name: row["response"]["body"]["usage"]["completion_tokens"] for name, row in rows.items()} == {"3": 3, "5": 5}
 
 
+def test_continue_final_message(http):
+    ask = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    talk = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": CODE}]
+    message = post(http, "/v1/chat/completions", messages=talk, continue_final_message=True, **ask)["choices"][0]["message"]
+    prompt = f"<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n{CODE}"
+    assert message["content"] == post(http, prompt=prompt, add_special_tokens=False, **ask)["choices"][0]["text"]
+
+
 def test_stop_string(http):
     text = post(http, prompt=CODE, temperature=0, max_tokens=24, ignore_eos=True)["choices"][0]["text"]
     stop = text[len(text) // 2:][:5]

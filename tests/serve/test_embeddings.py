@@ -52,7 +52,8 @@ def test_truncation_priority_and_salt(http, fake):
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("input", None), ("input", []), ("input", ""), ("input", [1, "a"]), ("input", {"a": 1}), ("input", ["a", ""]),
+    ("input", None), ("input", []), ("input", ""), ("input", [1, "a"]), ("input", [None, None]),
+    ("input", {"a": 1}), ("input", ["a", ""]),
     ("input", [9] * 300), ("input", ["a"] * 2049), ("input", [5000]), ("dimensions", 64), ("encoding_format", "int8"),
     ("priority", "x"), ("truncate_prompt_tokens", 0),
 ])

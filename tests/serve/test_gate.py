@@ -230,6 +230,35 @@ def test_what_the_engine_cannot_take_fails_one_request(tokenizer):
         assert http.post("/v1/completions", json=BODY).status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_sequence_that_ends_with_an_error_fails_one_request(tokenizer, stream):
+    """As after NaN: the third token of the bad one does not come, and its other answers go with it."""
+    engine = FakeEngine(tokenizer, step_seconds=0.01)
+    step = engine.step
+
+    def failing():
+        deltas = step()
+        for delta in deltas:
+            request, _, count = engine.children.get(f"{delta.request_id}#{delta.index}", (None, None, 0))
+            if request and len(request.prompt) == 3 and count == 3 and not delta.index:
+                del engine.children[request.id]
+                delta.token_ids, delta.text, delta.finish_reason = (), "", "error"
+        return deltas
+
+    engine.step = failing
+    with serving(lambda: engine) as server, httpx.Client(base_url=server.url, timeout=20) as http:
+        sock = raw_post(server.url, prompt=[5], max_tokens=40, ignore_eos=True)
+        bad = http.post("/v1/completions", json={"prompt": [5, 6, 7], "max_tokens": 20, "n": 2, "stream": stream})
+        if stream:
+            *_, error, done = [line[6:] for line in bad.text.splitlines() if line]
+            assert bad.status_code == 200 and done == "[DONE]" and json.loads(error)["error"]["code"] == "generation_failed"
+        else:
+            refused(bad, 500, code="generation_failed")
+        wait_for(lambda: len(engine.children) == 1 and len(server.loop.calls) == 1)  # the other one goes on
+        assert b"200 OK" in sock.recv(100)
+        sock.close()
+
+
 def test_an_engine_that_hangs_turns_health_red(tokenizer, caplog):
     engine = FakeEngine(tokenizer)
     with serving(lambda: engine, step_timeout=0.2) as server, httpx.Client(base_url=server.url, timeout=20) as http:

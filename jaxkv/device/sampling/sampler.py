@@ -2,8 +2,7 @@
 
 Order, as in vLLM: stop-id ban and bias, penalties, temperature, min_p, top_k, top_p, random choice. Each part that
 costs something sits behind a ``lax.cond`` on "some row wants it", so that one executable serves every request and a
-greedy batch pays for an argmax only. A row without a finite logit yields token 0, a row
-with NaN some token of the vocabulary.
+greedy batch pays for an argmax only. A row without a finite logit yields token 0, a row of NaN yields NO_TOKEN.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from pallas_kernels.sampling.rows import any_of, argmax_rows
 USES_SLOT_STATE = 1  # bits of SamplingColumns.flags
 BAN_STOP_IDS = 2
 WANTS_LOGPROBS = 4
+NO_TOKEN = -1  # of a row of NaN
 _GREEDY_BELOW = 1e-5  # temperatures below it are greedy, as in vLLM
 
 
@@ -61,7 +61,10 @@ def columns_for(params: SamplingParams, seed: int, child: int) -> dict[str, int 
 def sample(
     logits: jax.Array, columns: SamplingColumns, state: SamplerState
 ) -> tuple[jax.Array, SamplerState, TokenLogprobs]:
-    """For logits f32 [R, V]: tokens i32 [R], the state with them counted, log-probabilities (zeros if unwanted)."""
+    """For logits f32 [R, V]: tokens i32 [R], the state with them counted, log-probabilities (zeros if unwanted).
+
+    NaN is looked for in the first column: a hidden state with NaN, or with an infinity, makes every logit of its row NaN.
+    """
     slots = state.history.shape[0]
     active = columns.slot < slots
     stateful = active & (columns.flags & USES_SLOT_STATE != 0)
@@ -79,7 +82,8 @@ def sample(
 
     tokens = lax.cond(any_stateful | any_random, choose, lambda: argmax_rows(logits))
     logprobs = lax.cond(wants, lambda: token_logprobs(logits, tokens), lambda: empty_logprobs(tokens.shape[0]))
-    return tokens, count_outputs(state, slot, tokens), logprobs
+    found = jnp.where(jnp.isnan(logits[:, 0]), NO_TOKEN, tokens)
+    return found, count_outputs(state, slot, tokens), logprobs
 
 
 def _relative(logits: jax.Array, inverse_temperature: jax.Array) -> jax.Array:
