@@ -9,8 +9,11 @@ from importlib.resources import files
 import httpx
 import pytest
 from browsing import ask, metric, opened, ready, set_fields
+from chat_templates import R1
 from playwright.sync_api import expect
-from serve_fakes import FakeEngine, serving, wait_for
+from serve_fakes import FakeEngine, ScriptedEngine, serving, wait_for
+
+from jaxkv.serve.dialect import ChatOptions
 
 
 def test_files_are_whole_cached_and_locked_in(fake):
@@ -76,6 +79,18 @@ def test_stop_ends_the_request_and_keeps_what_came(browser, slow):
         set_fields(page, max_tokens=2)
         ask(page, "more")
         assert said in slow.engine.tokenizer.decode(slow.engine.requests[-1].prompt)
+
+
+def test_reasoning_stands_beside_the_answer(browser, tokenizer):
+    with serving(lambda: ScriptedEngine(tokenizer), chat=ChatOptions(R1)) as server, opened(browser, server.url) as page:
+        ready(page)
+        server.engine.script = "hm</think>\n\nYes."
+        ask(page, "so?")
+        expect(page.locator(".thought")).to_have_text("hm")
+        expect(page.locator(".answer .text")).to_have_text("Yes.")
+        ask(page, "sure?")
+        prompt = tokenizer.decode(server.engine.requests[-1].prompt, skip_special_tokens=False)
+        assert "Yes." in prompt and "hm" not in prompt
 
 
 def test_errors_are_shown_in_the_servers_words(browser, slow):
