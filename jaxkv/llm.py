@@ -153,7 +153,7 @@ class LLM:
         engine = self.engine
         params = self._params(sampling_params, len(inputs))
         states: dict[str, RequestState] = {}
-        with _whole_steps() as check_interrupt:
+        with whole_steps() as check_interrupt:
             try:
                 for index, (item, param) in enumerate(zip(inputs, params)):
                     request_id = str(self._next_id)
@@ -223,7 +223,7 @@ class _Progress:
 
 
 @contextlib.contextmanager
-def _whole_steps() -> Iterator[Any]:
+def whole_steps() -> Iterator[Any]:
     """Keeps Ctrl-C from tearing a step apart, which would leave host and device disagreeing.
 
     Yields a function that raises the KeyboardInterrupt that came meanwhile. A second Ctrl-C does not wait. Nothing

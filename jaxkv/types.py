@@ -223,6 +223,7 @@ class Request:
     end_session: bool = False  # the last turn: KV that only this session used may leave first
     retention: float | None = None  # seconds that the KV is kept after use as long as anything else can leave
     no_store: bool = False  # reads the cache, leaves nothing in it
+    needs_last_token: bool = False  # what may follow depends on the token before: no step while one is in flight
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""

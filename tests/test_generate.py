@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def plain_rows(count: int, **fields) -> list[dict]:
 
 def test_help_starts_nothing():
     code = ("import sys\nfrom jaxkv.generate.__main__ import main\n"
-            "try:\n    main(['--help'])\nexcept SystemExit as e:\n"
+            "try:\n    main(['--help-all'])\nexcept SystemExit as e:\n"
             "    print(e.code, sorted({'jax', 'numpy', 'grain', 'transformers'} & set(sys.modules)))")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.endswith("0 []\n")
@@ -125,6 +126,18 @@ def test_tools(generate):
     call = ChatCompletion.model_validate(records[0]["response"]["body"]).choices[0].message.tool_calls[0]
     assert call.function.name == "clock" and call.id.startswith("call_")
     assert records[1]["response"]["body"]["error"]["param"] == "tools"  # the template shows no format of calls
+
+
+def test_lines_that_follow_something(generate):
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", 7]}}}
+    code, records = generate(jsonl(
+        {"prompt": "x", "guided_regex": "[a-z]{3}-[0-9]{2}", "n": 2, "temperature": 1.5, "max_tokens": 20},
+        batch("b", "/v1/completions", prompt="x", response_format=schema, max_tokens=20),
+        {"prompt": "x", "structured_outputs": {"regex": "(a"}}))
+    assert code == 0
+    assert all(re.fullmatch("[a-z]{3}-[0-9]{2}", output["text"]) for output in records[0]["outputs"])
+    assert records[1]["response"]["body"]["choices"][0]["text"] in ('"yes"', "7")
+    assert records[2]["error"]["param"] == "structured_outputs.regex"
 
 
 def test_bad_lines_are_records_and_the_others_go_on(generate):

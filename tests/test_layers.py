@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 HOST = ("jaxkv.types", "jaxkv.config", "jaxkv.cache", "jaxkv.sched")  # decide without JAX
 CORE = {*HOST, "jaxkv.device", "jaxkv.runtime", "pallas_kernels"}
-TOP = ("jaxkv.cli", "jaxkv.generate", "jaxkv.llm", "jaxkv.serve")  # entry points, free to share helpers
+TOP = ("jaxkv.__main__", "jaxkv.cli", "jaxkv.commands", "jaxkv.generate", "jaxkv.llm",
+       "jaxkv.serve")  # entry points, free to share helpers
 MAY_IMPORT = {
     "pallas_kernels": set(),
     "jaxkv.types": set(),

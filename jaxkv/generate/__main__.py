@@ -6,11 +6,18 @@ import argparse
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from jaxkv.cli import OneLineParser, add_engine_args, config_from_namespace, one_line_errors
+from jaxkv.cli import (
+    BASIC_ENGINE_OPTIONS,
+    SAMPLING_OPTIONS,
+    OneLineParser,
+    add_engine_args,
+    add_sampling_args,
+    config_from_namespace,
+    one_line_errors,
+    sampling_overrides,
+)
 from jaxkv.config import ConfigError
-from jaxkv.types import SamplingParams
 
 PROG = "python -m jaxkv.generate"
 _EPILOG = """
@@ -22,16 +29,11 @@ Output, one JSON object a line, in the order of completion: OpenAI batch results
 "finish_reason", ...}. Each carries "line" (counted from 0) and "digest" of its input line. Run the same command again
 after an interruption of any kind and it goes on with what is missing. Exit code 0: every line has its record.
 """
-_OVERRIDES: dict[str, type] = {
-    "max_tokens": int, "min_tokens": int, "n": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float,
-    "repetition_penalty": float, "presence_penalty": float, "frequency_penalty": float,
-}
 
-
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     """Options of the batch, of sampling and of the engine."""
-    parser = OneLineParser(PROG, description="Answers a file of prompts.", epilog=_EPILOG,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog, description="Answers a file of prompts.", epilog=_EPILOG,
+                           basic=("input", "output", "shard", "max_tokens", "temperature", *BASIC_ENGINE_OPTIONS))
     group = parser.add_argument_group("batch")
     group.add_argument("--input", required=True, type=Path, metavar="FILE", help="JSON lines to answer")
     group.add_argument("--output", required=True, type=Path, metavar="FILE",
@@ -40,34 +42,21 @@ def make_parser() -> argparse.ArgumentParser:
                        help="only the lines whose number leaves I when divided by N (default: 0/1, all)")
     group.add_argument("--no-progress", action="store_true", help="no progress bar")
     group = parser.add_argument_group("sampling (wins over what the lines say)")
-    for name, kind in _OVERRIDES.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    add_sampling_args(group)
     group.add_argument("--ignore-eos", action="store_true", default=None)
     add_engine_args(parser)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Returns the exit code: 0 when all is done, 128 + N after signal N; 2 for settings that cannot work."""
-    args = make_parser().parse_args(argv)
-    with one_line_errors(PROG):
+    args = make_parser(prog).parse_args(argv)
+    with one_line_errors(prog, args):
         config = config_from_namespace(args)
-        overrides = sampling_overrides(args)
+        overrides = sampling_overrides(args, (*SAMPLING_OPTIONS, "stop", "ignore_eos"))
         shard = parse_shard(args.shard)
         return importlib.import_module("jaxkv.generate.runner").run(
             config, args.input, args.output, shard=shard, overrides=overrides, show_progress=not args.no_progress)
-
-
-def sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling fields that were given. ConfigError names the field and the limit."""
-    overrides = {name: value for name in (*_OVERRIDES, "stop", "ignore_eos")
-                 if (value := getattr(args, name)) is not None}
-    try:  # a min_tokens alone must not be held against the default max_tokens
-        SamplingParams(**({"max_tokens": None} | overrides))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return overrides
 
 
 def parse_shard(text: str) -> tuple[int, int]:

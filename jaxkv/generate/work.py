@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from jaxkv.generate.envelope import Envelope, envelope_of
 from jaxkv.generate.lines import digest
 from jaxkv.runtime.outputs import Delta
 from jaxkv.runtime.tokenizer import Tokenizer
@@ -72,27 +73,6 @@ class Work:
         body = self._form.head | {"choices": [self._form.whole(choice) for choice in best], "usage": usage} \
             | self._form.extras(best)
         return self._envelope.answer(200, body)
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """What stands around an answer: the batch format's ids, or a plain line's "id" and prompt."""
-
-    plain: bool
-    fields: dict[str, Any]
-
-    def answer(self, status: int, body: Any) -> dict[str, Any]:
-        """A batch record around an HTTP-like response."""
-        return self.fields | {"response": {"status_code": status, "request_id": self.fields["id"], "body": body},
-                              "error": None}
-
-    def refusal(self, error: ApiError) -> dict[str, Any]:
-        """The record of a line that cannot be answered."""
-        if self.plain:
-            return self.fields | {"error": error.body()["error"]}
-        if "custom_id" not in self.fields:  # no request at all
-            return self.fields | {"custom_id": None, "response": None, "error": error.body()["error"]}
-        return self.answer(error.status, error.body())
 
 
 class Preparer:
@@ -170,15 +150,6 @@ class Preparer:
     def _draw_seed(self, number: int, index: int) -> int:
         data = blake2b(f"{self._seed}/{number}/{index}".encode(), digest_size=_SEED_BYTES).digest()
         return int.from_bytes(data, "little", signed=True)
-
-
-def envelope_of(data: Mapping[str, Any], unnamed: Envelope) -> Envelope:
-    """What stands around a line's answer. Raises ApiError for a batch line without a name."""
-    if not {"custom_id", "url", "method", "body"} & set(data):
-        return Envelope(True, {key: data[key] for key in ("id", "prompt") if key in data})
-    if not isinstance(data.get("custom_id"), str):
-        raise bad_request(f"custom_id must be a string, got {data.get('custom_id')!r:.80}", "custom_id")
-    return Envelope(False, unnamed.fields | {"custom_id": data["custom_id"]})
 
 
 def _request_of(data: Mapping[str, Any], plain: bool) -> tuple[str, dict[str, Any]]:

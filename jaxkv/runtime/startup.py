@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import pallas_kernels as ops
 from jaxkv.cache.controller import CacheController
@@ -25,6 +26,7 @@ from jaxkv.runtime.executor import JaxExecutor
 from jaxkv.runtime.generation_config import default_sampling, eos_token_ids
 from jaxkv.runtime.memory import FETCH_PAGES, Capacity, free_device_memory, free_host_memory, plan_capacity
 from jaxkv.runtime.page_ops import PageForm
+from jaxkv.runtime.structured.compiler import GrammarCompiler
 from jaxkv.runtime.tokenizer import load_tokenizer
 from jaxkv.runtime.weights import LoadedModel, load_model
 from jaxkv.sched.scheduler import Scheduler
@@ -46,7 +48,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     except ValueError as error:
         raise ConfigError(f"kv_layout: {error}") from None
     model = load_model(config.model.model, mesh, dtype=config.model.dtype, load_format=config.model.load_format,
-                       seed=config.seed)
+                       seed=config.seed, show_progress=show_progress)
     tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
     defaults = default_sampling(model.directory) if config.model.generation_config == "auto" else {}
     max_model_len = resolve_max_model_len(config, model)
@@ -68,7 +70,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     shapes = batch_shapes(sched.max_num_seqs, sched.max_num_batched_tokens)
     scheduler = Scheduler(sched, controller, max_model_len, step_sizes=step_sizes(shapes))
     loaded = time.perf_counter()
-    with tqdm(desc="compiling steps", unit="", disable=not show_progress, leave=False) as bar, _refusals(impl):
+    with tqdm(desc="compiling steps", total=len(shapes), unit="", disable=not show_progress, leave=False) as bar, \
+            logging_redirect_tqdm(), _refusals(impl):
         executor = JaxExecutor(
             model.spec, model.params, kv, mesh, max_num_seqs=sched.max_num_seqs,
             max_num_batched_tokens=sched.max_num_batched_tokens, max_model_len=max_model_len,
@@ -76,9 +79,11 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
             progress=lambda done, total: _advance(bar, done, total))
     compiled = time.perf_counter()
     description = describe(config, model, mesh, kv, capacity, executor, loaded - start, compiled - loaded)
+    eos_ids, vocab = eos_token_ids(model.directory, tokenizer), model.spec.vocab_size
     return Engine(config, scheduler, executor, model_name=model.name, max_model_len=max_model_len,
-                  vocab_size=model.spec.vocab_size, tokenizer=tokenizer, weight_bytes=model.nbytes, capacity=capacity,
-                  eos_ids=eos_token_ids(model.directory, tokenizer), default_sampling=defaults, description=description,
+                  vocab_size=vocab, tokenizer=tokenizer, weight_bytes=model.nbytes, capacity=capacity,
+                  eos_ids=eos_ids, default_sampling=defaults,
+                  grammars=GrammarCompiler(tokenizer, vocab, eos_ids) if tokenizer else None, description=description,
                   info={"model": model.name, "dtype": model.spec.dtype, "platform": platform,
                         "kv_layout": layout, "kv_cache_dtype": kv_dtype, "eviction_policy": cache.eviction_policy,
                         "kernels": _kernels()})

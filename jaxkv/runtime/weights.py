@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from jaxkv.config import ConfigError
 from jaxkv.device import models
@@ -55,7 +56,7 @@ class LoadedModel:
 
 def load_model(
     model: str | None, mesh: Mesh, *, dtype: str = "auto", weight_dtype: str | None = None, load_format: str = "auto",
-    seed: int = 0,
+    seed: int = 0, show_progress: bool = False,
 ) -> LoadedModel:
     """Load ``model`` (directory, hub id, None: the built-in model) over the mesh axis "tp".
 
@@ -77,9 +78,14 @@ def load_model(
         leaves = read_leaves(directory, spec)
     else:
         leaves = pack_tensors(spec, rename(spec, entries))
-    params = tuple(place(decl, leaf, mesh) for decl, leaf in zip(models.weight_table(spec), leaves, strict=True))
+    table, params = models.weight_table(spec), []
+    with tqdm(desc="loading weights", total=sum(decl.nbytes for decl in table), unit="B", unit_scale=True, leave=False,
+              disable=not show_progress) as bar:
+        for decl, leaf in zip(table, leaves, strict=True):
+            params.append(place(decl, leaf, mesh))
+            bar.update(decl.nbytes)
     tag = f"dummy {seed}" if load_format == "dummy" else _digest_weights(directory, entries)
-    return LoadedModel(spec, params, directory, model or BUILT_IN_NAME, config, fingerprint(spec, config, tag))
+    return LoadedModel(spec, tuple(params), directory, model or BUILT_IN_NAME, config, fingerprint(spec, config, tag))
 
 
 def find_model(model: str | None) -> Path:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jaxkv.cli import OneLineParser, add_engine_args, config_from_namespace, one_line_errors
+from jaxkv.cli import BASIC_ENGINE_OPTIONS, OneLineParser, add_engine_args, config_from_namespace, one_line_errors
 from jaxkv.config import ConfigError
 from jaxkv.serve.dialect import add_chat_args, chat_options
 from jaxkv.serve.limits import add_limit_args, keys_of, limits_of
@@ -19,9 +19,10 @@ from jaxkv.serve.sockets import listen
 PROG = "python -m jaxkv.serve"
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     """Server options and the engine's."""
-    parser = OneLineParser(PROG, description="OpenAI-compatible server.")
+    parser = OneLineParser(prog, description="OpenAI-compatible server.",
+                           basic=("host", "port", "api_key", "served_model_name", *BASIC_ENGINE_OPTIONS))
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
                        help="address to listen on; 0.0.0.0 for every interface (default: 127.0.0.1)")
@@ -47,11 +48,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Runs the server until a signal. Returns the exit code: 0 after a signal, 1 after an engine failure, 2 for
     settings that cannot work."""
-    args = make_parser().parse_args(argv)
-    with one_line_errors(PROG):
+    args = make_parser(prog).parse_args(argv)
+    with one_line_errors(prog, args):
         if not 0 <= args.port <= 65535:
             raise ConfigError(f"port must be in [0, 65535], got {args.port}")
         if not 0 <= args.shutdown_timeout < float("inf"):
@@ -68,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module("jaxkv.serve.server").run(args, config, sock)
 
 
-def command() -> NoReturn:
+def command(argv: Sequence[str] | None = None, prog: str = PROG) -> NoReturn:
     """``main`` as a process: once it has ended, nothing that the libraries do at exit can delay or fail it."""
     try:
-        code = main()
+        code = main(argv, prog)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
     sys.stdout.flush()

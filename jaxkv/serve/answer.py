@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jaxkv.runtime.outputs import Delta
+from jaxkv.runtime.structured.compiler import CompilerBusy, Grammar
 from jaxkv.serve.engine_loop import Call, EngineLoop
 from jaxkv.serve.errors import ApiError
 from jaxkv.serve.logprobs import TokenText
@@ -29,6 +30,7 @@ from jaxkv.types import Logprobs
 log = logging.getLogger("jaxkv.serve")
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no")]
+COMPILE_WAIT_S = 15.0  # for a grammar, others that wait before it included
 
 
 class _Gone(Exception):
@@ -110,6 +112,7 @@ class Answer(Response):
         self.choices = [Choice(call.position * n + child, call) for call in calls for child in range(n)]
         self.unfinished = len(self.choices)
         self._n = n
+        self.grammar: Grammar | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(self._watch(receive))
@@ -117,6 +120,7 @@ class Answer(Response):
         record.calls = self.calls
         started = False
         try:
+            await self._compile()
             self.loop.submit(self.calls)
             first = await self.mailbox.next()  # a refusal comes before the status line
             if self.request.stream:
@@ -136,6 +140,19 @@ class Answer(Response):
         finally:
             watcher.cancel()
             self.loop.abort(self.calls)
+
+    async def _compile(self) -> None:
+        """Has what the answer must follow compiled on neither this thread nor the engine's, and holds it: the engine will
+        find it. ValueError says why it cannot be; ApiError when too many wait."""
+        structured, engine = self.calls[0].params.structured, self.loop.engine
+        if structured is None or engine is None or engine.grammars is None:
+            return
+        try:
+            async with asyncio.timeout(COMPILE_WAIT_S):
+                self.grammar = await asyncio.shield(asyncio.wrap_future(engine.grammars.submit(structured)))
+        except (CompilerBusy, TimeoutError):
+            raise ApiError(429, "too many grammars wait to be compiled", code="too_many_requests",
+                           headers={"retry-after": "1"}) from None
 
     def _refusal(self, error: Exception) -> ApiError:
         if isinstance(error, ValueError):  # from engine.add_request, through the mailbox

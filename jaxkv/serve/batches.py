@@ -19,7 +19,7 @@ import orjson
 from fastapi import FastAPI, Request
 from starlette.types import ASGIApp, Message
 
-from jaxkv.generate.work import Envelope, envelope_of
+from jaxkv.generate.envelope import Envelope, envelope_of
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.files import Draft, FileStore, Limit, Records, add_files, page
 from jaxkv.serve.openapi import documented

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from jaxkv.config import ConfigError
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta
+from jaxkv.runtime.structured.compiler import GrammarCompiler
 from jaxkv.serve.errors import ApiError, shutting_down
 from jaxkv.serve.metrics import Latencies
 from jaxkv.types import CacheHints, SamplingParams, Start
@@ -37,6 +38,7 @@ class EngineLike(Protocol):
     model_name: str
     max_model_len: int
     tokenizer: Any
+    grammars: GrammarCompiler | None
     metrics: EngineMetrics
     default_sampling: Mapping[str, Any]  # the model's own, for fields that a request leaves out
 

@@ -64,6 +64,7 @@ class Gate:
                 self._open[key] -= 1
             record.end = asyncio.get_running_loop().time()
             self.done(record)
+            del scope[RECORD]  # uvicorn keeps the scope while the connection is idle, and prompts are long
 
     def _enter(self, scope: Scope, headers: dict[bytes, bytes]) -> int | None:
         """The number of the key that the request counts for until it ends, if it does. Raises ApiError for what may not

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import hmac
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -61,7 +60,8 @@ class Limits:
 def add_limit_args(group: argparse._ArgumentGroup) -> None:
     """The options; ``limits_of`` and ``keys_of`` read them."""
     group.add_argument("--api-key", action="append", metavar="KEY", default=[],
-                       help="bearer token asked for on /v1 and /debug, may be repeated (default: $JAXKV_API_KEY, else none)")
+                       help="bearer token asked for on /v1 and /debug, may be repeated; $JAXKV_API_KEY holds "
+                            "several with commas between (default: none)")
     group.add_argument("--api-key-file", metavar="FILE",
                        help="more of them, one a line; unlike --api-key no other process sees them")
     default = Limits()
@@ -91,9 +91,8 @@ def limits_of(args: argparse.Namespace) -> Limits:
 
 
 def keys_of(args: argparse.Namespace) -> KeyRing:
-    """The keys of the options, else of the environment. Raises ConfigError, which quotes no key."""
+    """The keys of the options. Raises ConfigError, which quotes no key."""
     keys = [*args.api_key, *_read_keys(args.api_key_file)]
-    keys = keys or [key for key in [os.environ.get("JAXKV_API_KEY")] if key]
     if not all(keys):
         raise ConfigError("api_key must not be empty")
     if len(keys) > MAX_KEYS:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from jaxkv.serve.errors import ApiError, bad_request, from_validation, from_value_error
 from jaxkv.serve.messages import STRICT as _STRICT
 from jaxkv.serve.messages import ChatMessage
+from jaxkv.serve.structured import ResponseFormat, StructuredOutputs, field_of, structured_of
 from jaxkv.serve.tools import Tool, ToolUse, tool_use_of
 from jaxkv.types import CacheHints, SamplingParams
 
@@ -31,9 +32,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (), "logits_processors": ([],), "media_io_kwargs": (), "mm_processor_kwargs": (),
     "repetition_detection": (), "truncation_side": ("left",), "vllm_xargs": ({},),
     "audio": (), "continue_final_message": (False,), "documents": ([],), "function_call": ("none", "auto"),
-    "functions": ([],), "guided_choice": (), "guided_grammar": (), "guided_json": (), "guided_regex": (),
+    "functions": ([],), "guided_whitespace_pattern": (),
     "length_penalty": (1, 1.0), "modalities": (["text"],), "prefix": (), "prompt_embeds": (),
-    "response_format": ({"type": "text"},), "structured_outputs": (), "suffix": ("",), "tool_choice": ("none", "auto"),
+    "structural_tag": (), "suffix": ("",), "tool_choice": ("none", "auto"),
     "tools": ([],), "use_beam_search": (False,), "web_search_options": (),
 }
 _ADVICE = {"functions": ": use tools", "function_call": ": use tool_choice",
@@ -128,6 +129,12 @@ class GenerationRequest(PromptRequest):
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     def fill(self, defaults: Mapping[str, Any]) -> None:
         for name, value in defaults.items():
@@ -152,6 +159,7 @@ class GenerationRequest(PromptRequest):
         values = {name: value for name in _SAMPLING if (value := getattr(self, name, None)) is not None}
         if self.logit_bias is not None:
             values["logit_bias"] = _token_keys(self.logit_bias)
+        values["structured"] = structured_of(self)
         values |= overrides
         if self.best_of is not None:
             values["n"] = self.best_of
@@ -161,6 +169,10 @@ class GenerationRequest(PromptRequest):
             return SamplingParams(**values)
         except ValueError as error:
             raise self.api_error(error) from None
+
+    def api_error(self, error: ValueError) -> ApiError:
+        field = field_of(self)
+        return from_value_error(error, {*type(self).model_fields, field}, {"structured": field} | self.renamed())
 
     def renamed(self) -> dict[str, str]:
         return {"n": "best_of"} if self.best_of is not None else {}

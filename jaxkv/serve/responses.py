@@ -7,10 +7,9 @@ left out of the answer. Finished answers are kept in memory for ``previous_respo
 from __future__ import annotations
 
 import contextlib
+import re
 import uuid
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
@@ -25,11 +24,10 @@ from jaxkv.serve.logprobs import TokenText, chat_logprobs
 from jaxkv.serve.openapi import documented
 from jaxkv.serve.parsers.message import MessageReader
 from jaxkv.serve.protocol import ChatRequest, GenerationRequest, validated
+from jaxkv.serve.response_store import ResponseStore
 from jaxkv.serve.schemas import Deleted, ResponsesResponse
 from jaxkv.serve.service import Service
 
-MAX_STORED = 4096  # answers
-MAX_STORED_BYTES = 64 * 2**20  # of their JSON and the conversations they belong to
 LOGPROBS = "message.output_text.logprobs"
 _TEXT_PARTS = ("input_text", "output_text", "text")
 _NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}  # chat's -> ours
@@ -64,7 +62,7 @@ class ResponsesRequest(GenerationRequest):
                 raise bad_request(f"{name} is not supported, got {str(value)[:80]}", name, "unsupported_parameter")
 
     def renamed(self) -> dict[str, str]:
-        return {"prompt": "input", "logprobs": "top_logprobs", "max_tokens": "max_output_tokens"}
+        return {"prompt": "input", "logprobs": "top_logprobs", "max_tokens": "max_output_tokens", "structured": "text"}
 
     def conversation_of(self, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages so far, without the instructions. Raises ApiError for input that is not text."""
@@ -75,7 +73,7 @@ class ResponsesRequest(GenerationRequest):
     def chat(self, messages: list[dict[str, Any]], ignored: set[str]) -> ChatRequest:
         """The chat request this is. Raises ApiError in terms of chat (see ``_our_words``)."""
         names = set(ChatRequest.model_fields) & set(GenerationRequest.model_fields)
-        given = self.model_dump(include=names, exclude_none=True)
+        given = self.model_dump(include=names, exclude_none=True, by_alias=True)
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         limit = self.max_tokens if self.max_output_tokens is None else self.max_output_tokens
         data = given | (self.model_extra or {}) | {"messages": system + messages, "max_tokens": limit}
@@ -90,7 +88,7 @@ def _our_words() -> Iterator[None]:
     try:
         yield
     except ApiError as error:
-        error.param = _NAMES.get((error.param or "").partition("[")[0], error.param)
+        error.param = _NAMES.get(re.split(r"[\[.]", error.param or "")[0], error.param)
         raise
 
 
@@ -123,44 +121,6 @@ def _format(text: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, dict) or kind.get("type") != "json_schema":
         return {"response_format": kind} if kind else {}
     return {"response_format": {"type": "json_schema", "json_schema": {k: v for k, v in kind.items() if k != "type"}}}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A finished answer and the conversation that ends with it."""
-
-    body: dict[str, Any]
-    messages: list[dict[str, Any]]
-    size: int  # bytes
-
-
-class ResponseStore:
-    """Answers by id, bounded in number and bytes; the oldest leave first."""
-
-    def __init__(self, max_items: int = MAX_STORED, max_bytes: int = MAX_STORED_BYTES):
-        self._max_items, self._max_bytes = max_items, max_bytes
-        self._items: OrderedDict[str, Stored] = OrderedDict()
-        self._bytes = 0
-
-    def put(self, body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-        """Keeps an answer as long as there is room."""
-        size = len(orjson.dumps([body, messages]))
-        self._items[body["id"]] = Stored(body, messages, size)
-        self._bytes += size
-        while len(self._items) > self._max_items or self._bytes > self._max_bytes:
-            self._bytes -= self._items.popitem(last=False)[1].size
-
-    def get(self, name: str, param: str | None = None) -> Stored:
-        """Raises ApiError, a 404, for an id that is unknown or has left."""
-        if name not in self._items:
-            raise ApiError(404, f"response {name[:100]!r} does not exist, or was kept no longer", param=param,
-                           code="response_not_found")
-        return self._items[name]
-
-    def delete(self, name: str) -> None:
-        """Raises ApiError, a 404, for an id that is unknown or has left."""
-        self._bytes -= self.get(name).size
-        del self._items[name]
 
 
 class ResponseForm(Form):

@@ -19,6 +19,7 @@ import uvicorn
 
 from jaxkv.config import ConfigError, EngineConfig
 from jaxkv.runtime.startup import build_engine
+from jaxkv.serve.announce import announcement
 from jaxkv.serve.app import build_app
 from jaxkv.serve.engine_loop import EngineLoop
 from jaxkv.serve.errors import shutting_down
@@ -55,6 +56,7 @@ class Server:
         self.sock, self.loop, self.grace = sock, loop, args.shutdown_timeout
         host, port = sock.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.has_keys = len(args.keys) > 0
         self.traces = connect(args.otlp_endpoint, args.served_model_name) if args.otlp_endpoint else None
         self.service = Service(loop, args.served_model_name, args.limits, max_batch=args.max_batch,
                                max_wait_ms=args.max_wait_ms, batch_dir=args.batch_dir, chat=args.chat)
@@ -110,10 +112,10 @@ class Server:
     def _announce(self) -> None:
         engine = self.loop.engine
         assert engine is not None
-        for line in engine.describe():
-            print(line)
-        print(self.service.dialect().describe())
-        print(f"ready: {self.url}/v1 (model {engine.model_name}); stop with Ctrl+C", flush=True)
+        dialect, tokenizer = self.service.dialect(), engine.tokenizer
+        chat = tokenizer is not None and bool(dialect.template or tokenizer.hf.chat_template)
+        lines = announcement(self.url, self.service.model_name(), text=tokenizer is not None, chat=chat, keys=self.has_keys)
+        print("\n".join([*engine.describe(), dialect.describe(), *lines]), flush=True)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

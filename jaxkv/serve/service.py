@@ -43,7 +43,6 @@ class Service:
     chat: ChatOptions = ChatOptions()
     cleanup: ExitStack = field(default_factory=ExitStack)  # closed when the server has ended
     encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
-
     _dialect: Dialect | None = None  # known once the engine is there
 
     def engine(self) -> EngineLike:
@@ -134,10 +133,11 @@ class Service:
         window, name = self.engine().max_model_len, param or request.renamed().get("prompt", "prompt")
         if not ids:
             raise bad_request(f"{name} must not be empty", name)
-        kept, most = request.cut(ids, window, answer), self.limits.max_prompt_tokens
+        most = self.limits.max_prompt_tokens
+        kept = request.cut(ids, window, max(answer, window - most) if most else answer)
         if len(kept) >= window or most and len(kept) > most:
             bound = f"this server takes {most}" if most and most < window else \
-                f"the model's window is {window} tokens, prompt and answer together"
+                f"this model's maximum context length is {window} tokens, prompt and answer together"
             raise bad_request(f"{name}: {len(kept)} tokens do not fit: {bound}", name, "context_length_exceeded")
         return kept
 

@@ -7,7 +7,7 @@ from serve_fakes import REPLY
 from test_bad_input import refused
 from test_completions import post
 
-from jaxkv.serve.responses import ResponseStore
+from jaxkv.serve.response_store import ResponseStore
 from jaxkv.serve.schemas import ResponsesResponse
 
 PATH = "/v1/responses"
@@ -41,6 +41,15 @@ def test_every_field_reaches_the_engine(http, fake):
     request, params = fake.engine.requests[-1], fake.engine.requests[-1].params
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k, params.seed) == (7, 0.3, 0.8, 4, 5)
     assert (params.stop, request.namespace, request.priority) == (("q",), "t", -1)
+
+
+def test_text_format_is_followed(http, fake):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
+    body = post(http, PATH, input="hi", text={"format": form}, max_output_tokens=3)
+    assert body["text"]["format"] == form and fake.engine.requests[-1].params.structured.kind == "json_schema"
+    post(http, PATH, input="hi", text={"format": {"type": "json_object"}}, max_output_tokens=3)
+    assert fake.engine.requests[-1].params.structured.kind == "json_object"
 
 
 def test_without_a_limit_the_answer_fills_the_window(http):
@@ -119,7 +128,9 @@ def test_store_is_bounded():
     ("tools", [{"type": "web_search"}], "tools"), ("background", True, "background"), ("n", 2, "n"),
     ("truncation", "auto", "truncation"), ("include", ["file_search_call.results"], "include[0]"),
     ("previous_response_id", 5, "previous_response_id"), ("store", "yes", "store"), ("metadata", {"a": 5}, "metadata.a"),
-    ("suffix", "x", "suffix"), ("stream_options", {"include_usage": True}, "stream_options"),
+    ("text", {"format": {"type": "xml"}}, "text"), ("suffix", "x", "suffix"),
+    ("text", {"format": {"type": "json_schema", "name": "x", "schema": {"type": "wizard"}}}, "text"),
+    ("stream_options", {"include_usage": True}, "stream_options"),
 ])
 @pytest.mark.parametrize("stream", [False, True])
 def test_bad_input(http, field, value, param, stream):

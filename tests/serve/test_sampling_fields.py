@@ -54,6 +54,13 @@ def test_truncated_prompts(http, fake):
     assert choice["text"].startswith("".join(choice["logprobs"]["tokens"][:2])), "echo shows what the model saw"
 
 
+def test_truncation_goes_by_the_servers_own_limit_too(tokenizer):
+    with serving(lambda: FakeEngine(tokenizer), limits={"max_prompt_tokens": 7}) as server, \
+            httpx.Client(base_url=server.url) as http:
+        assert post(http, prompt=[5] * 20, truncate_prompt_tokens=-1)["usage"]["prompt_tokens"] == 7
+        refused(http.post("/v1/completions", json={"prompt": [5] * 20, "truncate_prompt_tokens": 8}), param="prompt")
+
+
 def test_tokens_as_ids(http, tokenizer):
     names = [f"token_id:{t}" for t in tokenizer.encode("x")]
     choice = post(http, prompt="x", echo=True, logprobs=1, max_tokens=1, return_tokens_as_token_ids=True)["choices"][0]

@@ -216,6 +216,18 @@ class Layout:
         return body + _TRAILER.pack(_FOOTER_MAGIC, len(entries), xxh3_64(body, seed=seed).intdigest())
 
 
+def read_format(header: bytes, name: str) -> DiskFormat | None:
+    """What the header block of the segment file ``name`` says; None if it is damaged or of another version."""
+    if len(header) < _HEADER.size:
+        return None
+    magic, version, length, check = _HEADER.unpack_from(header)
+    text = header[_HEADER.size:_HEADER.size + length]
+    if magic != _HEADER_MAGIC or version != VERSION or xxh3_64(text, seed=seed(name)).intdigest() != check:
+        return None
+    fingerprint, page_size, pages = json.loads(text)
+    return DiskFormat(fingerprint, page_size, tuple((tuple(shape), dtype) for shape, dtype in pages))
+
+
 def footer_bytes(pages: int) -> int:
     """Size of the footer of a segment that holds ``pages`` pages."""
     return _TRAILER.size + pages * _ENTRY.size
