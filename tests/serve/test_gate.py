@@ -1,6 +1,5 @@
 """Keys, shares, ids, deadlines and records of requests, against the fake engine."""
 
-import argparse
 import json
 import logging
 import threading
@@ -11,6 +10,7 @@ import pytest
 from serve_fakes import FakeEngine, raw_post, serving, wait_for
 from test_bad_input import refused
 
+from jaxkv.cli import OneLineParser
 from jaxkv.config import ConfigError
 from jaxkv.serve.limits import add_limit_args, keys_of, limits_of
 from jaxkv.serve.records import JsonFormatter
@@ -40,7 +40,7 @@ def http(gated):
 
 
 def options(*args):
-    parser = argparse.ArgumentParser()
+    parser = OneLineParser("test")
     add_limit_args(parser.add_argument_group())
     return parser.parse_args(args)
 
@@ -54,6 +54,8 @@ def test_keys_from_options_file_and_environment(tmp_path, monkeypatch):
     assert not any(key in repr(vars(ring)) for key in ("alpha", "beta", "gamma"))
     monkeypatch.setenv("JAXKV_API_KEY", "delta")
     assert keys_of(options()).find(b"delta") == 0
+    monkeypatch.setenv("JAXKV_API_KEY", "delta, epsilon")
+    assert len(keys_of(options())) == 2
     assert keys_of(options("--api-key", "gamma")).find(b"delta") is None
     file.write_text("\n# nothing\n")
     for args, word in ((["--api-key-file", str(file)], "holds no key"), (["--api-key-file", str(tmp_path)], "cannot be read"),
