@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ class Server:
         fields = Path(f"/proc/{self.child.pid}/stat").read_text().rpartition(")")[2].split()
         return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
+    def output(self) -> float:
+        """CPU seconds of the engine's thread for text and stop strings."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        return float(next(line for line in lines if "step_host_seconds_total" in line and '"output"' in line).split()[-1])
+
     def send(self, requests: list[tuple[float, dict[str, Any]]]) -> list[dict[str, Any]]:
         """The client's results; every stream must have ended well."""
         done = subprocess.run([sys.executable, "-m", "bench.server_client", self.url], input=json.dumps(requests), text=True,
@@ -84,9 +91,10 @@ def measure(server: Server, engine: Any, repeat: int) -> dict[str, Any]:
     vocab, text = engine.vocab_size, engine.tokenizer is not None
     rows = []
     for turn in range(repeat + 1):
-        api, start = server.api_cpu(), time.perf_counter()
+        output, api, start = server.output(), server.api_cpu(), time.perf_counter()
         results = server.send(bodies(jobs(vocab, 10 * turn, TOKENS), text))
         api = server.api_cpu() - api
+        output = server.output() - output
         wall = max(r["times"][-1] for r in results) - min(r["sent"] for r in results)
         offline, _ = drive(engine, jobs(vocab, 10 * turn + 1, TOKENS), None, 0)
         one = server.api_cpu()
@@ -97,7 +105,8 @@ def measure(server: Server, engine: Any, repeat: int) -> dict[str, Any]:
         assert count == STREAMS * TOKENS
         if turn:  # the first warms up
             rows.append({"server_tok_s": count / wall, "offline_tok_s": count / offline, "ratio": offline / wall,
-                         "api_us_per_token": 1e6 * api / count, "api_ms_per_request": 1e3 * one / STREAMS,
+                         "api_us_per_token": 1e6 * api / count, "output_us_per_token": 1e6 * output / count,
+                         "api_ms_per_request": 1e3 * one / STREAMS,
                          "ttft_p50_ms": 1e3 * percentile([r["times"][0] - r["sent"] for r in results], 0.5),
                          "ttft_p99_ms": 1e3 * percentile([r["times"][0] - r["sent"] for r in results], 0.99),
                          "itl_p50_ms": 1e3 * percentile(gaps, 0.5), "itl_p99_ms": 1e3 * percentile(gaps, 0.99),

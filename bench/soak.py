@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from bench.soak_cache import abort, operate
 from bench.soak_disk import kill_once
+from bench.soak_server import disconnect, flat, malform, queue, step_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,6 +40,11 @@ PROOFS = {
     "cache_operations": Proof(100_000, operate, "operations", ("leaked",)),
     "aborts": Proof(10_000, abort, "aborted", ("leaked",)),
     "disk_kills": Proof(200, kill_once, "killed", ("lost", "wrong")),
+    "server_queue": Proof(1_000, step_of(queue, 1_000), "queued", ("unanswered", "unbounded")),
+    "server_disconnects": Proof(10_000, step_of(disconnect, 2_500), "disconnected",
+                                ("leaked_pages", "leaked_tasks", "leaked_files")),
+    "server_malformed": Proof(50_000, step_of(malform, 10_000), "malformed", ("other",)),
+    "server_memory": Proof(20_000, step_of(flat, 20_000), "requests", ("grew",)),
 }
 
 

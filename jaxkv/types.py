@@ -253,6 +253,7 @@ class Sequence:
     num_scheduled: int = 0  # leading positions whose KV is in pages once every submitted step has run
     in_flight: int = 0  # sampled by a submitted step, not yet committed
     num_cached: int = 0  # prompt tokens found in the cache at first admission
+    cached_below: tuple[int, int] = (0, 0)  # of those, the ones that came from host and from disk
     finish_reason: str | None = None
     first_admission: bool = True
     sound: bool = True  # False: its KV is wrong and must not be published
@@ -269,7 +270,8 @@ class Sequence:
     dirty: list[int] = field(default_factory=list)  # [group] first page index the device's table does not know yet
     waits: list[Any] = field(default_factory=list)  # loads that bring pages of its prefix; left when it enters a slot
     rest: list[int] = field(default_factory=list)  # [group] pages it will need besides those that wait for it
-    brought: dict[Tier, int] = field(default_factory=dict)  # tokens of its prefix that came for it since it began to wait
+    brought: dict[Tier, range] = field(default_factory=dict)  # positions of its prefix that came since it began to wait
+    came: tuple[int, int] = (0, 0)  # tokens of the prefix it entered with that came from host and from disk
     asked: float | None = None  # when its pages were asked for, if they were
     page_wait: float = 0.0  # seconds that it waited for pages
     admitted: float = 0.0  # when it first entered a slot
@@ -458,6 +460,7 @@ class TokenEvent:
     num_cached: int = 0
     start: Start | None = None  # with the first token
     hidden: tuple[float, ...] = ()
+    cached_below: tuple[int, int] = (0, 0)  # tokens of num_cached that came from host and from disk
 
 
 class DiskIndex(Protocol):

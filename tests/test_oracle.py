@@ -96,19 +96,6 @@ def test_matrix(pool, policy, chunked, overlap, devices, windows, highest_precis
         assert moved[Tier.HBM, Tier.HOST] > 0 and moved[Tier.HOST, Tier.HBM] > 0
 
 
-def test_structured_output_on_a_mesh(tmp_path, highest_precision):
-    """Masks are whole on every device, logits may not be."""
-    tokenizer = load_tokenizer(write_characters(tmp_path))
-    run = engine(executor(True, 2), tokenizer=tokenizer, eos_ids=(0,))
-    choice = SamplingParams(temperature=1.5, max_tokens=20, n=2, structured=Structured("regex", "[a-f]{2,6}-[0-9]{1,9}"))
-    free = requests(1)
-    results = run_all(run, {"word": ([5, 9, 2], choice), **free})
-    for name in ("word/0", "word/1"):
-        assert re.fullmatch(choice.structured.value, "".join(d.text for d in results.pop(name).deltas))
-    assert_greedy(True, results, [0, 0])
-    run.grammars.close()
-
-
 @pytest.mark.parametrize("devices, overlap, host_pages", [(1, True, 0), (2, False, 16), (4, True, 16)])
 def test_a_window_group_that_loses_pages(devices, overlap, host_pages, highest_precision):
     """The window group has fewer pages than the full one: it gives up those that nobody sees, which shortens later hits."""
@@ -120,3 +107,16 @@ def test_a_window_group_that_loses_pages(devices, overlap, host_pages, highest_p
     assert mismatches[1] > 150 and mismatches[0] <= 0.001 * mismatches[1]
     stats = run.scheduler.cache.stats
     assert stats.holes > 0 and stats.hit_tokens > 0
+
+
+def test_structured_output_on_a_mesh(tmp_path, highest_precision):
+    """Masks are whole on every device, logits may not be."""
+    tokenizer = load_tokenizer(write_characters(tmp_path))
+    run = engine(executor(True, 2), tokenizer=tokenizer, eos_ids=(0,))
+    choice = SamplingParams(temperature=1.5, max_tokens=20, n=2, structured=Structured("regex", "[a-f]{2,6}-[0-9]{1,9}"))
+    free = requests(1)
+    results = run_all(run, {"word": ([5, 9, 2], choice), **free})
+    for name in ("word/0", "word/1"):
+        assert re.fullmatch(choice.structured.value, "".join(d.text for d in results.pop(name).deltas))
+    assert_greedy(True, results, [0, 0])
+    run.grammars.close()

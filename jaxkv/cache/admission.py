@@ -41,16 +41,20 @@ class Admission:
             self._protect(source, True)
         room = self._tiering.reserve(hit.need)
         assert room, "find_hit chose a prefix that there is no room for"
+        warm = sum(len(node) for node in path if node.tier is Tier.HBM) * store.page_size
         self._enter(seq, path, plan_id)
         seq.num_published = seq.num_matched = hit.pages * store.page_size
         seq.num_scheduled = seq.num_settled = seq.num_matched + (source.tokens if source else 0)
         if source:
+            warm += source.tokens if source.node.tier is Tier.HBM else 0
             self._copy(seq, source)
             self._protect(source, False)
         stats.query_tokens += len(seq.tokens)
         stats.hit_tokens += seq.num_scheduled
-        for tier, tokens in seq.brought.items():
-            stats.came_from(tier, min(tokens, seq.num_scheduled))
+        brought = {tier: len(range(span.start, min(span.stop, warm))) for tier, span in seq.brought.items()}
+        seq.came = seq.num_scheduled - warm + brought.get(Tier.HOST, 0), brought.get(Tier.DISK, 0)
+        stats.host_hit_tokens += seq.came[0]
+        stats.disk_hit_tokens += seq.came[1]
         return seq.num_scheduled
 
     def _pin(self, node: Node, first: list[int]) -> list[Node]:
@@ -73,7 +77,6 @@ class Admission:
         """Bring a pinned path into HBM, count the use and give the sequence the pages."""
         for node in path:
             if node.tier is Tier.HOST:
-                self._store.stats.came_from(Tier.HOST, len(node) * self._store.page_size)
                 self._tiering.promote(node, seq.first, None)
             elif self._save_on_reuse:
                 self._tiering.save(node, plan_id)
@@ -100,6 +103,5 @@ class Admission:
             store.moves.append(PageMove(g, (node.tier, node.pages[g][source.page]), (Tier.HBM, pages[-1])))
         if store.trie.partial(node):
             store.policies[node.tier].touch(node.key)
-        if node.tier is Tier.HOST:
-            store.stats.came_from(Tier.HOST, source.tokens)
+            node.hits += 1
         store.stats.partial_copies += 1

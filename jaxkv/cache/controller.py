@@ -236,6 +236,7 @@ class CacheController:
         seq.first = [0] * len(self.groups)
         seq.node = None
         seq.num_scheduled = seq.num_published = seq.num_matched = seq.num_settled = 0
+        seq.came = (0, 0)
         return self._admission.begin(seq, plan_id, cold) if self.enable_prefix_caching else 0
 
     # ---- a sequence runs

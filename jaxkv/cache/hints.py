@@ -29,6 +29,7 @@ def use(store: PageStore, node: Node, request: Request) -> None:
     """The request hit an HBM node."""
     if node.session != session_of(request):
         node.session = SHARED
+    node.hits += 1
     store.policies[Tier.HBM].touch(node.key, worth(request, node.kind, store.answer_worth))
 
 

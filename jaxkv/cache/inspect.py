@@ -9,8 +9,10 @@ from heapq import nlargest
 from typing import Any
 
 from jaxkv.cache.controller import CacheController
-from jaxkv.cache.trie import Node, Root
+from jaxkv.cache.trie import TOKEN_BYTES, Node, Root, Trie
 from jaxkv.types import Tier
+
+HEAD_TOKENS = 32  # of a node, to recognise it by
 
 
 def inspect(cache: CacheController, top: int) -> dict[str, Any]:
@@ -21,6 +23,7 @@ def inspect(cache: CacheController, top: int) -> dict[str, Any]:
         if node.parent is not None and not isinstance(node.parent, Root):
             below[id(node.parent)] += below[id(node)]
     shown = {id(node) for node in nlargest(top, nodes, key=lambda node: below[id(node)])}
+    salted = _salted(cache.trie)
     usage, groups = cache.usage(), len(cache.groups)
     return {
         "page_size": cache.page_size,
@@ -34,7 +37,7 @@ def inspect(cache: CacheController, top: int) -> dict[str, Any]:
                     "bring_64_pages_from_disk": cache.costs.fetch_seconds({Tier.DISK: 64}),
                     "compute_64_pages": cache.costs.prefill_seconds(0, 64 * cache.page_size)},
         "curve": curve(cache),
-        "nodes": [_node(cache, node, below[id(node)]) for node in nodes if id(node) in shown],
+        "nodes": [_node(node, below[id(node)], node.key in salted) for node in nodes if id(node) in shown],
     }
 
 
@@ -45,9 +48,18 @@ def curve(cache: CacheController) -> list[dict[str, float]]:
     return [{"pages": point.capacity, "hit_rate": point.hit_rate} for point in cache.curves()[lowest]]
 
 
-def _node(cache: CacheController, node: Node, below: int) -> dict[str, Any]:
+def _salted(trie: Trie) -> set[bytes]:
+    """Keys of the nodes of salted namespaces: who reads this may not know their salts."""
+    nodes = [node for root in trie.roots.values() if root.namespace for node in root.children.values()]
+    for node in nodes:
+        nodes.extend(node.children.values())
+    return {node.key for node in nodes}
+
+
+def _node(node: Node, below: int, salted: bool) -> dict[str, Any]:
     parent = node.parent
+    head = None if salted else memoryview(node.data[:HEAD_TOKENS * TOKEN_BYTES]).cast("i").tolist()
     return {"digest": node.key.hex(), "parent": None if parent is None or isinstance(parent, Root) else parent.key.hex(),
             "start": node.start, "tokens": node.end - node.start, "pages": len(node), "pages_below": below,
-            "kind": node.kind.name, "tier": node.tier.name, "users": node.refs, "children": len(node.children),
-            "coming": node.load is not None, "on_disk": node.saved}
+            "kind": node.kind.name, "tier": node.tier.name, "hits": node.hits, "users": node.refs,
+            "children": len(node.children), "coming": node.load is not None, "on_disk": node.saved, "head": head}

@@ -65,12 +65,13 @@ class Prefetcher:
         self._begin(seq, path, hit.first, load)
         room = self._tiering.reserve([need + len(keys) for need in hit.need])
         assert room, "find_hit chose a prefix that there is no room for"
-        for node in path:
-            if node.tier is Tier.HOST:
-                seq.brought[Tier.HOST] = seq.brought.get(Tier.HOST, 0) + len(node) * store.page_size
-                self._tiering.promote(node, hit.first, load)
+        cold = [node for node in path if node.tier is Tier.HOST]  # the end of the path
+        if cold:
+            seq.brought[Tier.HOST] = range(cold[0].start, cold[-1].end)
+        for node in cold:
+            self._tiering.promote(node, hit.first, load)
         if keys:
-            seq.brought[Tier.DISK] = seq.brought.get(Tier.DISK, 0) + len(keys) * store.page_size
+            seq.brought[Tier.DISK] = range(end.end, end.end + len(keys) * store.page_size)
             load.end = self._attach(end, data[:len(keys) * store.trie.page_bytes], keys, seq.request, load)
         seq.rest = [max(0, n - len(keys)) for n in rest]
         store.stats.loads += 1

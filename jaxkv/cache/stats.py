@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxkv.types import Tier
-
 
 @dataclass
 class CacheStats:
@@ -32,10 +30,3 @@ class CacheStats:
     claims: int = 0  # ANSWER nodes that became PROMPT
     swaps: int = 0  # pages computed twice: the trie's page replaced the sequence's
     supersedes: int = 0  # partly filled leaves replaced by longer ones
-
-    def came_from(self, tier: Tier, tokens: int) -> None:
-        """Found tokens were brought from a lower tier."""
-        if tier is Tier.HOST:
-            self.host_hit_tokens += tokens
-        else:
-            self.disk_hit_tokens += tokens

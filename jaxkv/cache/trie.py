@@ -43,7 +43,7 @@ class Node:
     """A run of pages that share a fate: kind, tier and users."""
 
     __slots__ = ("parent", "data", "digests", "start", "kind", "tier", "pages", "refs", "born", "settled", "hot",
-                 "children", "order", "load", "saved", "moved", "session")
+                 "children", "order", "load", "saved", "moved", "session", "hits")
 
     def __init__(self, parent: Node | None, data: bytes, digests: list[bytes], start: int, kind: Kind, tier: Tier,
                  pages: list[list[int]]) -> None:
@@ -64,6 +64,7 @@ class Node:
         self.saved = 0  # leading pages that were handed to the disk tier
         self.moved = -1000  # plans that had ended when its tier changed last
         self.session: str | None = None  # the one session that used the node; None: several did
+        self.hits = 0  # uses after the one that made it
 
     def __len__(self) -> int:
         """Pages."""
@@ -241,7 +242,7 @@ class Trie:
             upper.load = node.load
             node.load.nodes.append(upper)
         upper.refs = node.refs
-        upper.session = node.session
+        upper.session, upper.hits = node.session, node.hits
         upper.hot = int(node.tier is Tier.HBM)
         parent.children[node.data[:size]] = upper
         node.parent = upper

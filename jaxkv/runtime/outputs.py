@@ -30,6 +30,7 @@ class Delta:
     num_cached_tokens: int = 0
     start: Start | None = None  # with the first tokens
     hidden: tuple[float, ...] = ()  # final-norm state of the last prompt token, if the request is to be embedded
+    cached_below: tuple[int, int] = (0, 0)  # of the cached tokens, from host and from disk
 
 
 class OutputProcessor:
@@ -64,7 +65,7 @@ class OutputProcessor:
             stop_reason = event.stop_token
         logprobs = event.logprobs[:len(tokens)] if request.params.logprobs is not None else ()
         delta = Delta(request.parent or request.id, request.child, tokens, text, logprobs, (), reason, stop_reason,
-                      event.num_cached, event.start)
+                      event.num_cached, event.start, cached_below=event.cached_below)
         if event.prompt_logprobs or self._prompt_logprobs:
             self._prompt_logprobs += event.prompt_logprobs
             if tokens or reason is not None:

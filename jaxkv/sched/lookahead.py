@@ -106,4 +106,5 @@ class Lookahead:
         for seq in list(self._ahead.values()):
             if any(load.failed for load in seq.waits):
                 self.leave(seq)
+                seq.brought = {}
         self._cache.bury()

@@ -255,7 +255,7 @@ class Scheduler:
         seq.dirty = [0] * len(seq.pages)  # the slot's row belonged to someone else
         if seq.first_admission:
             seq.first_admission = False
-            seq.num_cached = seq.num_scheduled
+            seq.num_cached, seq.cached_below = seq.num_scheduled, seq.came
         insort(self._running, seq, key=_key)
         return Admit(seq.slot, request.id, request.params, request.seed, request.child, len(request.prompt),
                      tuple(seq.tokens) if request.params.needs_slot_state else (), request.stop_ids)
@@ -294,7 +294,8 @@ class Scheduler:
             reported = prompt_logprobs[index] if chunk.prompt_logprobs and prompt_logprobs else ()
             if not chunk.num_logits:
                 if reported:
-                    events.append(TokenEvent(chunk.request_id, (), (), reported, None, None, seq.num_cached))
+                    events.append(TokenEvent(chunk.request_id, (), (), reported, None, None, seq.num_cached,
+                                             cached_below=seq.cached_below))
                 continue
             tokens = sampled[index]
             if seq.void or min(tokens) < 0:
@@ -307,7 +308,7 @@ class Scheduler:
             events.append(TokenEvent(
                 chunk.request_id, tokens[:count], logprobs[index][:count] if logprobs else (), reported, reason,
                 tokens[count - 1] if reason == "stop" else None, seq.num_cached, first,
-                result.hidden[index] if result.hidden else ()))
+                result.hidden[index] if result.hidden else (), seq.cached_below))
         return events
 
     def _measure(self, plan: StepPlan, seconds: float) -> None:

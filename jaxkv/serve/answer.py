@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jaxkv.runtime.outputs import Delta
-from jaxkv.runtime.structured.compiler import CompilerBusy, Grammar
+from jaxkv.runtime.structured.compiler import CompilerBusy, Grammar, grammar_or_error
 from jaxkv.serve.engine_loop import Call, EngineLoop
 from jaxkv.serve.errors import ApiError
 from jaxkv.serve.logprobs import TokenText
@@ -50,6 +50,7 @@ class Choice:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_cached: int = 0
+    cached_below: tuple[int, int] = (0, 0)  # of those, from host and from disk
     started: bool = False  # the first chunk is written
     offset: int = 0  # characters of the logprobs written so far
 
@@ -60,7 +61,8 @@ class Choice:
         self.logprobs += delta.logprobs or ()
         self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
-        self.num_cached = delta.num_cached_tokens or self.num_cached
+        if delta.num_cached_tokens:
+            self.num_cached, self.cached_below = delta.num_cached_tokens, delta.cached_below
 
 
 def best_of(choices: list[Choice], n: int, keep: int) -> list[Choice]:
@@ -147,10 +149,11 @@ class Answer(Response):
             return
         try:
             async with asyncio.timeout(COMPILE_WAIT_S):
-                self.grammar = await asyncio.shield(asyncio.wrap_future(engine.grammars.submit(structured)))
+                found = await asyncio.shield(asyncio.wrap_future(engine.grammars.submit(structured)))
         except (CompilerBusy, TimeoutError):
             raise ApiError(429, "too many grammars wait to be compiled", code="too_many_requests",
                            headers={"retry-after": "1"}) from None
+        self.grammar = grammar_or_error(found)
 
     def _refusal(self, error: Exception) -> ApiError:
         if isinstance(error, ValueError):  # from engine.add_request, through the mailbox
@@ -224,9 +227,12 @@ class Answer(Response):
         """A prompt counts once for its n answers; so does what the cache held of it."""
         prompt = sum(len(call.prompt) for call in self.calls)
         answer = sum(len(choice.token_ids) for choice in self.choices)
-        cached = sum(choice.num_cached for choice in self.choices[:: self._n])
+        first = self.choices[:: self._n]
+        cached = sum(choice.num_cached for choice in first)
+        host, disk = (sum(choice.cached_below[i] for choice in first) for i in (0, 1))
+        tiers = {"hbm": cached - host - disk, "host": host, "disk": disk}  # ours: the other fields are OpenAI's
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
-                "prompt_tokens_details": {"cached_tokens": cached}}
+                "prompt_tokens_details": {"cached_tokens": cached, "cached_tokens_by_tier": tiers}}
 
 
 async def respond(send: Send, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:

@@ -28,6 +28,7 @@ from jaxkv.serve.gate import Gate
 from jaxkv.serve.limits import KeyRing
 from jaxkv.serve.logprobs import TokenText
 from jaxkv.serve.openapi import document, documented
+from jaxkv.serve.page import add_page
 from jaxkv.serve.protocol import ChatRequest, CompletionRequest
 from jaxkv.serve.records import Record
 from jaxkv.serve.responses import add_responses
@@ -42,6 +43,7 @@ def build_app(service: Service, keys: KeyRing | None = None, *, origins: Sequenc
     app = FastAPI(title="jaxkv", version=__version__, docs_url=None, redoc_url=None)
     _add_errors(app)
     _add_status(app, service)
+    add_page(app, service)
     add_tokenize(app, service)
     add_embeddings(app, service)
     add_responses(app, service)

@@ -24,8 +24,6 @@ from jaxkv.serve.thinking import after_reasoning
 from jaxkv.serve.tools import ToolUse
 from jaxkv.types import SamplingParams
 
-PLAIN = Dialect()
-
 
 def size_of(request: ChatRequest) -> int:
     """About how many characters the template has to handle."""
@@ -34,7 +32,7 @@ def size_of(request: ChatRequest) -> int:
     return sum(texts) + 100 * len(request.messages) + 1000 * len(request.tools or ())
 
 
-def prompt_of(request: ChatRequest, tokenizer: Any, dialect: Dialect = PLAIN) -> str:
+def prompt_of(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> str:
     """The prompt text the template makes of messages and tools. Raises ApiError. Takes time with the length."""
     if tokenizer is None:
         raise bad_request("this server has no tokenizer: only /v1/completions with token ids works", "messages")
@@ -56,7 +54,7 @@ def prompt_of(request: ChatRequest, tokenizer: Any, dialect: Dialect = PLAIN) ->
         raise bad_request(str(error), "messages") from None
 
 
-def params_of(request: ChatRequest, dialect: Dialect = PLAIN) -> SamplingParams:
+def _params_of(request: ChatRequest, dialect: Dialect) -> SamplingParams:
     """Sampling parameters; without a limit the answer may fill the window. Raises ApiError."""
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("top_logprobs is only allowed when logprobs is true", "top_logprobs")
@@ -97,7 +95,7 @@ class Conversation:
 
 def prepare(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> Conversation:
     """Raises ApiError. Takes time with the length of the messages."""
-    params, prompt = params_of(request, dialect), prompt_of(request, tokenizer, dialect)
+    params, prompt = _params_of(request, dialect), prompt_of(request, tokenizer, dialect)
     begun = _begun(request, prompt, dialect)
     if params.structured is not None and begun is not None:
         try:

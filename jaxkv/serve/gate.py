@@ -1,7 +1,7 @@
 """What every HTTP request passes before and after its route: its id, its API key, its share, its deadline, its record.
 
-Owns headers that are about the request rather than its content. Knows no route but by the beginning of its path: those
-of ``GUARDED`` ask for a key where there are any, and what is posted to them is work, which has bounds.
+Owns headers that are about the request rather than its content. Knows no route: what is posted is work, which has bounds,
+and that, /v1 and /debug ask for a key where there are any.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,7 +22,6 @@ from jaxkv.serve.errors import ApiError, bad_request, shutting_down
 from jaxkv.serve.limits import KeyRing, Limits
 from jaxkv.serve.records import RECORD, Record
 
-GUARDED = ("/v1", "/debug", "/score", "/tokenize", "/detokenize")
 FAREWELL_S = 2.0  # longest wait for a client to take the error that ends its request
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _SECONDS = re.compile(rb"[0-9]{1,6}(\.[0-9]{1,6})?")
@@ -62,16 +61,16 @@ class Gate:
         finally:
             if key is not None:
                 self._open[key] -= 1
-            record.end = asyncio.get_running_loop().time()
+            record.end = time.monotonic()
             self.done(record)
             del scope[RECORD]  # uvicorn keeps the scope while the connection is idle, and prompts are long
 
     def _enter(self, scope: Scope, headers: dict[bytes, bytes]) -> int | None:
         """The number of the key that the request counts for until it ends, if it does. Raises ApiError for what may not
         enter."""
-        path, key = scope["path"], None
-        if self.keys and path.startswith(GUARDED):
-            scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        key = None
+        if self.keys and (_works(scope) or scope["path"].startswith(("/v1", "/debug"))):
+            scheme, _, token = headers.get(b"authorization", b"Bearer " + headers.get(b"x-api-key", b"")).partition(b" ")
             key = self.keys.find(token.strip()) if scheme.lower() == b"bearer" else None
             if key is None:
                 raise ApiError(401, "missing or wrong API key: send \"Authorization: Bearer KEY\"", code="invalid_api_key",
@@ -131,5 +130,4 @@ class _Writer:
 
 
 def _works(scope: Scope) -> bool:
-    method: Any = scope["method"]
-    return method == "POST" and scope["path"].startswith(GUARDED)
+    return bool(scope["method"] == "POST")

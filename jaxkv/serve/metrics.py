@@ -6,6 +6,7 @@ anything. Latencies are taken where a client feels them: on the event loop, from
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,6 +106,7 @@ class EngineCollector(Collector):
         yield self._counter("jaxkv:recomputed_tokens", "found below the device, quicker to compute", m.recomputed_tokens)
         yield self._counter("jaxkv:page_waits", "sequences that waited for pages", m.page_waits)
         yield self._counter("jaxkv:page_wait_seconds", "time they waited", m.page_wait_seconds)
+        yield self._gauge("jaxkv:event_loop_tasks", "asyncio tasks of the server", len(asyncio.all_tasks()))
         yield self._curve()
         yield self._by("jaxkv:moved_bytes", "KV moved", "link", m.bytes_moved)
         yield self._by("jaxkv:disk_faults", "what went wrong with the disk tier", "kind", m.disk_faults)

@@ -21,8 +21,15 @@ class ErrorResponse(BaseModel):
     error: ErrorInfo
 
 
+class TierUsageInfo(BaseModel):
+    hbm: int
+    host: int
+    disk: int
+
+
 class PromptTokenUsageInfo(BaseModel):
     cached_tokens: int
+    cached_tokens_by_tier: TierUsageInfo | None = None  # of prompts that were answered
 
 
 class UsageInfo(BaseModel):

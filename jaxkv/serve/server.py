@@ -63,7 +63,7 @@ class Server:
         app = build_app(self.service, args.keys, origins=args.allowed_origins, credentials=args.allow_credentials,
                         done=self.ended)
         self.http = uvicorn.Server(uvicorn.Config(
-            app, lifespan="off", log_config=None, access_log=False, log_level="warning", timeout_keep_alive=60,
+            app, lifespan="off", log_config=None, access_log=False, log_level="error", timeout_keep_alive=60,
             timeout_graceful_shutdown=int(self.grace + FLUSH_S) + 1, server_header=False))
         self.http.capture_signals = contextlib.nullcontext  # type: ignore[assignment]  # signals are handled here
         self.signals = 0

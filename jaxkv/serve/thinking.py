@@ -9,11 +9,10 @@ import json
 import re
 from typing import Any
 
+from jaxkv.runtime.structured.grammar import WHITE_SPACE
 from jaxkv.serve.parsers.reasoning import BEGIN, END
 from jaxkv.types import Structured
 
-# Between two tokens of JSON stand at most a line break and 20 blanks, as in answers without reasoning.
-_WHITE_SPACE = {"whitespace_pattern": r"[ \t]{1,20}|\r?\n[ \t]{0,20}"}
 _OPTIONAL = "start: reasoning? answer\n"
 _BEGUN = "start: reasoning answer\n"
 
@@ -39,7 +38,7 @@ def _answer(structured: Structured) -> str:
     """The body of a Lark rule."""
     match structured.kind:
         case "json_object":
-            return "%json " + json.dumps({"type": "object", "x-guidance": _WHITE_SPACE})
+            return "%json " + json.dumps({"type": "object", "x-guidance": WHITE_SPACE})
         case "json_schema":
             try:
                 schema = json.loads(structured.value)
@@ -47,7 +46,7 @@ def _answer(structured: Structured) -> str:
                 raise ValueError("the JSON schema is nested too deeply") from None
             if not isinstance(schema, dict):
                 raise ValueError("a JSON schema must be an object")
-            return "%json " + json.dumps({"x-guidance": _WHITE_SPACE, **schema})
+            return "%json " + json.dumps({"x-guidance": WHITE_SPACE, **schema})
         case "regex":
             pattern = re.sub(r"\\.|/", lambda found: "\\/" if found[0] == "/" else found[0], structured.value)
             return "/" + pattern.replace("\n", "\\n").replace("\r", "\\r") + "/"

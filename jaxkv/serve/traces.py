@@ -42,7 +42,7 @@ class Traces:
                            "jaxkv.cached_tokens": fields["cached_tokens"], "jaxkv.finish_reason": fields["finish_reason"] or ""}
         span = self._tracer.start_span(record.route, context=parent, kind=self._api.SpanKind.SERVER, attributes=attributes,
                                        start_time=at(record.arrival))
-        if record.status >= 500 or record.error:
+        if record.status >= 500 or record.status == 200 and record.error:
             span.set_status(self._api.StatusCode.ERROR, record.error or "")
         inside = self._api.set_span_in_context(span)
         for call in record.calls:

@@ -88,6 +88,7 @@ class Driver:
         self.tokens: dict[str, list[int]] = {}
         self.reasons: dict[str, str] = {}
         self.cached: dict[str, int] = {}
+        self.cached_below: dict[str, tuple[int, int]] = {}
         self.submitted_before_read = 0
         self.holes = 0  # pages of window groups seen out of the window
         self.preemptions_while_in_flight = 0
@@ -147,7 +148,8 @@ class Driver:
             assert event.request_id not in self.reasons, "an event of a sequence that ended"
             self.events.append(event)
             self.tokens[event.request_id].extend(event.tokens)
-            self.cached[event.request_id] = event.num_cached
+            self.cached[event.request_id], self.cached_below[event.request_id] = event.num_cached, event.cached_below
+            assert min(event.cached_below) >= 0 and sum(event.cached_below) <= event.num_cached
             if event.finish_reason:
                 self.reasons[event.request_id] = event.finish_reason
         self.check()

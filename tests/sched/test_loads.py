@@ -46,6 +46,27 @@ def test_decodes_go_on_while_pages_come(tier, overlap, groups):
     assert sum(driver.cached[f"{name}+"] for name in LONG) > 100
 
 
+@pytest.mark.parametrize("tier", ["host", "disk", "host+disk"])
+def test_each_prompt_knows_from_which_tier_its_tokens_came(tier):
+    pages, host_pages = {"host": (30, 60), "disk": (30, 0), "host+disk": (30, 14)}[tier]
+    driver = Driver(pages=pages, host_pages=host_pages, disk="disk" in tier, max_model_len=96)
+    for turn in range(3):
+        for name, prompt in LONG.items():
+            before = driver.device.num_moves.copy()
+            driver.add(request(f"{name}{turn}", [*prompt, turn], 3, arrival=driver.clock))
+            driver.run()
+            moved = {kind: count - before[kind] for kind, count in driver.device.num_moves.items()}
+            host, disk = driver.cached_below[f"{name}{turn}"]
+            assert disk == 4 * moved["fetch disk"], "pages of 4 tokens"
+            assert 0 <= host - 4 * (moved["fetch host"] + moved["promote"]) <= 3 * moved["copy host"]
+            assert host + disk <= driver.cached[f"{name}{turn}"] <= 40
+    came = [sum(below[i] for below in driver.cached_below.values()) for i in (0, 1)]
+    assert [n > 0 for n in came] == ["host" in tier, "disk" in tier]
+    stats = driver.inner.cache.stats
+    assert came == [stats.host_hit_tokens, stats.disk_hit_tokens]
+    assert sum(driver.cached.values()) == stats.hit_tokens
+
+
 @pytest.mark.parametrize("overlap", [0, 1])
 def test_who_comes_together_does_not_wait_for_the_pages_of_the_other(overlap):
     driver = Driver(pages=30, host_pages=60, max_model_len=96, delay=3, overlap=overlap)

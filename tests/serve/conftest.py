@@ -1,10 +1,13 @@
 """Servers for a whole test session: one around the fake engine, one around the real one."""
 
+import shutil
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from browsing import FLAGS
+from playwright.sync_api import sync_playwright
 from serve_fakes import FakeEngine, serving
 
 from jaxkv.runtime.tokenizer import load_tokenizer
@@ -33,3 +36,14 @@ def http(fake):
 def client(fake):
     with openai.OpenAI(base_url=f"{fake.url}/v1", api_key="none", max_retries=0, timeout=20) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no chromium on the path")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()

@@ -97,7 +97,7 @@ class FakeEngine:
         self.checks += 1
 
     def inspect_kv(self, top):
-        return {"nodes": [{"top": top}]}
+        return {"nodes": [], "nodes_total": 0, "top": top}
 
     def report(self):
         return None

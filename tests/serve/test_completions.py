@@ -84,7 +84,8 @@ def test_prompt_shapes(http, prompt, count):
 
 def test_prompt_counts_once_for_n(http):
     assert post(http, prompt=[5, 6, 7, 8], n=3)["usage"] == {
-        "prompt_tokens": 4, "completion_tokens": 48, "total_tokens": 52, "prompt_tokens_details": {"cached_tokens": 2}}
+        "prompt_tokens": 4, "completion_tokens": 48, "total_tokens": 52, "prompt_tokens_details":
+            {"cached_tokens": 2, "cached_tokens_by_tier": {"hbm": 2, "host": 0, "disk": 0}}}
 
 
 def test_stop_string_across_tokens(http, tokenizer):

@@ -22,10 +22,19 @@ def test_the_trie_as_json():
     assert seen["stats"]["demotions"] > 0
 
 
+def test_hits_are_uses_by_others_and_salted_tokens_stay_private():
+    driver = Driver()
+    for name, salt in (("a", ""), ("b", ""), ("c", ""), ("private", "secret"), ("again", "secret")):
+        driver.add(request(name, range(20), 4, namespace=salt, arrival=driver.clock))
+        driver.run()
+    tops = [node for node in inspect(driver.inner.cache, 100)["nodes"] if node["start"] == 0]
+    assert {node["head"] and tuple(node["head"]): node["hits"] for node in tops} == {tuple(range(16)): 2, None: 1}
+
+
 def test_over_http(tokenizer):
     with serving(lambda: FakeEngine(tokenizer)) as server:
-        assert httpx.get(f"{server.url}/debug/kv").json() == {"nodes": [{"top": 100}]}
-        assert httpx.get(f"{server.url}/debug/kv?top=7").json() == {"nodes": [{"top": 7}]}
+        assert httpx.get(f"{server.url}/debug/kv").json()["top"] == 100
+        assert httpx.get(f"{server.url}/debug/kv?top=7").json()["top"] == 7
         bad = httpx.get(f"{server.url}/debug/kv?top=0")
         assert bad.status_code == 400 and bad.json()["error"]["param"] == "top"
     assert server.engine.closed

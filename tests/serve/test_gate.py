@@ -99,6 +99,14 @@ def test_other_origins_get_no_answer(http):
     assert "access-control-allow-origin" not in http.get("/health", headers={"origin": "https://b"}).headers
 
 
+def test_what_asks_for_a_key(gated):
+    with httpx.Client(base_url=gated.url) as http:
+        for method, path in (("POST", "/v1/completions"), ("GET", "/v1/models"), ("POST", "/tokenize"), ("GET", "/debug/kv")):
+            refused(http.request(method, path), 401, code="invalid_api_key")
+        assert http.get("/v1/models", headers={"x-api-key": "second"}).status_code == 200  # as Anthropic's clients send it
+        assert {http.get(path).status_code for path in ("/health", "/metrics", "/version")} == {200}
+
+
 def test_share_of_a_key(gated, http):
     socks = [raw_post(gated.url, headers={"authorization": "Bearer sesame"}, **LONG) for _ in range(3)]
     wait_for(lambda: len(gated.loop.calls) == 3)
@@ -161,7 +169,7 @@ def test_log_lines(records, caplog):
     record = next(r for r in records if r.calls)
     with caplog.at_level(logging.INFO):
         record.write()
-        next(r for r in records if r.route == "GET /v1/models").write()
+        next(r for r in records if r.route == "GET /v1/models" and r.status == 200).write()
     assert len(caplog.records) == 1 and f"id={record.id} route=POST /v1/completions status=" in caplog.text
     line = json.loads(JsonFormatter().format(caplog.records[0]))
     assert line["id"] == record.id and line["level"] == "INFO" and line["total_ms"] == record.fields()["total_ms"]

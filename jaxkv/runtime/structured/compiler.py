@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from jaxkv.runtime.structured.grammar import compile_grammar, make_tokenizer
+from jaxkv.runtime.structured.grammar import make_matcher, make_tokenizer
 from jaxkv.runtime.structured.trial import Trial
 from jaxkv.runtime.tokenizer import Tokenizer
 from jaxkv.types import Structured
@@ -43,6 +43,13 @@ class Grammar:
         return self._matcher.deep_copy()
 
 
+def grammar_or_error(found: Grammar | str) -> Grammar:
+    """What a compile gave; ValueError if it is a reason."""
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
+
+
 class GrammarCompiler:
     """May be used from several threads. ``vocab_size`` is the model's, padding included."""
 
@@ -50,15 +57,15 @@ class GrammarCompiler:
         self._source, self._vocab_size, self._eos_ids = tokenizer, vocab_size, eos_ids
         self.compiled = 0  # trials and compiles so far
         self._lock = threading.Lock()
-        self._recent: OrderedDict[Structured, Future[Grammar]] = OrderedDict()  # failures too
+        self._recent: OrderedDict[Structured, Future[Grammar | str]] = OrderedDict()  # failures too
         self._alive: WeakValueDictionary[Structured, Grammar] = WeakValueDictionary()  # in use, maybe no longer recent
         self._pending = 0
         self._pool = ThreadPoolExecutor(THREADS, "grammar")
         self._local = threading.local()
         self._trials: list[Trial] = []
 
-    def submit(self, structured: Structured) -> Future[Grammar]:
-        """A grammar to come; its exception is a ValueError whose message starts with "structured". CompilerBusy."""
+    def submit(self, structured: Structured) -> Future[Grammar | str]:
+        """A grammar to come, or why there is none: no exception, which would keep alive whoever met it. CompilerBusy."""
         with self._lock:
             future = self._recent.get(structured)
             if future is None:
@@ -70,8 +77,8 @@ class GrammarCompiler:
             return future
 
     def compile(self, structured: Structured) -> Grammar:
-        """As ``submit``, but waits."""
-        return self.submit(structured).result()
+        """As ``submit``, but waits. ValueError whose message starts with "structured" if there is none."""
+        return grammar_or_error(self.submit(structured).result())
 
     def close(self) -> None:
         """Ends processes and, as soon as they are idle, threads; what waits is given up."""
@@ -79,10 +86,10 @@ class GrammarCompiler:
         for trial in self._trials:
             trial.close()
 
-    def _find_or_start(self, structured: Structured) -> Future[Grammar]:
+    def _find_or_start(self, structured: Structured) -> Future[Grammar | str]:
         grammar = self._alive.get(structured)
         if grammar is not None:
-            future: Future[Grammar] = Future()
+            future: Future[Grammar | str] = Future()
             future.set_result(grammar)
             return future
         if self._pending >= MAX_PENDING:
@@ -90,12 +97,11 @@ class GrammarCompiler:
         self._pending += 1
         return self._pool.submit(self._build, structured)
 
-    def _build(self, structured: Structured) -> Grammar:
+    def _build(self, structured: Structured) -> Grammar | str:
         try:
-            self._trial().check(structured)
-            grammar = Grammar(compile_grammar(self._tokenizer, structured))
+            grammar = Grammar(make_matcher(self._tokenizer, self._trial().compile(structured)))
         except ValueError as error:
-            raise ValueError(f"structured cannot be compiled: {error}") from None
+            return f"structured cannot be compiled: {error}"
         finally:
             with self._lock:
                 self._pending -= 1

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WHITE_SPACE: Any = {"whitespace_pattern": r"[ \t]|\r?\n[ \t]{0,20}"}
 MAX_REASON = 300  # characters of llguidance's message that are passed on
 _LIMITS: Any = {"max_items_in_row": 500, "initial_lexer_fuel": 500_000, "step_lexer_fuel": 60_000, "step_max_items": 10_000,
-           "max_lexer_states": 20_000, "max_grammar_size": 200_000, "verbose_errors": False}
+                "max_lexer_states": 20_000, "max_grammar_size": 200_000, "verbose_errors": False}
 
 
 def make_tokenizer(tokenizer_json: str, vocab_size: int, eos_ids: list[int]) -> LLTokenizer:
@@ -28,11 +28,11 @@ def make_tokenizer(tokenizer_json: str, vocab_size: int, eos_ids: list[int]) -> 
     return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=eos_ids)
 
 
-def compile_grammar(tokenizer: LLTokenizer, structured: Structured) -> LLMatcher:
+def make_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     """A matcher at its first token, whose mask is computed already. ValueError says why there is none."""
     from llguidance import LLMatcher, LLParserLimits
 
-    matcher = LLMatcher(tokenizer, _grammar(structured), log_level=0, limits=LLParserLimits(**_LIMITS))
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
     if not matcher.is_error():
         matcher.compute_bitmask()
     if matcher.is_error():
@@ -42,17 +42,8 @@ def compile_grammar(tokenizer: LLTokenizer, structured: Structured) -> LLMatcher
     return matcher
 
 
-def reason(matcher: LLMatcher) -> str:
-    """Why a matcher is in error, in one short line."""
-    return shorten(matcher.get_error().replace("<non-verbose/>", ""))
-
-
-def shorten(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= MAX_REASON else line[:MAX_REASON] + "..."
-
-
-def _grammar(structured: Structured) -> str:
+def grammar_of(structured: Structured) -> str:
+    """What ``make_matcher`` takes. ValueError says why there is none."""
     from llguidance import LLMatcher, grammar_from
 
     kind, value = structured.kind, structured.value
@@ -71,3 +62,13 @@ def _grammar(structured: Structured) -> str:
         # one lexeme: as rules of a grammar, many choices would be as many items of the parser
         return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, choices)))
     return grammar_from("grammar", value)
+
+
+def reason(matcher: LLMatcher) -> str:
+    """Why a matcher is in error, in one short line."""
+    return shorten(matcher.get_error().replace("<non-verbose/>", ""))
+
+
+def shorten(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_REASON else line[:MAX_REASON] + "..."

@@ -20,6 +20,7 @@ from jaxkv.types import Request, StepPlan
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
 
+PARALLEL_FROM = 16  # masks: handing fewer to other threads costs more than it saves
 log = logging.getLogger("jaxkv")
 
 
@@ -91,12 +92,16 @@ class Matchers:
         return "stop" if one.matcher.is_stopped() else None
 
     def _fill(self, matchers: list[LLMatcher], words: np.ndarray) -> None:
+        size = words.shape[1] * words.itemsize
+        if len(matchers) < PARALLEL_FROM:
+            for matcher, row in zip(matchers, words):
+                matcher.unsafe_compute_mask_ptr(row.ctypes.data, size)
+            return
         if self._executor is None:
             from llguidance import LLExecutor
 
             self._executor = LLExecutor()
-        self._executor.unsafe_compute_mask_ptr([(m, i) for i, m in enumerate(matchers)], words.ctypes.data,
-                                               words.shape[1] * words.itemsize, len(matchers))
+        self._executor.unsafe_compute_mask_ptr([(m, i) for i, m in enumerate(matchers)], words.ctypes.data, size, len(matchers))
 
     def _too_early(self, one: _Open) -> tuple[int, ...]:
         """Ids that may not end the sequence yet."""

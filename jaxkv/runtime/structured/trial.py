@@ -15,11 +15,12 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jaxkv.runtime.structured.grammar import compile_grammar, make_tokenizer, reason, shorten
+from jaxkv.runtime.structured.grammar import grammar_of, make_matcher, make_tokenizer, reason, shorten
 from jaxkv.types import Structured
 
 SECONDS = 5.0  # for one compile
@@ -35,13 +36,11 @@ class Trial:
         self._setup = setup
         self._child: subprocess.Popen[str] | None = None
 
-    def check(self, structured: Structured) -> None:
-        """ValueError says why ``structured`` cannot be used."""
-        if self._child is None:
+    def compile(self, structured: Structured) -> str:
+        """The grammar of ``structured``, which ``make_matcher`` will take. ValueError says why there is none."""
+        if self._child is None or self._child.poll() is not None:
             self._start()
-        error = self._ask(asdict(structured))
-        if error:
-            raise ValueError(error)
+        return self._ask(asdict(structured))
 
     def close(self) -> None:
         """Ends the child, whatever it does."""
@@ -54,12 +53,14 @@ class Trial:
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._child = subprocess.Popen([sys.executable, "-m", __name__], env={**os.environ, "PYTHONPATH": path}, text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        if error := self._ask(self._setup):
+        try:
+            self._ask(self._setup)
+        except ValueError as error:
             self._child = None  # nothing to wait for: its input is closed with it
-            raise ValueError(f"this model's tokenizer cannot be used: {error}")
+            raise ValueError(f"this model's tokenizer cannot be used: {error}") from None
 
     def _ask(self, question: dict[str, Any]) -> str:
-        """The child's complaint, "" for none."""
+        """The child's answer. ValueError with its complaint."""
         child = self._child
         assert child is not None and child.stdin is not None and child.stdout is not None
         try:
@@ -68,11 +69,14 @@ class Trial:
         except BrokenPipeError:
             answer = ""
         if answer:
-            return json.loads(answer)
+            found, error = json.loads(answer)
+            if error:
+                raise ValueError(error)
+            return found
         self._child = None
         if child.wait() == -signal.SIGALRM:
-            return f"compiling takes longer than {SECONDS:g} seconds"
-        return "it is too large or too deeply nested"
+            raise ValueError(f"compiling takes longer than {SECONDS:g} seconds")
+        raise ValueError("it is too large or too deeply nested")
 
 
 def _main() -> None:
@@ -80,36 +84,37 @@ def _main() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    setup = json.loads(sys.stdin.readline())
+    tokenizer = _answer(lambda: make_tokenizer(**setup), lambda _: "")
     threading.stack_size(STACK)
-    tokenizer: list[Any] = []
-    error = _complaint(lambda: tokenizer.append(make_tokenizer(**json.loads(sys.stdin.readline()))))
-    print(json.dumps(error), flush=True)
     for line in sys.stdin:
         structured = Structured(**json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
-        error = _complaint(lambda: _try(tokenizer[0], structured))  # noqa: B023  runs before the next line
+        _answer(lambda: _try(tokenizer, structured), str)  # noqa: B023  runs before the next line
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(error), flush=True)
 
 
-def _complaint(action: Any) -> str:
-    """Runs ``action`` on the small stack; what was wrong, "" for nothing."""
-    found = []
+def _answer(action: Callable[[], Any], shown: Callable[[Any], str]) -> Any:
+    """The result of ``action``, run on a stack that can be small; prints [what to show of it, what was wrong]."""
+    result, error = [], ""
 
     def run() -> None:
+        nonlocal error
         try:
-            action()
-        except Exception as error:
-            found.append(shorten(str(error)) or type(error).__name__)
+            result.append(action())
+        except BaseException as problem:  # panics of Rust are no Exceptions
+            error = shorten(str(problem)) or type(problem).__name__
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    return found[0] if found else ""
+    print(json.dumps([shown(result[0]) if result else "", error]), flush=True)
+    return result[0] if result else None
 
 
-def _try(tokenizer: Any, structured: Structured) -> None:
-    matcher, draw = compile_grammar(tokenizer, structured), random.Random(0)
+def _try(tokenizer: Any, structured: Structured) -> str:
+    grammar = grammar_of(structured)
+    matcher, draw = make_matcher(tokenizer, grammar), random.Random(0)
     for _ in range(WALK):
         if matcher.is_stopped():
             break
@@ -118,6 +123,7 @@ def _try(tokenizer: Any, structured: Structured) -> None:
         matcher.consume_token((tail & -tail).bit_length() - 1 + mask.bit_length() - tail.bit_length())
     if matcher.is_error():
         raise ValueError(reason(matcher))
+    return grammar
 
 
 if __name__ == "__main__":

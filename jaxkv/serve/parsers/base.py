@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -83,22 +82,3 @@ def overlap(text: str, *markers: str) -> int:
     longest = min(len(text), max(map(len, markers)) - 1)
     return next((size for size in range(longest, 0, -1)
                  if any(marker.startswith(text[-size:]) for marker in markers)), 0)
-
-
-def parse(parser: ToolParser, text: str) -> tuple[str, list[tuple[str, str]]]:
-    """Content and the (name, arguments) of every call of a whole text, with a new parser."""
-    return collect([*parser.feed(text), *parser.finish()])
-
-
-def collect(pieces: Iterable[Piece]) -> tuple[str, list[tuple[str, str]]]:
-    """Pieces put together: content and the (name, arguments) of every call."""
-    content: list[str] = []
-    calls: list[tuple[str, list[str]]] = []
-    for piece in pieces:
-        if isinstance(piece, str):
-            content.append(piece)
-            continue
-        if piece.name is not None:
-            calls.append((piece.name, []))
-        calls[piece.index][1].append(piece.arguments)
-    return "".join(content), [(name, "".join(arguments)) for name, arguments in calls]

@@ -24,7 +24,7 @@ class RequiredParser(ToolParser):
                 return False
             self._content = text[0] != "["
             if not self._content:
-                self._array, self._held = CallArray(0, "["), text[1:]
+                self._array, self._held = CallArray(0, self._held[:-len(text)] + "["), text[1:]
         else:
             self._held = self._array.feed(self._held, self._pieces)
             if self._array.state is State.OPEN:

@@ -209,7 +209,7 @@ class CallArray:
                 self._raw = ""
             elif text[:1] == "]":
                 self.state = State.DONE
-                self._raw, text = "", self._raw + text if self._raw[:1] == "[" else text[1:]
+                self._raw, text = "", self._raw + text if "[" in self._raw else text[1:]
             elif text:
                 self.state = State.BROKEN
                 self._raw, text = "", self._raw + text

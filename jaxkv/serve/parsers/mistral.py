@@ -50,7 +50,7 @@ class MistralParser(ToolParser):
         if not text:
             return False
         if text[0] == "[":
-            self._array = CallArray(self.count, "[")
+            self._array = CallArray(self.count, self._held[:-len(text)] + "[")
             self._held, self._head = text[1:], False
             return True
         stop = _NOT_IN_HEAD.search(self._held, 0, _LONGEST_HEAD)

@@ -16,6 +16,7 @@ START, TAG, CLOSE = "<|python_start|>", "<|python_tag|>", "<|python_end|>"
 _IN_STRING = {quote: re.compile(rf"[^{quote}\\]*") for quote in "'\""}
 _BETWEEN = re.compile(r"[^'\"()\[\]{}]*")
 _DEEPEST = 32  # brackets in brackets
+_LONGEST = 2**15  # characters of a call: Python's parser takes more than linear time for some
 _WORDS = {"true": True, "false": False, "null": None}
 
 
@@ -56,9 +57,10 @@ class PythonicParser(ToolParser):
         end = self._scan.scan(self._held)
         self._call += self._held[:end]
         self._held = self._held[end:]
-        if not self._scan.done and not self._scan.broken:
+        too_long = len(self._call) > _LONGEST
+        if not self._scan.done and not self._scan.broken and not too_long:
             return False
-        call = call_of(self._call.lstrip("[, \t\r\n")) if self._scan.done else None
+        call = call_of(self._call.lstrip("[, \t\r\n")) if self._scan.done and not too_long else None
         self._mode = "text" if call is None else "next"
         if call is None:
             self._say(self._call)

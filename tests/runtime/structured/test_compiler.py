@@ -4,6 +4,7 @@ import gc
 import json
 import re
 import time
+import weakref
 from concurrent.futures import Future
 
 import pytest
@@ -41,6 +42,20 @@ def test_each_is_compiled_once(grammars):
         with pytest.raises(ValueError, match="^structured cannot be compiled: "):
             grammars.compile(Structured("regex", "(a"))
     assert grammars.compiled == 3, "failures are remembered too"
+
+
+def test_a_failure_keeps_nobody_alive(grammars):
+    class Request:
+        pass
+
+    def ask(request):
+        with pytest.raises(ValueError):
+            grammars.compile(Structured("regex", "(b"))
+        return weakref.ref(request)
+
+    gone = ask(Request())
+    gc.collect()
+    assert gone() is None
 
 
 def test_the_cache_is_bounded_and_what_is_in_use_stays(grammars, monkeypatch):

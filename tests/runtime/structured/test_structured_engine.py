@@ -3,7 +3,10 @@
 import json
 import re
 
+import jsonschema
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxkv.runtime.structured.compiler import GrammarCompiler
 from jaxkv.runtime.tokenizer import load_tokenizer
@@ -113,6 +116,35 @@ def test_free_requests_get_what_they_get_alone_and_are_not_held_up(build):
     together = run_all(run, free | {name: REQUESTS[name] for name in ("regex 0.0", "json_schema 1.5")})
     assert all(together[name].tokens == alone[name].tokens for name in free)
     assert check({k: v for k, v in together.items() if k in REQUESTS}) > 0
+
+
+schemas = st.recursive(
+    st.one_of(st.just({"type": "boolean"}), st.builds(lambda a, b: {"type": "integer", "minimum": a, "maximum": a + b},
+                                                      st.integers(-99, 99), st.integers(0, 50)),
+              st.builds(lambda n: {"type": "string", "maxLength": n}, st.integers(0, 4)),
+              st.lists(st.sampled_from(["on", 7, None, True, "x y"]), min_size=1, unique_by=repr).map(lambda v: {"enum": v})),
+    lambda inner: st.one_of(
+        st.builds(lambda items, n: {"type": "array", "items": items, "maxItems": n}, inner, st.integers(0, 2)),
+        st.lists(inner, min_size=1, max_size=2).map(lambda options: {"anyOf": options}),
+        st.dictionaries(st.sampled_from("ab"), inner).map(lambda fields: {
+            "type": "object", "properties": fields, "required": sorted(fields), "additionalProperties": False})), max_leaves=4)
+
+
+def test_any_schema(build):
+    run, ended = build(), []
+
+    @given(schemas, st.sampled_from([0.0, 1.5]))
+    def follow(schema, temperature):
+        params = SamplingParams(temperature=temperature, seed=1, max_tokens=50, n=2,
+                                structured=Structured("json_schema", json.dumps(schema)))
+        results = run_all(run, {"r": (PROMPT, params)})
+        for name, reason in reasons(results).items():
+            if reason == "stop":
+                jsonschema.validate(json.loads(texts(results)[name]), schema)
+                ended.append(schema)
+
+    follow()
+    assert len(ended) > 20
 
 
 def test_children_have_grammars_of_their_own(build):

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxkv.serve.parsers import TOOL_PARSERS, tool_parser_for
-from jaxkv.serve.parsers.base import NAME, CallDelta, collect, overlap, parse
+from jaxkv.serve.parsers.base import NAME, CallDelta, overlap
 from jaxkv.serve.parsers.forced import NamedParser, RequiredParser
+from jaxkv.serve.parsers.message import MessageReader
 from jaxkv.serve.parsers.pythonic import call_of
+from jaxkv.serve.parsers.reasoning import ThinkParser
 
 PARSERS = {**TOOL_PARSERS, "required": RequiredParser, "named": lambda: NamedParser("f")}
 NASTY = {"city": "São \"Paulo\" {[\\]} 🙂", "n": [1, -2.5, {"deep": {"er": [[]]}}], "x": None, "t": True,
@@ -33,9 +35,22 @@ def write(kind: str, calls) -> str:
     return "[" + ", ".join(f"{n}({', '.join(f'{k}={v!r}' for k, v in a.items())})" for n, a in calls) + "]"
 
 
-def read(parser, pieces) -> tuple[str, list[tuple[str, str]]]:
-    out = [piece for text in pieces for piece in parser.feed(text)]
-    return collect([*out, *parser.finish()])
+def read(parser, texts) -> tuple[str, list[tuple[str, str]]]:
+    """Content and the (name, arguments) of every call of a text in pieces."""
+    content, calls = "", []
+    for piece in [*(piece for text in texts for piece in parser.feed(text)), *parser.finish()]:
+        if isinstance(piece, str):
+            content += piece
+        elif piece.name is not None:
+            assert piece.index == len(calls)
+            calls.append((piece.name, piece.arguments))
+        else:
+            calls[piece.index] = calls[piece.index][0], calls[piece.index][1] + piece.arguments
+    return content, calls
+
+
+def parse(parser, text: str) -> tuple[str, list[tuple[str, str]]]:
+    return read(parser, [text])
 
 
 def decoded(calls):
@@ -94,6 +109,21 @@ def test_any_cutting_gives_the_same(kind):
         assert all(kind == "named" or NAME.fullmatch(name) for name, _ in whole[1])
 
     check()
+
+
+@given(cut(texts), st.booleans(), st.booleans())
+def test_reasoning_and_calls_together_do_not_mind_the_cutting(case, inside, parallel):
+    def message(pieces):
+        reader = MessageReader(ThinkParser(inside), TOOL_PARSERS["hermes"](), parallel)
+        parts = [*(reader.feed(piece, False) for piece in pieces), reader.feed("", True)]
+        calls: dict[int, str] = {}
+        for call in (call for part in parts for call in part.calls):
+            calls[call.index] = calls.get(call.index, "") + (call.name or "") + call.arguments
+        assert reader.called == bool(calls) and (parallel or len(calls) <= 1)
+        return "".join(part.reasoning for part in parts), "".join(part.content for part in parts), calls
+
+    text, pieces = case
+    assert message(pieces) == message([text])
 
 
 @pytest.mark.parametrize("kind", list(TOOL_PARSERS))
@@ -175,6 +205,13 @@ def test_pythonic_reads_literals_and_nothing_else(source):
     assert call_of(source) is None
 
 
+def test_pythonic_calls_have_a_bounded_length():
+    for count in (5_000, 20_000):
+        text = "[f(a=f'" + "{x}" * count + "'), g()]"
+        assert parse(TOOL_PARSERS["pythonic"](), text) == (text, [])
+        assert read(TOOL_PARSERS["pythonic"](), [text[:1000], text[1000:70_000], text[70_000:]]) == (text, [])
+
+
 def test_named_is_the_arguments():
     assert read(NamedParser("f"), ['{"a"', ": 1}"]) == ("", [("f", '{"a": 1}')])
     assert parse(NamedParser("f"), "") == ("", [])
@@ -186,7 +223,7 @@ def test_overlap():
 
 def test_work_is_linear_in_the_text():
     """A call of a million characters in pieces of four: seconds if anything were looked at twice."""
-    for kind in ("hermes", "llama3_json", "mistral", "pythonic", "required"):
+    for kind in ("hermes", "llama3_json", "mistral", "required"):
         text = write(kind, [("f", {"text": "x{y" * 100_000})])
         pieces = [text[i:i + 40] for i in range(0, len(text), 40)]
         assert len(read(parser_of(kind), pieces)[1][0][1]) > 300_000
