@@ -60,7 +60,7 @@ class ThroughTier:
 
         self._run = jax.jit(run, donate_argnums=0)
 
-    def __call__(self, plan: StepPlan) -> Any:
+    def __call__(self, plan: StepPlan, *masks: Any) -> Any:
         executor, kv, ids = self._executor, self._executor.kv, []
         for c in plan.chunks:
             if not c.start:
@@ -73,7 +73,7 @@ class ThroughTier:
             batch = ids[at : at + BATCH]
             padded = np.array(batch + [kv.num_pages[0]] * (BATCH - len(batch)), np.int32)
             executor.state = executor.state._replace(pools=(self._run(executor.state.pools[0], padded),))
-        return self._submit(executor, plan)
+        return self._submit(executor, plan, *masks)
 
 
 def quality(questions: Questions) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

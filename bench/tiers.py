@@ -83,10 +83,10 @@ class Watched:
     def has_work(self) -> bool:
         return self._engine.has_work
 
-    def submit(self, plan: StepPlan) -> Any:
+    def submit(self, plan: StepPlan, *masks: Any) -> Any:
         brings = any(m.src[0] is Tier.HOST and m.dst and m.dst[0] is Tier.HBM for m in plan.moves)
         self.shared += brings and len(plan.chunks) > 1
-        return self._submit(plan)
+        return self._submit(plan, *masks)
 
     def step(self) -> list[Delta]:
         engine, watching = self._engine, self._engine.scheduler.num_running > 0 and bool(self.flying)

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxkv.config import CacheConfig, ConfigError, EngineConfig, MeshConfig, ModelConfig, SchedConfig
-from jaxkv.types import SamplingParams
+from jaxkv.types import SamplingParams, Structured
 
 if TYPE_CHECKING:
     from jaxkv.llm import LLM
@@ -21,7 +21,7 @@ _LAZY = {"LLM": "jaxkv.llm", "CompletionOutput": "jaxkv.runtime.outputs", "Logpr
          "RequestOutput": "jaxkv.runtime.outputs"}
 
 __all__ = ["LLM", "CacheConfig", "CompletionOutput", "ConfigError", "EngineConfig", "Logprob", "MeshConfig",
-           "ModelConfig", "RequestOutput", "SamplingParams", "SchedConfig"]
+           "ModelConfig", "RequestOutput", "SamplingParams", "SchedConfig", "Structured"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,8 @@ MAX_LOGIT_BIAS = 300  # entries of `logit_bias`, as the OpenAI API allows
 MAX_NAME = 256  # characters of a session id or a cache salt
 MAX_RETENTION = 7 * 86400.0  # seconds
 MAX_STOP_IDS = 32  # stop ids and end-of-sequence ids of one request together
+MAX_GRAMMAR = 2**16  # characters of what an answer must follow
+STRUCTURED_KINDS = ("json_object", "json_schema", "regex", "choice", "grammar")
 
 
 class Tier(IntEnum):
@@ -56,6 +58,26 @@ class KVGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Structured:
+    """What an answer must follow. ``value``: the schema as JSON text, the pattern, a JSON list of strings, the grammar
+    (Lark or GBNF), "" for json_object.
+
+    Raises ValueError that names the limit; whether the value compiles is known later.
+    """
+
+    kind: str  # one of STRUCTURED_KINDS
+    value: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in STRUCTURED_KINDS:
+            raise ValueError(f"structured.kind must be one of {', '.join(STRUCTURED_KINDS)}, got {self.kind!r:.40}")
+        if not isinstance(self.value, str) or not self.value and self.kind != "json_object":
+            raise ValueError(f"structured.value must be a non-empty string, got {self.value!r:.40}")
+        if len(self.value) > MAX_GRAMMAR:
+            raise ValueError(f"structured.value may have at most {MAX_GRAMMAR} characters, got {len(self.value)}")
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens; names and meanings are those of the OpenAI API and of vLLM.
 
@@ -81,6 +103,7 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured: Structured | None = None
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  frozen: normalise once
@@ -121,6 +144,10 @@ class SamplingParams:
             _int("stop_token_ids", t, 0)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise ValueError(f"logit_bias may hold at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}")
+        if isinstance(self.structured, dict):  # from JSON
+            put("structured", Structured(**self.structured))
+        if not isinstance(self.structured, Structured | None):
+            raise ValueError(f"structured must be a Structured, got {type(self.structured).__name__}")
 
     @property
     def needs_slot_state(self) -> bool:
@@ -193,6 +220,7 @@ class Request:
     end_session: bool = False  # the last turn: KV that only this session used may leave first
     retention: float | None = None  # seconds that the KV is kept after use as long as anything else can leave
     no_store: bool = False  # reads the cache, leaves nothing in it
+    needs_last_token: bool = False  # what may follow depends on the token before: no step while one is in flight
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -407,7 +435,7 @@ class TokenEvent:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[Logprobs, ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
-    finish_reason: str | None = None  # "stop", "length" or "abort"
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     stop_token: int | None = None
     num_cached: int = 0
 

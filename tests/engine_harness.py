@@ -23,6 +23,8 @@ from jaxkv.runtime.executor import JaxExecutor
 from jaxkv.runtime.memory import Capacity
 from jaxkv.runtime.outputs import Delta
 from jaxkv.runtime.page_ops import PageForm
+from jaxkv.runtime.structured.compiler import GrammarCompiler
+from jaxkv.runtime.tokenizer import Tokenizer
 from jaxkv.sched.scheduler import Scheduler
 from jaxkv.types import SamplingParams
 
@@ -58,7 +60,7 @@ def executor(
 def engine(
     run: JaxExecutor, *, pages: int | tuple[int, ...] = POOL, host_pages: int = 0, policy: str = "lfu", budget: int = BUDGET,
     chunked: bool = True, overlap: bool = True, prefix_caching: bool = True, max_num_seqs: int = SEQS,
-    disk: DiskStore | None = None, fetch_pages: int = 8,
+    disk: DiskStore | None = None, fetch_pages: int = 8, tokenizer: Tokenizer | None = None, eos_ids: tuple[int, ...] = (),
 ) -> Engine:
     """A fresh engine on a compiled executor; the controller may be told of fewer pages than the pool has."""
     groups = run.kv.groups
@@ -72,7 +74,8 @@ def engine(
     capacity = Capacity(num_pages, 1, num_host, 1)
     scheduler = Scheduler(config.sched, controller, MAX_LEN, step_sizes=step_sizes(run.shapes))
     return Engine(config, scheduler, run, model_name="test", max_model_len=MAX_LEN, vocab_size=CONFIG["vocab_size"],
-                  capacity=capacity)
+                  capacity=capacity, tokenizer=tokenizer, eos_ids=eos_ids,
+                  grammars=GrammarCompiler(tokenizer, CONFIG["vocab_size"], eos_ids) if tokenizer else None)
 
 
 def disk_store(path: Path, run: JaxExecutor, **options: Any) -> DiskStore:

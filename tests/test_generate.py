@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +115,18 @@ def test_every_format(generate, llm):
     assert len(first["logprobs"]["token_logprobs"]) == len(expected.token_ids)
     assert second["prompt"] == ids
     assert [output["text"] for output in second["outputs"]] == [expected.text] * 2
+
+
+def test_lines_that_follow_something(generate):
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", 7]}}}
+    code, records = generate(jsonl(
+        {"prompt": "x", "guided_regex": "[a-z]{3}-[0-9]{2}", "n": 2, "temperature": 1.5, "max_tokens": 20},
+        batch("b", "/v1/completions", prompt="x", response_format=schema, max_tokens=20),
+        {"prompt": "x", "structured_outputs": {"regex": "(a"}}))
+    assert code == 0
+    assert all(re.fullmatch("[a-z]{3}-[0-9]{2}", output["text"]) for output in records[0]["outputs"])
+    assert records[1]["response"]["body"]["choices"][0]["text"] in ('"yes"', "7")
+    assert records[2]["error"]["param"] == "structured_outputs.regex"
 
 
 def test_bad_lines_are_records_and_the_others_go_on(generate):

@@ -1,18 +1,20 @@
 """``LLM``: shapes of prompts, outputs, errors that leave nothing behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import LLM, SamplingParams
+from jaxkv import LLM, SamplingParams, Structured
 from tests.text_models import SMALL, small_llm, small_model
 
 ROOT = Path(__file__).parent.parent
@@ -222,6 +224,18 @@ def test_progress_bar(llm, capsys):
     assert "toks/s" in err
 
 
+def test_answers_that_follow_something(llm):
+    """Each prompt its own, beside one that is free."""
+    free = llm.generate("The quick", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    asked = [Structured("regex", "[a-z]{3}-[0-9]{2}"), Structured("choice", '["yes", "no"]'), None]
+    params = [replace(GREEDY, max_tokens=20 if s else 8, structured=s) for s in asked]
+    pattern, choice, beside = (o.outputs[0] for o in llm.generate(["The quick"] * 3, params, use_tqdm=False))
+    assert re.fullmatch("[a-z]{3}-[0-9]{2}", pattern.text) and pattern.finish_reason == "stop"
+    assert choice.text in ("yes", "no") and beside.token_ids == free
+    with pytest.raises(ValueError, match=r"^prompts\[1\]: structured cannot be compiled: .*unclosed"):
+        llm.generate(["a", "b"], [GREEDY, replace(GREEDY, structured=Structured("regex", "(a"))], use_tqdm=False)
+
+
 def test_without_tokenizer(model_dir):
     with LLM(str(model_dir), **SMALL, skip_tokenizer_init=True) as llm:
         output = llm.generate([5, 6, 7], GREEDY, use_tqdm=False)[0]
@@ -232,6 +246,8 @@ def test_without_tokenizer(model_dir):
                 call()
         with pytest.raises(ValueError, match="stop needs a tokenizer"):
             llm.generate([5], SamplingParams(stop="x"), use_tqdm=False)
+        with pytest.raises(ValueError, match="structured needs a tokenizer"):
+            llm.generate([5], SamplingParams(structured=Structured("regex", "a")), use_tqdm=False)
         assert not llm.engine.has_work
     with pytest.raises(RuntimeError, match="shut down"):
         llm.generate([5])

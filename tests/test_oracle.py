@@ -3,14 +3,17 @@ of a dense forward. A token may differ only where the dense top-2 gap is below 1
 engine's tokens, and more than 0.1 % of such positions fail. Every cell proves that its mechanism happened.
 """
 
+import re
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from jaxkv.types import Tier
+from jaxkv.runtime.tokenizer import load_tokenizer
+from jaxkv.types import SamplingParams, Structured, Tier
 from tests.engine_harness import POOL, engine, executor, greedy, model, run_all
 from tests.oracle import DenseOracle
+from tests.text_models import write_characters
 
 NEAR_TIE = 1e-4
 POOLS = {"roomy": (POOL, 0), "tight": (20, 0), "tight and host": (20, 40)}
@@ -59,10 +62,10 @@ def test_matrix(pool, policy, chunked, overlap, devices, windows, highest_precis
     chunks: dict[str, int] = {}
     submit = run.executor.submit
 
-    def counting_submit(plan):
+    def counting_submit(plan, masks):
         for c in plan.chunks:
             chunks[c.request_id] = chunks.get(c.request_id, 0) + (c.num_logits == 0)
-        return submit(plan)
+        return submit(plan, masks)
 
     run.executor.submit = counting_submit
     try:
@@ -104,3 +107,16 @@ def test_a_window_group_that_loses_pages(devices, overlap, host_pages, highest_p
     assert mismatches[1] > 150 and mismatches[0] <= 0.001 * mismatches[1]
     stats = run.scheduler.cache.stats
     assert stats.holes > 0 and stats.hit_tokens > 0
+
+
+def test_structured_output_on_a_mesh(tmp_path, highest_precision):
+    """Masks are whole on every device, logits may not be."""
+    tokenizer = load_tokenizer(write_characters(tmp_path))
+    run = engine(executor(True, 2), tokenizer=tokenizer, eos_ids=(0,))
+    choice = SamplingParams(temperature=1.5, max_tokens=20, n=2, structured=Structured("regex", "[a-f]{2,6}-[0-9]{1,9}"))
+    free = requests(1)
+    results = run_all(run, {"word": ([5, 9, 2], choice), **free})
+    for name in ("word/0", "word/1"):
+        assert re.fullmatch(choice.structured.value, "".join(d.text for d in results.pop(name).deltas))
+    assert_greedy(True, results, [0, 0])
+    run.grammars.close()

@@ -35,6 +35,16 @@ def write_byte_level(directory: Path, vocab_size: int = 400) -> Path:
     return _write(directory, tokenizer, SPECIAL[2], CHAT_TEMPLATE)
 
 
+def write_characters(directory: Path) -> Path:
+    """63 tokens: a special one, then single characters; the model of ``engine_harness`` has four ids more."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789{}[]\":,.-+_()<>/=*\\ABCDEFĠĊ"
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(["<|end|>", *letters])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    return _write(directory, tokenizer, "<|end|>", None)
+
+
 def write_sentencepiece_like(directory: Path) -> Path:
     """A BPE with the decoder of Llama 2: word borders as U+2581, bytes as <0xNN>, one leading space dropped."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))

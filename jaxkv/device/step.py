@@ -1,7 +1,8 @@
 """The one step: embed, run the layers (each writes its KV, then attends), sample, return the donated state.
 
 There is no prefill and no decode mode: a step is a ragged set of chunks and decode is a chunk of length 1.
-Everything that varies from step to step comes in one int32 buffer (see ``batch``).
+Everything that varies from step to step comes in one int32 buffer (see ``batch``), but for the token masks: their size
+goes with the vocabulary, and a step without structured output takes an array that is already on the device.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class StepOutput(NamedTuple):
 
 def build_step(
     spec: ModelSpec, kv: KVSpec, layout: BatchLayout, mesh: Mesh, attention_impl: str = "auto"
-) -> Callable[[tuple, EngineState, jax.Array], tuple[EngineState, StepOutput]]:
+) -> Callable[[tuple, EngineState, jax.Array, jax.Array], tuple[EngineState, StepOutput]]:
     """The step function of one batch shape, to be jitted with the state donated.
 
     ``attention_impl`` forces the kernels of a family: attention, and the KV write where the family has its own.
@@ -45,7 +46,8 @@ def build_step(
     attention = [jax.jit(partial(mesh_ops.ragged_paged_attention, scale=spec.scale, window=group.window,
                                  soft_cap=spec.soft_cap, max_q_len=max_q_len, impl=attention_impl)) for group in kv.groups]
 
-    def step(params: tuple, state: EngineState, buffer: jax.Array) -> tuple[EngineState, StepOutput]:
+    def step(params: tuple, state: EngineState, buffer: jax.Array, masks: jax.Array) -> tuple[EngineState, StepOutput]:
+        """``buffer`` as packed by ``layout``; ``masks`` i32 [R, W], see ``sampling.masks``."""
         b = layout.unpack(buffer)
         slots = [_kv_slots(b["page_table"][g], b, kv.page_size, n) for g, n in enumerate(kv.num_pages)]
         pools = [list(group) for group in state.pools]
@@ -62,7 +64,7 @@ def build_step(
 
         rows = hidden.at[b["row_token"]].get(mode="fill", fill_value=0)
         columns = SamplingColumns(**{n: b["row_" + n if "row_" + n in b else n] for n in SamplingColumns._fields})
-        tokens, sampler, logprobs = sampling.sample(models.logits(spec, params, rows), columns, state.sampler)
+        tokens, sampler, logprobs = sampling.sample(models.logits(spec, params, rows), columns, state.sampler, masks)
         prompt = sampling.prompt_logprobs(hidden, b["prompt_targets"], lambda h: models.logits(spec, params, h))
         last = state.last_tokens.at[b["row_slot"]].set(tokens, mode="drop")
         return EngineState(tuple(map(tuple, pools)), last, sampler), StepOutput(tokens, logprobs, prompt)

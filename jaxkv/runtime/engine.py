@@ -22,6 +22,8 @@ from jaxkv.runtime.memory import Capacity
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
 from jaxkv.runtime.report import Reporter
+from jaxkv.runtime.structured.compiler import Grammar, GrammarCompiler
+from jaxkv.runtime.structured.matchers import Matchers
 from jaxkv.sched.scheduler import Scheduler
 from jaxkv.types import MAX_STOP_IDS, CacheHints, Request, SamplingParams, StepHandle, StepPlan, Tier, TokenEvent
 
@@ -36,12 +38,12 @@ class Engine:
     def __init__(
         self, config: EngineConfig, scheduler: Scheduler, executor: JaxExecutor, *, model_name: str, max_model_len: int,
         vocab_size: int, capacity: Capacity, weight_bytes: int = 0, tokenizer: Any = None, eos_ids: Sequence[int] = (),
-        description: Sequence[str] = (), info: Mapping[str, str] = MappingProxyType({}),
-        clock: Callable[[], float] = time.monotonic,
+        grammars: GrammarCompiler | None = None, description: Sequence[str] = (),
+        info: Mapping[str, str] = MappingProxyType({}), clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.scheduler, self.executor = config, scheduler, executor
         self.model_name, self.max_model_len, self.vocab_size = model_name, max_model_len, vocab_size
-        self.tokenizer, self.eos_ids = tokenizer, tuple(eos_ids)
+        self.tokenizer, self.eos_ids, self.grammars = tokenizer, tuple(eos_ids), grammars
         self.events: deque[tuple[str, int]] = deque(maxlen=4096)
         # ("submit" | "read", plan id) or ("fetch" | "arrived" | "failed", fetch id), newest last
         self.capacity, self.weight_bytes = capacity, weight_bytes
@@ -53,6 +55,7 @@ class Engine:
         self._clock = clock
         self._reporter = Reporter(self.metrics, clock())
         self._outputs: dict[str, OutputProcessor] = {}  # by child id
+        self._matchers = Matchers(vocab_size, self.eos_ids)
         self._unseen: set[str] = set()  # children that gave no event yet
         self._children: dict[str, list[str]] = {}  # user's request id -> ids of its open children
         self._pending: tuple[StepPlan, StepHandle] | None = None
@@ -78,6 +81,7 @@ class Engine:
         stop_ids = tuple(dict.fromkeys(params.stop_token_ids + (() if params.ignore_eos else self.eos_ids)))
         if len(stop_ids) > MAX_STOP_IDS:
             raise ValueError(f"stop_token_ids may hold at most {MAX_STOP_IDS} ids with the model's own, got {len(stop_ids)}")
+        grammar = self._grammar(params)
         self._counter += 1
         seed = params.seed if params.seed is not None else self._draw_seed()
         now = self._clock()
@@ -86,7 +90,8 @@ class Engine:
         requests = [
             Request(child, prompt, params if i == 0 else quiet, max_tokens, seed=seed, child=i, parent=request_id, arrival=now,
                     priority=hints.priority, namespace=hints.cache_salt, stop_ids=stop_ids, session_id=hints.session_id,
-                    end_session=hints.end_session, retention=hints.retention, no_store=hints.no_store)
+                    end_session=hints.end_session, retention=hints.retention, no_store=hints.no_store,
+                    needs_last_token=grammar is not None)
             for i, child in enumerate(children)
         ]
         outputs = [OutputProcessor(request, self.tokenizer) for request in requests]
@@ -94,6 +99,8 @@ class Engine:
             self.scheduler.add(request)
             self._outputs[request.id] = output
             self._unseen.add(request.id)
+            if grammar is not None:
+                self._matchers.add(request, grammar)
         self._children[request_id] = children
         self.metrics.prompt_tokens += len(prompt)
         self._refresh()
@@ -103,6 +110,7 @@ class Engine:
         for child in self._children.pop(request_id, ()):
             if self._outputs.pop(child, None) is not None:
                 self._unseen.discard(child)
+                self._matchers.drop(child)
                 self.scheduler.abort(child)
                 self.metrics.finished["abort"] += 1
         self._refresh()
@@ -121,7 +129,7 @@ class Engine:
         if plan is not None:
             self.events.append(("submit", plan.id))
             self.events.extend(("fetch", fetch.id) for fetch in plan.fetches)
-            self._pending = plan, self.executor.submit(plan)
+            self._pending = plan, self.executor.submit(plan, self._matchers.masks(plan))
             self.metrics.steps += 1
             self.metrics.computed_tokens += plan.num_tokens
         elif pending is None:
@@ -144,7 +152,10 @@ class Engine:
         return self._reporter.line(self._clock())
 
     def close(self, timeout: float = 10.0) -> None:
-        """Ends the disk tier, if there is one: what memory holds is written first, as far as ``timeout`` seconds allow."""
+        """Ends the threads that compile grammars, and the disk tier, if there is one: what memory holds is written first,
+        as far as ``timeout`` seconds allow."""
+        if self.grammars is not None:
+            self.grammars.close()
         disk = self.executor.tiers.disk
         if disk is None:
             return
@@ -182,11 +193,22 @@ class Engine:
         t0 = time.thread_time()
         events = self.scheduler.commit(plan, result, self._clock())
         t1 = time.thread_time()
-        deltas = [delta for event in events if (delta := self._deliver(event)) is not None]
+        deltas = [delta for event in events if (delta := self._deliver(self._follow(event))) is not None]
         stages = self.metrics.stage_seconds
         stages["commit"] += t1 - t0
         stages["output"] += time.thread_time() - t1
         return deltas
+
+    def _follow(self, event: TokenEvent) -> TokenEvent:
+        """The event as it is once the sequence's grammar, if it has one, knows the tokens."""
+        end = self._matchers.advance(event.request_id, event.tokens)
+        if end is None:
+            return event
+        if event.finish_reason is None:
+            self.scheduler.finish(event.request_id, end)
+        if end == "error":  # the last token is none that the request allows
+            return replace(event, tokens=event.tokens[:-1], logprobs=event.logprobs[:-1], finish_reason=end)
+        return replace(event, finish_reason=end)
 
     def _deliver(self, event: TokenEvent) -> Delta | None:
         output = self._outputs.get(event.request_id)
@@ -202,6 +224,7 @@ class Engine:
             self.scheduler.finish(event.request_id, "stop")
         if delta.finish_reason is not None:
             del self._outputs[event.request_id]
+            self._matchers.drop(event.request_id)
             siblings = self._children[delta.request_id]
             siblings.remove(event.request_id)
             if not siblings:
@@ -223,6 +246,14 @@ class Engine:
                 raise ValueError(f"{name} holds token id {bad!r}, outside of the vocabulary of {self.vocab_size}")
         room = self.max_model_len - len(prompt)
         return min(params.max_tokens or room, room)
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        """What the answer must follow, compiled; at once if whoever asks compiled it before."""
+        if params.structured is None:
+            return None
+        if self.grammars is None:
+            raise ValueError("structured needs a tokenizer, and skip_tokenizer_init left it out")
+        return self.grammars.compile(params.structured)
 
     def _draw_seed(self) -> int:
         """A request's own seed: differs between requests, repeats with the engine's seed and the order of arrival."""

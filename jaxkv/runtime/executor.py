@@ -19,12 +19,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import pallas_kernels as ops
 from jaxkv.device import sampling
 from jaxkv.device.batch import FIELDS, BatchLayout, BatchShape, batch_shapes, choose_shape
-from jaxkv.device.sampling.sampler import BAN_STOP_IDS
+from jaxkv.device.sampling.sampler import BAN_STOP_IDS, MASKED
 from jaxkv.device.spec import KVSpec, ModelSpec
 from jaxkv.device.state import EngineState, init_state, state_shardings
 from jaxkv.device.step import StepOutput, build_step
 from jaxkv.runtime.disk import DiskStore
 from jaxkv.runtime.page_ops import PageForm
+from jaxkv.runtime.structured.matchers import TokenMasks
 from jaxkv.runtime.tiers import Tiers
 from jaxkv.types import Admit, Arrival, Chunk, Logprobs, StepPlan, StepResult
 
@@ -57,9 +58,12 @@ class JaxExecutor:
         self.steps = _compile_steps(spec, kv, mesh, params, self.state, self._layouts, attention_impl, progress)
         self._vocab = spec.vocab_size
         self._admit_op = _compile_admit(self.state, mesh)
+        whole = NamedSharding(mesh, PartitionSpec())  # masks of a step that has none: never read, never sent again
+        self._no_masks = {r: jax.device_put(np.zeros((r, sampling.mask_words(spec.vocab_size)), np.int32), whole)
+                          for r in {s.rows for s in self.shapes}}
 
-    def submit(self, plan: StepPlan) -> Handle:
-        """Enqueues the plan's transfers, admissions and step, in this order."""
+    def submit(self, plan: StepPlan, masks: TokenMasks | None = None) -> Handle:
+        """Enqueues the plan's transfers, admissions and step, in this order. ``masks``: what some rows may choose."""
         t0 = time.thread_time()
         if plan.moves or plan.landings or plan.fetches:
             self.state = self.state._replace(pools=self.tiers.apply(self.state.pools, plan))
@@ -70,9 +74,10 @@ class JaxExecutor:
         if plan.chunks:
             rows = sum(c.num_logits for c in plan.chunks)
             shape = choose_shape(self.shapes, plan.num_tokens, len(plan.chunks), rows)
-            buffer = self._pack(plan.chunks, shape)
+            buffer = self._pack(plan.chunks, shape, masks)
+            words = self._no_masks[shape.rows] if masks is None else masks.padded(shape.rows)
             t2 = time.thread_time()
-            self.state, output = self.steps[shape](self.params, self.state, buffer)
+            self.state, output = self.steps[shape](self.params, self.state, buffer, words)
             self.stage_seconds["pack"] += t2 - t1
             self.stage_seconds["dispatch"] += time.thread_time() - t2
         self.stage_seconds["moves"] += t1 - t0
@@ -94,13 +99,14 @@ class JaxExecutor:
         values = sampling.columns_for(admit.params, admit.seed, admit.child)
         for name, column in self._by_slot.items():
             column[admit.slot] = values[name]
-        self._ban_until[admit.slot] = admit.prompt_len + admit.params.min_tokens if admit.params.min_tokens else 0
+        bans = admit.params.min_tokens and admit.params.structured is None  # else the mask knows better
+        self._ban_until[admit.slot] = admit.prompt_len + admit.params.min_tokens if bans else 0
         self._logprobs[admit.slot] = admit.params.logprobs is not None
         if admit.params.needs_slot_state:
             for args in sampling.admit_pieces(admit, self._vocab, ADMIT_TOKENS):
                 self.state = self.state._replace(sampler=self._admit_op(self.state.sampler, *args))
 
-    def _pack(self, chunks: tuple[Chunk, ...], shape: BatchShape) -> np.ndarray:
+    def _pack(self, chunks: tuple[Chunk, ...], shape: BatchShape, masks: TokenMasks | None) -> np.ndarray:
         """The buffer of a step; what the table's padding means is said in ``batch.FIELDS``."""
         buffer, b = self._layouts[shape].new()
         n, tables = len(chunks), self._tables
@@ -146,6 +152,8 @@ class JaxExecutor:
         for name in ("top_p", "repetition_penalty"):
             b[name][rows:] = 1.0
         b["flags"][:rows] |= np.where(b["row_position"][:rows] < self._ban_until[row_slots], BAN_STOP_IDS, 0)
+        if masks is not None:
+            b["flags"][masks.rows] |= MASKED
         return buffer
 
 
@@ -216,7 +224,8 @@ def _compile_steps(
     def compile_one(layout: BatchLayout) -> Callable:
         step = build_step(spec, kv, layout, mesh, attention_impl)
         jitted = jax.jit(step, donate_argnums=1, out_shardings=(state_shardings(kv, mesh), whole))
-        return jitted.lower(*args, jax.ShapeDtypeStruct((layout.words,), jnp.int32, sharding=whole)).compile()
+        inputs = (layout.words,), (layout.shape.rows, sampling.mask_words(spec.vocab_size))
+        return jitted.lower(*args, *(jax.ShapeDtypeStruct(s, jnp.int32, sharding=whole) for s in inputs)).compile()
 
     out: dict[BatchShape, Callable] = {}
     with ThreadPoolExecutor(2) as pool:  # tracing holds the interpreter lock, compiling does not

@@ -16,7 +16,7 @@ TIERS = ("device", "host", "disk")
 EVICTIONS = ("demoted", "dropped", "hole", "superseded")  # a hole: one window group's page
 LINKS = ("device-device", "device-host", "host-device", "device-disk", "host-disk", "disk-device")
 DISK_FAULTS = ("corrupt", "refused", "lost", "write_errors", "read_errors")
-REASONS = ("stop", "length", "abort")
+REASONS = ("stop", "length", "abort", "error")
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 

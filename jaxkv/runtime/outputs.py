@@ -25,7 +25,7 @@ class Delta:
     text: str = ""  # whole characters, already cut at a stop string
     logprobs: tuple[Logprobs, ...] = ()  # of token_ids, if asked for
     prompt_logprobs: tuple[Logprobs, ...] = ()  # of prompt[1:], complete, with the first tokens, if asked for
-    finish_reason: str | None = None  # "stop", "length" or "abort"
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     stop_reason: int | str | None = None  # the stop token id or stop string of the request; None for the model's EOS
     num_cached_tokens: int = 0
 

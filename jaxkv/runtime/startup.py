@@ -24,6 +24,7 @@ from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.executor import JaxExecutor
 from jaxkv.runtime.memory import FETCH_PAGES, Capacity, free_device_memory, free_host_memory, plan_capacity
 from jaxkv.runtime.page_ops import PageForm
+from jaxkv.runtime.structured.compiler import GrammarCompiler
 from jaxkv.runtime.tokenizer import eos_token_ids, load_tokenizer
 from jaxkv.runtime.weights import LoadedModel, load_model
 from jaxkv.sched.scheduler import Scheduler
@@ -74,9 +75,11 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
             progress=lambda done, total: _advance(bar, done, total))
     compiled = time.perf_counter()
     description = describe(config, model, mesh, kv, capacity, executor, loaded - start, compiled - loaded)
+    eos_ids, vocab = eos_token_ids(model.directory, tokenizer), model.spec.vocab_size
     return Engine(config, scheduler, executor, model_name=model.name, max_model_len=max_model_len,
-                  vocab_size=model.spec.vocab_size, tokenizer=tokenizer, weight_bytes=model.nbytes, capacity=capacity,
-                  eos_ids=eos_token_ids(model.directory, tokenizer), description=description,
+                  vocab_size=vocab, tokenizer=tokenizer, weight_bytes=model.nbytes, capacity=capacity,
+                  eos_ids=eos_ids, grammars=GrammarCompiler(tokenizer, vocab, eos_ids) if tokenizer else None,
+                  description=description,
                   info={"model": model.name, "dtype": model.spec.dtype, "platform": platform,
                         "kv_layout": layout, "kv_cache_dtype": kv_dtype, "eviction_policy": cache.eviction_policy,
                         "kernels": _kernels()})

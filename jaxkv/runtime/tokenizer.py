@@ -99,6 +99,13 @@ class Tokenizer:
         except (TypeError, KeyError) as error:
             raise ValueError(f"messages do not suit the chat template: {error}") from None
 
+    def to_json(self) -> str:
+        """The tokenizer as the JSON of the ``tokenizers`` library, without padding and truncation. ValueError if it is
+        not one of that library's."""
+        if self._backend is None:
+            raise ValueError("it is no tokenizer of the tokenizers library")
+        return json.dumps(json.loads(self._backend.to_str()) | {"padding": None, "truncation": None})
+
     def _lookup(self, token_id: int) -> bytes:
         token = self.hf.convert_ids_to_tokens(token_id) if 0 <= token_id < self.vocab_size else None
         if token is None:

@@ -12,7 +12,8 @@ no deadlock. Preemption is ``release``: the pages stay in the trie, and coming b
 
 Overlap: ``plan`` may be called before the previous plan is committed. A sequence then has ``in_flight`` tokens that
 the host does not know; its next chunk carries -1 and the device inserts the slot's last token. As that token is lost
-with the slot, a preempted sequence waits until its in-flight tokens are committed.
+with the slot, a preempted sequence waits until its in-flight tokens are committed. A sequence that ``needs_last_token``
+(structured output) waits for them too, and only that one.
 """
 
 from __future__ import annotations
@@ -173,8 +174,8 @@ class Scheduler:
             seq = running[index]
             request, start = seq.request, seq.num_scheduled
             known = len(seq.tokens) + seq.in_flight
-            if known - len(request.prompt) >= request.max_tokens:  # the last token is on the device
-                left += 1
+            if seq.in_flight and request.needs_last_token or known - len(request.prompt) >= request.max_tokens:
+                left += 1  # it waits for its last token, or that one is on the device
                 index += 1
                 continue
             length = 1

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jaxkv.runtime.outputs import Delta
+from jaxkv.runtime.structured.compiler import CompilerBusy, Grammar, grammar_or_error
 from jaxkv.serve.engine_loop import Call, EngineLoop
 from jaxkv.serve.errors import ApiError
 from jaxkv.serve.logprobs import TokenText
@@ -26,6 +27,7 @@ from jaxkv.types import Logprobs
 
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no")]
+COMPILE_WAIT_S = 15.0  # for a grammar, others that wait before it included
 
 
 class _Gone(Exception):
@@ -93,11 +95,13 @@ class Answer(Response):
         self.choices = [Choice(call.position * n + child, call) for call in calls for child in range(n)]
         self.unfinished = len(self.choices)
         self._n = n
+        self.grammar: Grammar | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(self._watch(receive))
         started = False
         try:
+            await self._compile()
             self.loop.submit(self.calls)
             first = await self.mailbox.next()  # a refusal comes before the status line
             if self.request.stream:
@@ -116,6 +120,20 @@ class Answer(Response):
         finally:
             watcher.cancel()
             self.loop.abort(self.calls)
+
+    async def _compile(self) -> None:
+        """Has what the answer must follow compiled on neither this thread nor the engine's, and holds it: the engine will
+        find it. ValueError says why it cannot be; ApiError when too many wait."""
+        structured, engine = self.calls[0].params.structured, self.loop.engine
+        if structured is None or engine is None or engine.grammars is None:
+            return
+        try:
+            async with asyncio.timeout(COMPILE_WAIT_S):
+                found = await asyncio.shield(asyncio.wrap_future(engine.grammars.submit(structured)))
+        except (CompilerBusy, TimeoutError):
+            raise ApiError(429, "too many grammars wait to be compiled", code="too_many_requests",
+                           headers={"retry-after": "1"}) from None
+        self.grammar = grammar_or_error(found)
 
     def _refusal(self, error: Exception) -> ApiError:
         if isinstance(error, ValueError):  # from engine.add_request, through the mailbox
@@ -171,6 +189,8 @@ class Answer(Response):
         return events
 
     def _take(self, call: Call, delta: Delta) -> None:
+        if delta.finish_reason == "error":
+            raise ApiError(500, "the model could not go on with this request", code="generation_failed")
         self.choices[call.position * self._n + delta.index].add(delta)
         if delta.finish_reason is not None:
             self.unfinished -= 1

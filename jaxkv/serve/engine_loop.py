@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from jaxkv.config import ConfigError
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta
+from jaxkv.runtime.structured.compiler import GrammarCompiler
 from jaxkv.serve.errors import ApiError, shutting_down
 from jaxkv.serve.metrics import Latencies
 from jaxkv.types import CacheHints, SamplingParams
@@ -35,6 +36,7 @@ class EngineLike(Protocol):
     model_name: str
     max_model_len: int
     tokenizer: Any
+    grammars: GrammarCompiler | None
     metrics: EngineMetrics
 
     def describe(self) -> Sequence[str]: ...

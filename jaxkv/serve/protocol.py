@@ -14,6 +14,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jaxkv.serve.errors import ApiError, bad_request, from_validation, from_value_error
+from jaxkv.serve.structured import ResponseFormat, StructuredOutputs, field_of, structured_of
 from jaxkv.types import CacheHints, SamplingParams
 
 R = TypeVar("R", bound="GenerationRequest")
@@ -23,9 +24,9 @@ _STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 # Fields of the OpenAI API or of vLLM that would change the answer and are not implemented -> values that ask nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (), "continue_final_message": (False,), "documents": ([],), "function_call": ("none", "auto"),
-    "functions": ([],), "guided_choice": (), "guided_grammar": (), "guided_json": (), "guided_regex": (),
+    "functions": ([],), "guided_whitespace_pattern": (),
     "length_penalty": (1, 1.0), "modalities": (["text"],), "prefix": (), "prompt_embeds": (),
-    "response_format": ({"type": "text"},), "structured_outputs": (), "suffix": ("",), "tool_choice": ("none", "auto"),
+    "structural_tag": (), "suffix": ("",), "tool_choice": ("none", "auto"),
     "tools": ([],), "truncate_prompt_tokens": (), "use_beam_search": (False,), "web_search_options": (),
 }
 _INERT = {"metadata", "store", "service_tier", "user", "parallel_tool_calls", "reasoning_effort", "verbosity",
@@ -72,6 +73,12 @@ class GenerationRequest(BaseModel):
     end_session: bool | None = None
     retention: float | None = None
     no_store: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     def cache_hints(self) -> CacheHints:
         """What the request says about its KV. Raises ApiError that names the request's field."""
@@ -86,6 +93,7 @@ class GenerationRequest(BaseModel):
         values = {name: value for name in _SAMPLING if (value := getattr(self, name, None)) is not None}
         if self.logit_bias is not None:
             values["logit_bias"] = _token_keys(self.logit_bias)
+        values["structured"] = structured_of(self)
         values |= overrides
         try:
             return SamplingParams(**values)
@@ -94,7 +102,8 @@ class GenerationRequest(BaseModel):
 
     def api_error(self, error: ValueError) -> ApiError:
         """What the engine or SamplingParams complained about, in this request's words."""
-        return from_value_error(error, set(type(self).model_fields), self.renamed())
+        field = field_of(self)
+        return from_value_error(error, {*type(self).model_fields, field}, {"structured": field} | self.renamed())
 
     def renamed(self) -> dict[str, str]:
         """Engine field -> field of this request that set it."""

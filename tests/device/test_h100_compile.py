@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import pallas_kernels as ops
 from jaxkv.device import models
 from jaxkv.device.batch import BatchLayout, BatchShape
-from jaxkv.device.sampling import init_sampler_state
+from jaxkv.device.sampling import init_sampler_state, mask_words
 from jaxkv.device.sharding import param_shardings
 from jaxkv.device.spec import KVSpec, kv_groups
 from jaxkv.device.state import EngineState, state_shardings
@@ -76,9 +76,10 @@ def compile_step(
                            jax.eval_shape(lambda: init_sampler_state(64, spec.vocab_size)))
     state = EngineState(pools, jax.ShapeDtypeStruct((64,), jnp.int32, sharding=whole), sampler)
     buffer = jax.ShapeDtypeStruct((layout.words,), jnp.int32, sharding=whole)
+    masks = jax.ShapeDtypeStruct((shape.rows, mask_words(spec.vocab_size)), jnp.int32, sharding=whole)
     with jax.set_mesh(mesh):
         step = jax.jit(build_step(spec, kv, layout, mesh, impl), donate_argnums=1, out_shardings=(shardings, whole))
-        compiled = step.lower(params, state, buffer).compile()
+        compiled = step.lower(params, state, buffer, masks).compile()
     pool_bytes = sum(int(np.prod(p.shape)) * p.dtype.itemsize for row in pools for p in row) // tp
     return compiled, pool_bytes
 

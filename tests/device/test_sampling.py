@@ -13,16 +13,25 @@ from jaxkv.types import MAX_LOGPROBS, Admit, SamplingParams
 B = 4  # slots
 FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 R, SMALL, LARGE = 8, 12, 200  # one executable per vocabulary serves most tests
-step = jax.jit(sampling.sample)
+sampler = jax.jit(sampling.sample)
 admit = jax.jit(sampling.admit, donate_argnums=0)
 
 
+def step(logits, columns, state, allowed=None):
+    """One row of ``allowed`` token ids per row, where it is masked."""
+    masks = np.zeros((logits.shape[0], sampling.mask_words(logits.shape[1])), np.uint32)
+    for row, tokens in enumerate(allowed or ()):
+        for token in tokens or ():
+            masks[row, token // 32] |= np.uint32(1 << token % 32)
+    return sampler(logits, columns, state, masks.view(np.int32))
+
+
 def columns(rows):
-    """From one dict per row: params, seed, child, position, slot, ban."""
+    """From one dict per row: params, seed, child, position, slot, ban, allowed."""
     table = []
     for r in rows:
         c = columns_for(r.get("params", SamplingParams()), r.get("seed", 1), r.get("child", 0))
-        c["flags"] |= 2 * r.get("ban", False)
+        c["flags"] |= 2 * r.get("ban", False) | 8 * ("allowed" in r)
         table.append(c | {"position": r.get("position", 0), "slot": r.get("slot", 0)})
     return SamplingColumns(*(np.array([c[n] for c in table], np.float32 if n in FLOATS else np.int32)
                              for n in SamplingColumns._fields))
@@ -32,7 +41,7 @@ def sample(logits, rows, state):
     """Of up to R rows, the rest padding."""
     more = R - len(rows)
     logits = np.concatenate([logits, np.zeros((more, logits.shape[1]), np.float32)])
-    tokens, state, logprobs = step(logits, columns(rows + [{"slot": B}] * more), state)
+    tokens, state, logprobs = step(logits, columns(rows + [{"slot": B}] * more), state, [r.get("allowed") for r in rows])
     return np.asarray(tokens)[: len(rows)], state, [np.asarray(a)[: len(rows)] for a in logprobs]
 
 
@@ -66,6 +75,50 @@ def test_hostile_logits_give_a_token_and_end(temperature):
     tokens = sample(x, [{"params": params}] * 7, sampling.init_sampler_state(B, LARGE))[0]
     assert np.all((tokens >= 0) & (tokens < LARGE))
     assert tokens[2] == 0 and tokens[3] == 5 and tokens[4] == 6 and tokens[6] == 9
+
+
+# -- masks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [SMALL, LARGE])
+@pytest.mark.parametrize("params", [
+    SamplingParams(temperature=0.0), SamplingParams(temperature=2.0), SamplingParams(top_k=1), SamplingParams(top_p=0.1),
+    SamplingParams(temperature=0.0, logit_bias={3: 100.0}, frequency_penalty=-2.0), SamplingParams(logit_bias={3: 100.0}),
+], ids=["greedy", "hot", "top_k", "top_p", "greedy, bias and penalty", "bias"])
+def test_only_what_the_mask_allows_is_chosen(vocab, params):
+    """Though the logits, a bias and a penalty below zero all speak for token 3."""
+    x = np.random.default_rng(2).normal(size=(R, vocab)).astype(np.float32)
+    x[:, 3] = 60.0
+    state = admitted(sampling.init_sampler_state(B, vocab), 1, params, (3,), (3, 3, 3))
+    allowed = [(vocab - 1,), (0, 5, vocab - 2), (7, 8), (1,), (vocab - 1, 2), (10,)]
+    rows = [{"params": params, "slot": 1, "position": i, "allowed": ids} for i, ids in enumerate(allowed)]
+    tokens, _, logprobs = sample(x[:7], rows + [{"params": SamplingParams(temperature=0.0)}], state)
+    assert all(token in ids for token, ids in zip(tokens, allowed))
+    assert tokens[6] == 3, "a row without a mask is free"
+    if params.temperature == 0.0:
+        assert tokens[:6].tolist() == [max(ids, key=lambda t, row=row: x[row, t]) for row, ids in enumerate(allowed)]
+
+
+def test_masked_rows_sample_the_distribution_of_what_is_left():
+    n, vocab, allowed = 20_000, 12, [1, 4, 6, 11]
+    logits = (np.random.default_rng(3).normal(size=vocab) * 2).astype(np.float32)
+    logits[2] = 200.0  # the best token is far away and not allowed
+    c = columns([{"params": SamplingParams(), "allowed": allowed}])
+    c = SamplingColumns(*(np.repeat(a, n) for a in c))._replace(position=np.arange(n, dtype=np.int32))
+    tokens = np.asarray(step(np.tile(logits, (n, 1)), c, sampling.init_sampler_state(B, vocab), [allowed] * n)[0])
+    p = np.exp(logits[allowed].astype(np.float64))
+    counts = np.bincount(tokens, minlength=vocab)
+    assert counts[allowed].sum() == n
+    chi = np.sum((counts[allowed] - n * p / p.sum()) ** 2 / (n * p / p.sum()))
+    assert chi < 3 + 4 * np.sqrt(6)
+
+
+def test_logprobs_are_those_of_the_raw_distribution_under_a_mask():
+    x = np.random.default_rng(5).normal(size=(1, LARGE)).astype(np.float32)
+    rows = [{"params": SamplingParams(temperature=0.0, logprobs=3), "allowed": [int(x[0].argmin())]}]
+    tokens, _, (logprob, rank, top, _) = sample(x, rows, sampling.init_sampler_state(B, LARGE))
+    assert tokens[0] == x[0].argmin() and rank[0] == LARGE and top[0, 0] == x[0].argmax()
+    assert logprob[0] == pytest.approx(x[0].min() - np.log(np.exp(x[0]).sum()), abs=1e-4)
 
 
 # -- noise --------------------------------------------------------------------------------------------------------
@@ -277,10 +330,11 @@ def test_the_state_is_updated_in_place_and_nothing_is_compiled_twice():
     donating = jax.jit(sampling.sample, donate_argnums=2)
     rows = columns([{"slot": i} for i in range(3)])
     logits = np.zeros((3, vocab), np.float32)
-    compiled = donating.lower(logits, rows, state).compile()
+    masks = np.zeros((3, sampling.mask_words(vocab)), np.int32)
+    compiled = donating.lower(logits, rows, state, masks).compile()
     assert compiled.memory_analysis().alias_size_in_bytes >= state.history.nbytes
     for params in (SamplingParams(), SamplingParams(top_k=3, logprobs=2), SamplingParams(presence_penalty=1.0)):
-        _, state, _ = donating(logits, columns([{"params": params, "slot": i} for i in range(3)]), state)
+        _, state, _ = donating(logits, columns([{"params": params, "slot": i} for i in range(3)]), state, masks)
     assert donating._cache_size() == 1
 
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import pallas_kernels as ops
 from jaxkv.device import models
 from jaxkv.device.batch import BatchLayout, BatchShape
-from jaxkv.device.sampling import init_sampler_state
+from jaxkv.device.sampling import init_sampler_state, mask_words
 from jaxkv.device.sharding import param_shardings
 from jaxkv.device.spec import KVSpec, kv_groups
 from jaxkv.device.state import EngineState, state_shardings
@@ -261,6 +261,7 @@ def compile_step(config: dict, mesh: Mesh, shape: BatchShape, pages: int):
                            jax.eval_shape(lambda: init_sampler_state(slots, spec.vocab_size)))
     state = EngineState(pools, jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=whole), sampler)
     buffer = jax.ShapeDtypeStruct((layout.words,), jnp.int32, sharding=whole)
-    compiled = lower_in(mesh, build_step(spec, kv, layout, mesh), params, state, buffer, donate_argnums=1,
+    masks = jax.ShapeDtypeStruct((shape.rows, mask_words(spec.vocab_size)), jnp.int32, sharding=whole)
+    compiled = lower_in(mesh, build_step(spec, kv, layout, mesh), params, state, buffer, masks, donate_argnums=1,
                         out_shardings=(shardings, whole))
     return compiled, pools, params

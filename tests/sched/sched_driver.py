@@ -188,6 +188,8 @@ class Driver:
                 victims += 1
                 self.preemptions_while_in_flight += bool(in_flight)
                 assert seq.request.id not in chunk_of
+            elif seq.request.needs_last_token and in_flight:
+                assert seq.request.id not in chunk_of, "planned without its last token"
             elif len(seq.tokens) + in_flight - len(seq.request.prompt) < seq.request.max_tokens:
                 assert seq.request.id in chunk_of or len(seq.tokens) < len(seq.request.prompt), "a decode stalls"
         assert not (victims and plan.admits), "preempted to admit"

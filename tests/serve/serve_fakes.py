@@ -19,6 +19,7 @@ import uvicorn
 from jaxkv.runtime.engine import NO_HINTS
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
+from jaxkv.runtime.structured.compiler import GrammarCompiler
 from jaxkv.serve.app import Service, build_app
 from jaxkv.serve.engine_loop import EngineLike, EngineLoop
 from jaxkv.types import Logprobs, Request, TokenEvent
@@ -34,6 +35,7 @@ class FakeEngine:
     def __init__(self, tokenizer, *, max_model_len: int = 256, step_seconds: float = 0.0):
         self.tokenizer, self.max_model_len, self.step_seconds = tokenizer, max_model_len, step_seconds
         self.model_name = "fake"
+        self.grammars = GrammarCompiler(tokenizer, tokenizer.vocab_size, (EOS,)) if tokenizer else None
         self.metrics = EngineMetrics(info={"attention": "none"})
         self.reply = tokenizer.encode(REPLY) if tokenizer else [7, 8, 9]
         self.children: dict[str, tuple[Request, OutputProcessor, int]] = {}
@@ -91,6 +93,8 @@ class FakeEngine:
 
     def close(self):
         self.closed = True
+        if self.grammars:
+            self.grammars.close()
 
     def _advance(self, key: str) -> Delta:
         request, output, count = self.children[key]

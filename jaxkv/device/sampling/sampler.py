@@ -1,9 +1,9 @@
 """The choice of one token per logit row, inside the step.
 
-Order, as in vLLM: stop-id ban and bias, penalties, temperature, min_p, top_k, top_p, random choice. Each part that
-costs something sits behind a ``lax.cond`` on "some row wants it", so that one executable serves every request and a
-greedy batch pays for an argmax only. A row without a finite logit yields token 0, a row
-with NaN some token of the vocabulary.
+Order, as in vLLM: token mask, stop-id ban and bias, penalties, temperature, min_p, top_k, top_p, random choice: nothing
+gives back what the mask took. Each part that costs something sits behind a ``lax.cond`` on "some row wants it", so that
+one executable serves every request and a greedy batch pays for an argmax only. A row without a finite logit yields
+token 0, a row with NaN some token of the vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxkv.device.sampling.logprobs import TokenLogprobs, empty_logprobs, token_logprobs
+from jaxkv.device.sampling.masks import mask_logits
 from jaxkv.device.sampling.noise import exponential, row_keys
 from jaxkv.device.sampling.slots import SamplerState, adjust_logits, count_outputs
 from jaxkv.types import SamplingParams
@@ -25,6 +26,7 @@ from pallas_kernels.sampling.rows import any_of, argmax_rows
 USES_SLOT_STATE = 1  # bits of SamplingColumns.flags
 BAN_STOP_IDS = 2
 WANTS_LOGPROBS = 4
+MASKED = 8
 _GREEDY_BELOW = 1e-5  # temperatures below it are greedy, as in vLLM
 
 
@@ -43,11 +45,11 @@ class SamplingColumns(NamedTuple):
     child: jax.Array  # i32
     position: jax.Array  # i32, of the token to be sampled
     slot: jax.Array  # i32; >= B: padding, nothing is wanted
-    flags: jax.Array  # i32: 1 uses slot state, 2 stop ids are banned (with 1 only), 4 wants logprobs
+    flags: jax.Array  # i32: 1 uses slot state, 2 stop ids are banned (with 1 only), 4 wants logprobs, 8 is masked
 
 
 def columns_for(params: SamplingParams, seed: int, child: int) -> dict[str, int | float]:
-    """What a request puts into its rows' columns; position, slot and the ban flag change by step and are not here."""
+    """What a request puts into its rows' columns; position, slot and the flags of a step (ban, mask) are not here."""
     low, high = np.array([seed & (1 << 64) - 1], np.uint64).view(np.int32).tolist()
     flags = USES_SLOT_STATE * params.needs_slot_state | WANTS_LOGPROBS * (params.logprobs is not None)
     return {
@@ -59,25 +61,32 @@ def columns_for(params: SamplingParams, seed: int, child: int) -> dict[str, int 
 
 
 def sample(
-    logits: jax.Array, columns: SamplingColumns, state: SamplerState
+    logits: jax.Array, columns: SamplingColumns, state: SamplerState, masks: jax.Array
 ) -> tuple[jax.Array, SamplerState, TokenLogprobs]:
-    """For logits f32 [R, V]: tokens i32 [R], the state with them counted, log-probabilities (zeros if unwanted)."""
+    """For logits f32 [R, V] and token masks i32 [R, W], read where the flag is set: tokens i32 [R], the state with them
+    counted, log-probabilities (zeros if unwanted)."""
     slots = state.history.shape[0]
     active = columns.slot < slots
     stateful = active & (columns.flags & USES_SLOT_STATE != 0)
     random = active & (columns.temperature >= _GREEDY_BELOW)
+    masked = active & (columns.flags & MASKED != 0)
     slot = jnp.where(stateful, columns.slot, slots)
 
-    any_stateful, any_random, wants = any_of(stateful, random, active & (columns.flags & WANTS_LOGPROBS != 0))
+    any_stateful, any_random, any_masked, wants = any_of(
+        stateful, random, masked, active & (columns.flags & WANTS_LOGPROBS != 0))
 
     def choose() -> jax.Array:
         inverse = jnp.where(random, 1.0 / jnp.maximum(columns.temperature, _GREEDY_BELOW), 1.0)
-        z = lax.cond(any_stateful, lambda: _relative(adjust_logits(  # no branch returns logits: that would copy them
-            logits, state, slot, columns.flags & BAN_STOP_IDS != 0, columns.repetition_penalty,
-            columns.presence_penalty, columns.frequency_penalty), inverse), lambda: _relative(logits, inverse))
+
+        def adjusted(x: jax.Array) -> jax.Array:
+            return _relative(adjust_logits(x, state, slot, columns.flags & BAN_STOP_IDS != 0, columns.repetition_penalty,
+                                           columns.presence_penalty, columns.frequency_penalty), inverse)
+
+        z = lax.cond(any_masked | any_stateful,  # no branch returns logits: that would copy them
+                     lambda: adjusted(mask_logits(logits, masks, masked)), lambda: _relative(logits, inverse))
         return lax.cond(any_random, lambda: _choose_randomly(z, columns, random), lambda: argmax_rows(z))
 
-    tokens = lax.cond(any_stateful | any_random, choose, lambda: argmax_rows(logits))
+    tokens = lax.cond(any_stateful | any_random | any_masked, choose, lambda: argmax_rows(logits))
     logprobs = lax.cond(wants, lambda: token_logprobs(logits, tokens), lambda: empty_logprobs(tokens.shape[0]))
     return tokens, count_outputs(state, slot, tokens), logprobs
 
