@@ -117,6 +117,17 @@ def test_every_format(generate, llm):
     assert [output["text"] for output in second["outputs"]] == [expected.text] * 2
 
 
+def test_tools(generate):
+    tool = {"type": "function", "function": {"name": "clock"}}
+    talk = {"messages": [{"role": "user", "content": "hi"}], "tools": [tool], "max_tokens": 5}
+    _, records = generate(jsonl(
+        batch("named", "/v1/chat/completions", **talk, tool_choice={"type": "function", "function": {"name": "clock"}}),
+        batch("auto", "/v1/chat/completions", **talk)))
+    call = ChatCompletion.model_validate(records[0]["response"]["body"]).choices[0].message.tool_calls[0]
+    assert call.function.name == "clock" and call.id.startswith("call_")
+    assert records[1]["response"]["body"]["error"]["param"] == "tools"  # the template shows no format of calls
+
+
 def test_lines_that_follow_something(generate):
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", 7]}}}
     code, records = generate(jsonl(

@@ -18,6 +18,7 @@ from jaxkv.runtime.outputs import Delta
 from jaxkv.runtime.tokenizer import Tokenizer
 from jaxkv.serve import chat, completions
 from jaxkv.serve.answer import Choice, Form
+from jaxkv.serve.dialect import ChatOptions, choose_dialect
 from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.logprobs import TokenText, completion_logprobs
@@ -103,6 +104,7 @@ class Preparer:
     def __init__(self, model_name: str, tokenizer: Tokenizer | None, overrides: Mapping[str, Any], seed: int) -> None:
         self._model_name, self._tokenizer, self._tokens = model_name, tokenizer, TokenText(tokenizer)
         self._overrides, self._seed = dict(overrides), seed
+        self._dialect = choose_dialect(ChatOptions(), tokenizer)
         self._ignored: set[str] = set()  # unknown fields that were logged
 
     def __call__(self, number: int, line: bytes) -> Work | Refused:
@@ -127,10 +129,10 @@ class Preparer:
         request: GenerationRequest
         if url == _URLS[0]:
             chat_request = parse(ChatRequest, orjson.dumps(body), self._ignored)
-            params, text = chat.params_of(chat_request), chat.prompt_of(chat_request, self._tokenizer)
-            prompts = [self._encode(text, bool(chat_request.add_special_tokens))]
+            talk = chat.prepare(chat_request, self._tokenizer, self._dialect)
+            params, prompts = talk.params, [self._encode(talk.prompt, bool(chat_request.add_special_tokens))]
             request = chat_request
-            form = chat.ChatForm(f"chatcmpl-{name}", self._model_name, chat_request, self._tokens)
+            form = chat.ChatForm(f"chatcmpl-{name}", self._model_name, chat_request, self._tokens, talk)
         else:
             completion = parse(CompletionRequest, orjson.dumps(body), self._ignored)
             params, rows = completions.params_of(completion), completions.prompts_of(completion)

@@ -98,6 +98,8 @@ class Tokenizer:
             raise ValueError(f"messages cannot be rendered by the chat template: {error}") from None
         except (TypeError, KeyError) as error:
             raise ValueError(f"messages do not suit the chat template: {error}") from None
+        except RecursionError:
+            raise ValueError("messages are nested too deeply for the chat template") from None
 
     def to_json(self) -> str:
         """The tokenizer as the JSON of the ``tokenizers`` library, without padding and truncation. ValueError if it is

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from jaxkv.cli import OneLineParser, add_engine_args, config_from_namespace, one_line_errors
 from jaxkv.config import ConfigError, parse_size
+from jaxkv.serve.dialect import add_chat_args, chat_options
 from jaxkv.serve.sockets import listen
 
 PROG = "python -m jaxkv.serve"
@@ -33,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--shutdown-timeout", type=float, default=10.0, metavar="SECONDS",
                        help="time that open requests get after SIGTERM (default: 10)")
     group.add_argument("--access-log", action="store_true", help="one log line per HTTP request")
+    add_chat_args(parser.add_argument_group("chat"))
     add_engine_args(parser)
     return parser
 
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.api_key = args.api_key or [key for key in [os.environ.get("JAXKV_API_KEY")] if key]
         if not all(args.api_key):
             raise ConfigError("api_key must not be empty")
+        args.chat = chat_options(args)
         config = config_from_namespace(args)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: sys.exit(0))  # until the server has its own handlers

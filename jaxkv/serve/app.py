@@ -11,10 +11,10 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,11 +27,13 @@ from jaxkv import __version__
 from jaxkv.serve import chat, completions
 from jaxkv.serve import metrics as prometheus
 from jaxkv.serve.answer import Answer, Form, respond
+from jaxkv.serve.dialect import ChatOptions, Dialect, choose_dialect
 from jaxkv.serve.engine_loop import Call, EngineLike, EngineLoop, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.logprobs import TokenText
 from jaxkv.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
 
+T = TypeVar("T")
 log = logging.getLogger("jaxkv.serve")
 INLINE_CHARS = 8192  # texts up to this length are tokenised on the event loop: a few milliseconds at most
 
@@ -46,6 +48,8 @@ class Service:
     started: float = field(default_factory=time.time)
     ignored_fields: set[str] = field(default_factory=set)
     encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+    chat: ChatOptions = ChatOptions()
+    _dialect: Dialect | None = None  # known once the engine is there
 
     def engine(self) -> EngineLike:
         """The engine. Raises a 503 while it loads, after it failed and while the server drains."""
@@ -84,10 +88,20 @@ class Service:
         tokenizer = self.engine().tokenizer
         if tokenizer is None:
             raise bad_request("this server has no tokenizer: prompt must be token ids", "prompt")
-        if len(text) <= INLINE_CHARS:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(
-            self.encoder, lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return await self.aside(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    async def aside(self, size: int, work: Callable[[], T]) -> T:
+        """What ``work`` on so many characters returns; on another thread unless they are few."""
+        if size <= INLINE_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self.encoder, work)
+
+    def dialect(self) -> Dialect:
+        """How chats with this model are written and read. Raises ApiError without an engine, ConfigError for options that
+        do not suit the model."""
+        if self._dialect is None:
+            self._dialect = choose_dialect(self.chat, self.engine().tokenizer)
+        return self._dialect
 
     def answer(self, request: GenerationRequest, form: Form, params: Any,
                prompts: Sequence[tuple[list[int], str | None]]) -> Answer:
@@ -131,11 +145,11 @@ def build_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
     async def create_chat_completion(request: Request) -> Response:
         body = parse(ChatRequest, await service.body(request), service.ignored_fields)
         model = service.check_model(body.model)
-        params, tokenizer = chat.params_of(body), service.engine().tokenizer
-        text = chat.prompt_of(body, tokenizer)
-        ids = await service.encode(text, add_special_tokens=bool(body.add_special_tokens))
-        form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", model, body, TokenText(tokenizer))
-        return service.answer(body, form, params, [(ids, text)])
+        tokenizer, dialect = service.engine().tokenizer, service.dialect()
+        talk = await service.aside(chat.size_of(body), lambda: chat.prepare(body, tokenizer, dialect))
+        ids = await service.encode(talk.prompt, add_special_tokens=bool(body.add_special_tokens))
+        form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", model, body, TokenText(tokenizer), talk)
+        return service.answer(body, form, talk.params, [(ids, talk.prompt)])
 
     return _KeyCheck(app, [key.encode() for key in api_keys])
 

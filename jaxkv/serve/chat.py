@@ -3,48 +3,37 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.answer import Choice, Form
+from jaxkv.serve.dialect import Dialect
 from jaxkv.serve.errors import bad_request
 from jaxkv.serve.logprobs import TokenText, chat_logprobs, prompt_logprobs
+from jaxkv.serve.messages import messages_of
+from jaxkv.serve.parsers import TOOL_PARSERS
+from jaxkv.serve.parsers.base import CallDelta, ToolParser
+from jaxkv.serve.parsers.forced import NamedParser, RequiredParser
+from jaxkv.serve.parsers.message import MessageReader, Parts
+from jaxkv.serve.parsers.reasoning import BEGIN, END, ThinkParser
 from jaxkv.serve.protocol import ChatRequest
+from jaxkv.serve.thinking import after_reasoning
+from jaxkv.serve.tools import ToolUse
 from jaxkv.types import SamplingParams
 
 
-def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
-    """Messages as a template wants them: content is one text. Raises ApiError for parts that are not text."""
-    messages = []
-    for i, message in enumerate(request.messages):
-        where = f"messages[{i}]"
-        extra = {name: value for name, value in (message.model_extra or {}).items() if value}
-        if unsupported := next((name for name in extra if name in ("tool_calls", "function_call", "audio")), None):
-            raise bad_request(f"{where}.{unsupported} is not supported", f"{where}.{unsupported}",
-                              "unsupported_parameter")
-        content = message.content
-        if content is None and message.role != "assistant":
-            raise bad_request(f"{where}.content must be a string or a list of text parts, got null",
-                              f"{where}.content")
-        text = "\n".join(_part_text(part, f"{where}.content[{k}]") for k, part in enumerate(content)) \
-            if isinstance(content, list) else content or ""
-        messages.append({"role": message.role, "content": text} | ({"name": message.name} if message.name else {}))
-    return messages
+def size_of(request: ChatRequest) -> int:
+    """About how many characters the template has to handle."""
+    texts = (len(message.content or "") if not isinstance(message.content, list) else
+             sum(len(str(part.get("text"))) for part in message.content) for message in request.messages)
+    return sum(texts) + 100 * len(request.messages) + 1000 * len(request.tools or ())
 
 
-def _part_text(part: dict[str, Any], where: str) -> str:
-    kind = part.get("type")
-    if kind != "text":
-        raise bad_request(f"{where}.type must be \"text\", got {str(kind)[:40]!r}", f"{where}.type",
-                          "unsupported_content_part")
-    if not isinstance(part.get("text"), str):
-        raise bad_request(f"{where}.text must be a string, got {str(part.get('text'))[:40]!r}", f"{where}.text")
-    return part["text"]
-
-
-def prompt_of(request: ChatRequest, tokenizer: Any) -> str:
-    """The prompt text the model's own template makes of the messages. Raises ApiError."""
+def prompt_of(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> str:
+    """The prompt text the template makes of messages and tools. Raises ApiError. Takes time with the length."""
     if tokenizer is None:
         raise bad_request("this server has no tokenizer: only /v1/completions with token ids works", "messages")
     kwargs = request.chat_template_kwargs or {}
@@ -53,21 +42,94 @@ def prompt_of(request: ChatRequest, tokenizer: Any) -> str:
         reserved = {name for function in functions for name in inspect.signature(function).parameters}
         if taken := sorted(reserved & set(kwargs)):
             raise bad_request(f"chat_template_kwargs.{taken[0]} cannot be set by a request", "chat_template_kwargs")
+    open_ended = bool(request.continue_final_message)
+    if open_ended and request.add_generation_prompt:
+        raise bad_request("continue_final_message and add_generation_prompt exclude each other", "continue_final_message")
+    use = request.tool_use
     try:
         return tokenizer.apply_chat_template(
-            messages_of(request), add_generation_prompt=request.add_generation_prompt is not False, **kwargs)
+            messages_of(request.messages), add_generation_prompt=request.add_generation_prompt is not False and not open_ended,
+            continue_final_message=open_ended, chat_template=dialect.template, tools=use and use.for_template(), **kwargs)
     except ValueError as error:
         raise bad_request(str(error), "messages") from None
 
 
-def params_of(request: ChatRequest) -> SamplingParams:
-    """Sampling parameters; without a limit the answer may fill the window."""
+def _params_of(request: ChatRequest, dialect: Dialect) -> SamplingParams:
+    """Sampling parameters; without a limit the answer may fill the window. Raises ApiError."""
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("top_logprobs is only allowed when logprobs is true", "top_logprobs")
     if request.prompt_logprobs is not None and request.stream:
         raise bad_request("prompt_logprobs is not available when stream is true", "prompt_logprobs")
     limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    return request.sampling_params(max_tokens=limit, logprobs=(request.top_logprobs or 0) if request.logprobs else None)
+    params = request.sampling_params(max_tokens=limit, logprobs=(request.top_logprobs or 0) if request.logprobs else None)
+    if dialect.special_reasoning:
+        params = replace(params, skip_special_tokens=False)
+    use = request.tool_use
+    return params if use is None or use.mode == "none" else _with_tools(params, use, dialect)
+
+
+def _with_tools(params: SamplingParams, use: ToolUse, dialect: Dialect) -> SamplingParams:
+    if params.structured is not None:
+        raise bad_request(f"response_format and its like do not go with tool_choice {use.mode!r}: the answer can follow "
+                          "one form only", "tool_choice")
+    if use.forced:
+        try:
+            return replace(params, structured=use.grammar())
+        except ValueError as error:
+            raise bad_request(f"tools make too large a grammar for tool_choice {use.mode!r}: {error}", "tools") from None
+    if dialect.tool_parser is None:
+        raise bad_request("tools with tool_choice \"auto\" need a parser for the model's format, and its chat template "
+                          "shows none: the server must be started with --tool-call-parser", "tools")
+    return replace(params, skip_special_tokens=False) if dialect.special_tools else params
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a request comes to: a prompt, how to answer it, and what reads each of the answers."""
+
+    prompt: str
+    params: SamplingParams
+    reader: Callable[[], MessageReader]
+    short_ids: bool = False  # of calls: nine characters
+
+
+def prepare(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> Conversation:
+    """Raises ApiError. Takes time with the length of the messages."""
+    params, prompt = _params_of(request, dialect), prompt_of(request, tokenizer, dialect)
+    begun = _begun(request, prompt, dialect)
+    if params.structured is not None and begun is not None:
+        try:
+            params = replace(params, structured=after_reasoning(params.structured, begun, tokenizer))
+        except ValueError as error:
+            raise request.api_error(ValueError(
+                f"structured cannot be used with a model that reasons first: {error}; if its template can turn reasoning off, "
+                "do so: chat_template_kwargs {\"enable_thinking\": false}")) from None
+    use, thinks = request.tool_use, dialect.reasoning_parser is not None
+
+    def reader() -> MessageReader:
+        think = ThinkParser(bool(begun)) if thinks else None
+        return MessageReader(think, _tool_parser(use, dialect), use is None or use.parallel)
+
+    return Conversation(prompt, params, reader, dialect.tool_parser == "mistral")
+
+
+def _tool_parser(use: ToolUse | None, dialect: Dialect) -> ToolParser | None:
+    if use is None or use.mode == "none":
+        return None
+    if use.mode == "named":
+        return NamedParser(use.name or "")
+    return RequiredParser() if use.mode == "required" else TOOL_PARSERS[dialect.tool_parser or ""]()
+
+
+def _begun(request: ChatRequest, prompt: str, dialect: Dialect) -> bool | None:
+    """Whether the prompt has begun the reasoning; None where the answer has none."""
+    if dialect.reasoning_parser is None:
+        return None
+    if request.continue_final_message:
+        last = messages_of(request.messages[-1:])[0]["content"]
+        return last.rfind(BEGIN) > last.rfind(END) or None
+    tail = prompt.rstrip()
+    return None if tail.endswith(END) else tail.endswith(BEGIN) or dialect.reasoning_parser == "deepseek_r1"
 
 
 class ChatForm(Form):
@@ -75,9 +137,12 @@ class ChatForm(Form):
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, request_id: str, model: str, request: ChatRequest, tokens: TokenText):
+    def __init__(self, request_id: str, model: str, request: ChatRequest, tokens: TokenText, conversation: Conversation):
         super().__init__(request_id, model, request, tokens)
         self.request = request
+        self._conversation = conversation
+        self._readers: dict[int, MessageReader] = {}  # by choice
+        self._named = isinstance(request.tool_choice, dict)
 
     def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
         request = self.request
@@ -85,10 +150,10 @@ class ChatForm(Form):
         if not choice.started:
             choice.started = True
             rows.append(self._entry(choice, {"role": "assistant", "content": ""}, None, None))
+        fields = self._fields(self._read(choice, delta.text, delta.finish_reason is not None))
         shown = delta.token_ids and (request.return_token_ids or request.logprobs)
-        if delta.text or delta.finish_reason or shown:
-            row = self._entry(choice, {"content": delta.text} if delta.text else {}, delta.finish_reason,
-                              delta.stop_reason)
+        if fields or delta.finish_reason or shown:
+            row = self._entry(choice, fields, self._finish(choice, delta.finish_reason), delta.stop_reason)
             if request.logprobs:
                 row["logprobs"] = chat_logprobs(delta.logprobs or (), request.top_logprobs or 0, self.tokens)
             if request.return_token_ids:
@@ -98,10 +163,13 @@ class ChatForm(Form):
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         request = self.request
+        fields = self._fields(self._read(choice, "".join(choice.text), True))
+        content = fields.pop("content", None if fields else "")
+        for call in fields.get("tool_calls", ()):
+            del call["index"]
         row: dict[str, Any] = {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
-            "logprobs": None, "finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason,
+            "index": choice.index, "message": {"role": "assistant", "content": content, "refusal": None, **fields},
+            "logprobs": None, "finish_reason": self._finish(choice, choice.finish_reason), "stop_reason": choice.stop_reason,
         }
         if request.logprobs:
             row["logprobs"] = chat_logprobs(choice.logprobs, request.top_logprobs or 0, self.tokens)
@@ -118,6 +186,35 @@ class ChatForm(Form):
             top = self.request.prompt_logprobs
             fields["prompt_logprobs"] = prompt_logprobs(first.prompt_logprobs, top, self.tokens)
         return fields
+
+    def _read(self, choice: Choice, text: str, last: bool) -> Parts:
+        reader = self._readers.get(choice.index)
+        if reader is None:
+            reader = self._readers[choice.index] = self._conversation.reader()
+        return reader.feed(text, last)
+
+    def _fields(self, parts: Parts) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        if parts.content:
+            fields["content"] = parts.content
+        if parts.reasoning and self.request.include_reasoning is not False:
+            fields |= {"reasoning_content": parts.reasoning, "reasoning": parts.reasoning}  # both names are in use
+        if parts.calls:
+            fields["tool_calls"] = [self._call(call) for call in parts.calls]
+        return fields
+
+    def _call(self, call: CallDelta) -> dict[str, Any]:
+        """Id, type and name come with the first piece of a call only."""
+        if call.name is None:
+            return {"index": call.index, "function": {"arguments": call.arguments}}
+        name = uuid.uuid4().hex[:9] if self._conversation.short_ids else f"call_{uuid.uuid4().hex[:24]}"
+        return {"index": call.index, "id": name, "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments}}
+
+    def _finish(self, choice: Choice, reason: str | None) -> str | None:
+        """"tool_calls" for an answer that came to its end with calls; to a named function "stop", as OpenAI has it."""
+        called = reason == "stop" and not self._named and self._readers[choice.index].called
+        return "tool_calls" if called else reason
 
     @staticmethod
     def _entry(choice: Choice, delta: dict[str, Any], finish: str | None, stop: int | str | None) -> dict[str, Any]:

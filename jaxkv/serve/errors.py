@@ -53,8 +53,8 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """stop[0], messages[1].content; pydantic's names of union branches ("str", "list[str]") are left out."""
-    parts = [p for p in location if not (isinstance(p, str) and (p == "str" or p.startswith("list[")))]
+    """stop[0], messages[1].content; pydantic's names of union branches ("str", "list[str]", ...) are left out."""
+    parts = [p for p in location if not (isinstance(p, str) and (p == "str" or p.startswith(("list[", "dict["))))]
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".")
 
 

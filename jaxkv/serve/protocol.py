@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
-from typing import Any, Literal, TypeVar
+from functools import cached_property
+from typing import Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from jaxkv.serve.errors import ApiError, bad_request, from_validation, from_value_error
+from jaxkv.serve.messages import STRICT as _STRICT
+from jaxkv.serve.messages import ChatMessage
 from jaxkv.serve.structured import ResponseFormat, StructuredOutputs, field_of, structured_of
+from jaxkv.serve.tools import Tool, ToolUse, tool_use_of
 from jaxkv.types import CacheHints, SamplingParams
 
 R = TypeVar("R", bound="GenerationRequest")
 log = logging.getLogger("jaxkv.serve")
-_STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 # Fields of the OpenAI API or of vLLM that would change the answer and are not implemented -> values that ask nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "chat_template": (),
     "audio": (), "continue_final_message": (False,), "documents": ([],), "function_call": ("none", "auto"),
     "functions": ([],), "guided_whitespace_pattern": (),
     "length_penalty": (1, 1.0), "modalities": (["text"],), "prefix": (), "prompt_embeds": (),
     "structural_tag": (), "suffix": ("",), "tool_choice": ("none", "auto"),
     "tools": ([],), "truncate_prompt_tokens": (), "use_beam_search": (False,), "web_search_options": (),
 }
+_ADVICE = {"functions": ": use tools", "function_call": ": use tool_choice",
+           "chat_template": ": templates come from the model or from --chat-template"}
 _INERT = {"metadata", "store", "service_tier", "user", "parallel_tool_calls", "reasoning_effort", "verbosity",
           "prompt_cache_key", "prompt_cache_retention", "safety_identifier"}
 
@@ -126,13 +132,6 @@ class CompletionRequest(GenerationRequest):
     logprobs: int | None = None
 
 
-class ChatMessage(BaseModel):
-    model_config = _STRICT
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-
-
 class ChatRequest(GenerationRequest):
     """/v1/chat/completions."""
 
@@ -140,11 +139,23 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @cached_property
+    def tool_use(self) -> ToolUse | None:
+        """The request's tools, None if it has none. Raises ApiError that names the field."""
+        return tool_use_of(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def renamed(self) -> dict[str, str]:
         names = {"logprobs": "top_logprobs", "prompt": "messages"}
+        if self.tool_use is not None and self.tool_use.forced:
+            names["structured"] = "tools"
         return names | ({"max_tokens": "max_completion_tokens"} if self.max_completion_tokens is not None else {})
 
 
@@ -175,7 +186,8 @@ def _check_fields(request: GenerationRequest, ignored: set[str]) -> None:
             continue
         if name in _UNSUPPORTED:
             if value not in _UNSUPPORTED[name]:
-                raise bad_request(f"{name} is not supported", name, "unsupported_parameter")
+                advice = _ADVICE.get(name, "")
+                raise bad_request(f"{name} is not supported{advice}", name, "unsupported_parameter")
         elif name not in ignored and len(ignored) < 100:  # bounded: names come from outside
             ignored.add(name)
             log.warning("ignoring unknown request field %.60r (said once per name)", name)

@@ -50,9 +50,9 @@ class Server:
         self.sock, self.loop, self.grace = sock, loop, args.shutdown_timeout
         host, port = sock.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        service = Service(loop, args.served_model_name, args.max_body)
+        self.service = Service(loop, args.served_model_name, args.max_body, chat=args.chat)
         self.http = uvicorn.Server(uvicorn.Config(
-            build_app(service, args.api_key), lifespan="off", log_config=None, access_log=args.access_log,
+            build_app(self.service, args.api_key), lifespan="off", log_config=None, access_log=args.access_log,
             log_level="info" if args.access_log else "warning", timeout_keep_alive=60,
             timeout_graceful_shutdown=int(self.grace + FLUSH_S) + 1, server_header=False))
         self.http.capture_signals = contextlib.nullcontext  # type: ignore[assignment]  # signals are handled here
@@ -98,6 +98,7 @@ class Server:
         assert engine is not None
         for line in engine.describe():
             print(line)
+        print(self.service.dialect().describe())
         print(f"ready: {self.url}/v1 (model {engine.model_name}); stop with Ctrl+C", flush=True)
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -21,12 +22,14 @@ from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
 from jaxkv.runtime.structured.compiler import GrammarCompiler
 from jaxkv.serve.app import Service, build_app
+from jaxkv.serve.dialect import ChatOptions
 from jaxkv.serve.engine_loop import EngineLike, EngineLoop
 from jaxkv.types import Logprobs, Request, TokenEvent
 
 ROOT = Path(__file__).parents[2]
 REPLY = "The cat — naïve, 日本 🙂 — sat on the mat. def f(x):\n    return x\n"
 EOS = 2
+MODELS_OWN = ChatOptions()
 
 
 class FakeEngine:
@@ -122,6 +125,18 @@ class FakeEngine:
         return Logprobs(token, float("-inf") if token == 6 else -0.5, 1, best)
 
 
+class ScriptedEngine(FakeEngine):
+    """Says ``script`` and then ends."""
+
+    script = ""
+
+    def add_request(self, request_id, prompt_token_ids, params, hints=NO_HINTS):
+        self.reply = [*self.tokenizer.encode(self.script), EOS]
+        super().add_request(request_id, prompt_token_ids, params, hints)
+        for key, (request, output, count) in self.children.items():
+            self.children[key] = replace(request, stop_ids=(EOS,)), output, count
+
+
 class Running:
     """A server on a loopback port."""
 
@@ -137,10 +152,10 @@ class Running:
 @contextlib.contextmanager
 def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: int = 2**20,
             api_keys: tuple[str, ...] = (), name: str | None = None,
-            start_seconds: float = 60) -> Iterator[Running]:
+            start_seconds: float = 60, chat: ChatOptions = MODELS_OWN) -> Iterator[Running]:
     """Serves an engine from a thread of this process until the block ends."""
     loop = EngineLoop(build, max_open)
-    app = build_app(Service(loop, name, max_body), api_keys)
+    app = build_app(Service(loop, name, max_body, chat=chat), api_keys)
     http = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1))
     sock = socket.create_server(("127.0.0.1", 0))
     up = threading.Event()

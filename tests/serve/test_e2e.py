@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import httpx
@@ -97,6 +98,46 @@ def test_chat_stream(client):
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == plain.choices[0].message.content
     assert chunks[-1].usage.completion_tokens == plain.usage.completion_tokens
+
+
+def test_continue_final_message(http):
+    ask = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    talk = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": CODE}]
+    message = post(http, "/v1/chat/completions", messages=talk, continue_final_message=True, **ask)["choices"][0]["message"]
+    prompt = f"<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n{CODE}"
+    assert message["content"] == post(http, prompt=prompt, add_special_tokens=False, **ask)["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_forced_calls_follow_their_schema(client, choice):
+    schema = {"type": "object", "properties": {"city": {"enum": ["Rome", "São Tomé"]}, "days": {"enum": [1, 2, 3]}},
+              "required": ["city", "days"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": schema}},
+             {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "maxProperties": 0}}}]
+    ask = {"model": client.models.list().data[0].id, "messages": [{"role": "user", "content": "Weather?"}], "tools": tools,
+           "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 200, "temperature": 1.0}
+    found = set()
+    for seed in range(4):
+        answer = client.chat.completions.create(**ask, seed=seed).choices[0]
+        assert answer.finish_reason == ("tool_calls" if choice == "required" else "stop")
+        call, = answer.message.tool_calls
+        arguments = json.loads(call.function.arguments)
+        assert arguments == {} if call.function.name == "clock" else (
+            set(arguments) == {"city", "days"} and arguments["city"] in ("Rome", "São Tomé") and arguments["days"] in (1, 2, 3))
+        found.add(call.function.arguments)
+        deltas = [d for chunk in client.chat.completions.create(**ask, seed=seed, stream=True)
+                  for d in chunk.choices[0].delta.tool_calls or []]
+        assert "".join(d.function.arguments for d in deltas) == call.function.arguments
+        assert [d.function.name for d in deltas if d.function.name] == [call.function.name]
+    assert len(found) > 1
+
+
+def test_tools_that_make_no_grammar(http):
+    broken = {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}
+    response = http.post("/v1/chat/completions", json={
+        "messages": [{"role": "user", "content": "x"}], "tool_choice": "required",
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": broken}}]})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "tools", response.text
 
 
 def test_stop_string(http):

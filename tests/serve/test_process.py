@@ -35,6 +35,10 @@ def build(config, show_progress=False):
     engine = FakeEngine(None, max_model_len=100_000, step_seconds=0.01)
     if config.seed == 14:
         engine.crash = RuntimeError("device lost")
+    if config.seed == 16:
+        def render(messages, chat_template):
+            raise ValueError("no such filter in " + chat_template)
+        engine.tokenizer = types.SimpleNamespace(apply_chat_template=render)
     return engine
 startup.build_engine = build
 from jaxkv.serve.__main__ import command
@@ -73,6 +77,8 @@ def test_help_needs_no_jax():
     (["--kv-cache-memory", "lots"], "kv_cache_memory"), (["--nope"], "nope"), (["--dtype", "int3"], "dtype"),
     (["--max-open-requests", "0"], "max_open_requests"), (["--shutdown-timeout", "nan"], "shutdown_timeout"),
     (["--host", "no.such.host.invalid"], "no.such.host.invalid"), (["--api-key", ""], "api_key"),
+    (["--chat-template", "no/such.jinja"], "no/such.jinja"), (["--chat-template", "/dev/null"], "empty"),
+    (["--tool-call-parser", "nope"], "tool-call-parser"), (["--reasoning-parser", "nope"], "reasoning-parser"),
 ])
 def test_bad_arguments(args, word):
     done = command(*args)
@@ -90,6 +96,21 @@ def test_busy_port_is_told_at_once():
 def test_settings_the_engine_refuses():
     code, errors = start("--seed", "13").end()
     assert code == 2 and errors.strip().splitlines() == ["python -m jaxkv.serve: error: model directory has no weights"]
+
+
+def test_start_says_how_chats_are_read():
+    process = start("--tool-call-parser", "hermes")
+    process.ready()
+    assert "chat: tool calls not parsed, reasoning not parsed\n" in process.lines  # this engine has no tokenizer
+    process.child.terminate()
+    assert process.end(15)[0] == 0
+
+
+def test_template_that_does_not_work(tmp_path):
+    (tmp_path / "chat.jinja").write_text("{{ }}")
+    code, errors = start("--seed", "16", "--chat-template", str(tmp_path / "chat.jinja")).end()
+    assert code == 2 and errors.strip().splitlines() == [
+        "python -m jaxkv.serve: error: chat_template does not work: no such filter in {{ }}"]
 
 
 def test_engine_failure_ends_the_process():
