@@ -27,7 +27,7 @@ TRAINED = 8  # steps measured before moves are blamed for anything
 SURPRISE = 0.25  # share of a step that noise may explain
 GROWTH = 4
 FALL = 0.25  # share of what a link is remembered by, once it was found to be quicker
-LINK_WEIGHT = 0.5  # of a second on a link, while steps go on, against one of a step, for which others wait too
+LINK_WEIGHT = 0.5  # of a second on a link, mostly ahead of need, against one of a step, for which others wait too
 BEGIN = 1.25  # gain over cost to take up moving again; at 1 it ends: half a path in a tier is of no use
 TRIALS = 0.004
 
@@ -115,7 +115,7 @@ class Costs:
             pages = min(pages, self._left)
             self._left -= pages
             return pages
-        way, cost = self._ways[tier], self._moves(1)
+        way, cost = self._ways[tier], LINK_WEIGHT * self._moves(1)
         saved = self._fates.saved(self.prefill_seconds(start, end) / pages) - LINK_WEIGHT * way.fetches(1)
         way.open = self._fates.share_used(held) * saved >= cost * (1.0 if way.open else BEGIN)
         return pages if way.open else way.affordable(pages, cost)
