@@ -62,14 +62,14 @@ def lose(run, monkeypatch, times, delete=False):
     left = [times]
 
     def failing(step):
-        def call(params, state, buffer):
+        def call(params, state, *inputs):
             if left[0]:
                 left[0] -= 1
                 if delete:
                     for leaf in jax.tree.leaves(state):
                         leaf.delete()
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 bytes.")
-            return step(params, state, buffer)
+            return step(params, state, *inputs)
         return call
 
     monkeypatch.setattr(run.executor, "steps", {shape: failing(step) for shape, step in run.executor.steps.items()})
