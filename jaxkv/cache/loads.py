@@ -93,7 +93,8 @@ class Loader:
     def arrived(self, arrival: Arrival) -> bool:
         """Learn how a fetch ended. False: loads have failed, and whoever waits for one leaves before ``bury``."""
         load, moves = self._flying.pop(arrival.fetch_id)
-        self._store.costs.fetched(moves[0].src[0], len(moves) // len(self._store.hbm), arrival.seconds)
+        if arrival.ok:
+            self._store.costs.fetched(moves[0].src[0], len(moves) // len(self._store.hbm), arrival.seconds)
         wanted = arrival.ok and not load.failed
         self._landings.append((arrival.fetch_id, wanted))
         if load.failed:

@@ -78,15 +78,14 @@ class Tiering:
             store.split(node, len(node) - count)
         over = not store.host_capacity or store.policies[Tier.HBM].is_over(node.key)
         worth = 0 if over else store.costs.worth_moving(Tier.HOST, node.start, node.end, store.host_held)
-        if ahead and not worth and not over:
-            return
         if 0 < worth < len(node):
-            upper = store.split(node, worth)
-            self._drop(node)
-            node = upper
+            upper = store.split(node, len(node) - worth if ahead else worth)
+            if not ahead:
+                self._drop(node)
+                node = upper
         if worth and self._host_room(node):
             self._demote(node)
-        else:
+        elif over or not ahead:
             self._drop(node)
 
     def _drop(self, node: Node) -> None:

@@ -51,7 +51,7 @@ class Fetches:
         self.disk = disk
         self._clock = clock
         self._flights: dict[int, _Flight] = {}
-        self._ended = dict.fromkeys(Tier, 0.0)  # when the latest fetch from a tier did
+        self._ended = dict.fromkeys(Tier, 0.0)  # when the latest fetch from a tier did that came
         self._watcher = ThreadPoolExecutor(1, "fetches")
         self._news = threading.Event()  # a fetch has ended since ``arrivals`` last looked
 
@@ -115,8 +115,8 @@ class Fetches:
             if end is not None or flight.failed or now - flight.start > LIMIT_S:
                 flight.reported = True
                 tier = flight.fetch.moves[0].src[0]
-                out.append(Arrival(number, end is not None, (end or now) - max(flight.start, self._ended[tier])))
-                self._ended[tier] = end or now
+                out.append(Arrival(number, end is not None, max(0.0, (end or now) - max(flight.start, self._ended[tier]))))
+                self._ended[tier] = max(self._ended[tier], end or 0.0)
         return out
 
     def wait(self, seconds: float) -> None:

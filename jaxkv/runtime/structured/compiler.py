@@ -6,6 +6,7 @@ engine's thread never waits for a compile.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from jaxkv.types import Structured
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+log = logging.getLogger("jaxkv")
 THREADS = 2
 MAX_CACHED = 32  # a grammar may grow to tens of MiB
 MAX_PENDING = 64
@@ -102,6 +104,11 @@ class GrammarCompiler:
             grammar = Grammar(make_matcher(self._tokenizer, self._trial().compile(structured)))
         except ValueError as error:
             return f"structured cannot be compiled: {error}"
+        except Exception as error:  # not the grammar's fault, so it may be tried again
+            log.exception("the compiler of structured output failed")
+            with self._lock:
+                self._recent.pop(structured, None)
+            return f"structured cannot be compiled now: {type(error).__name__}"
         finally:
             with self._lock:
                 self._pending -= 1

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,10 @@ class Terminal:
     def __init__(self, home: Path, *args: str) -> None:
         self.end, theirs = pty.openpty()
         env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(home), "TERM": "dumb"}
+        default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background is born deaf to Ctrl+C
         onto = 'exec "$@" <"$0" >"$0" 2>&1'  # a session's leader that opens a terminal is controlled by it: Ctrl+C works
         self.child = subprocess.Popen(["sh", "-c", onto, os.ttyname(theirs), sys.executable, "-m", "jaxkv", "chat", *args],
-                                      env=env, start_new_session=True)
+                                      env=env, start_new_session=True, preexec_fn=default)
         self.theirs, self.seen = theirs, ""
 
     def type(self, text: str) -> None:
@@ -34,7 +36,7 @@ class Terminal:
 
     def expect(self, text: str) -> str:
         """Waits until the text is shown; what was shown before it."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 30
         while text not in self.seen:
             ready, _, _ = select.select([self.end], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"{text!r} is not in {self.seen!r}"
