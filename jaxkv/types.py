@@ -256,8 +256,9 @@ class Sequence:
     cached_below: tuple[int, int] = (0, 0)  # of those, the ones that came from host and from disk
     finish_reason: str | None = None
     first_admission: bool = True
-    sound: bool = True  # False: its KV is wrong and must not be published
+    sound: bool = True  # False: it had NaN among its logits; it shares no KV any more, nor takes any
     void: int = 0  # of those in flight, tokens that were sampled from wrong KV
+    borrowed: bool = False  # whether it read KV that it found in the cache
     num_reported: int = 0  # prompt positions whose log-probabilities a submitted step returns, if they were asked for
     key: tuple[float, ...] = ()  # place among the waiting and running, best first; unique
     # owned by the CacheController
@@ -266,6 +267,7 @@ class Sequence:
     node: Any = None  # deepest trie node of the pinned path; the trie owns the pages of the path
     num_published: int = 0  # leading tokens on that path
     num_matched: int = 0  # those that were there when the sequence was admitted last
+    copied: list[tuple[int, list[int]]] = field(default_factory=list)  # pages it began with copies of: position, tokens
     num_settled: int = 0  # num_scheduled before the latest chunk: later positions may not have been submitted yet
     dirty: list[int] = field(default_factory=list)  # [group] first page index the device's table does not know yet
     waits: list[Any] = field(default_factory=list)  # loads that bring pages of its prefix; left when it enters a slot

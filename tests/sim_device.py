@@ -127,7 +127,7 @@ class SimDevice:
         return next(missing, len(keys))
 
     def forget(self, keys: list[bytes]) -> None:
-        self.wrong.update(keys)
+        self.wrong.update(key for key in keys if key.hex() in self.disk)
 
     def _move(self, move: PageMove, saves: tuple[PageKey, ...]) -> None:
         (tier, page), dst, host = move.src, move.dst, self.host[move.group]
@@ -139,7 +139,11 @@ class SimDevice:
         if tier == Tier.HOST and (move.last or dst is None):
             del host[page]
         if dst is not None and dst[0] == Tier.DISK:
-            self.disk.setdefault(saves[dst[1]].digest, {})[move.group] = content
+            digest = saves[dst[1]].digest
+            if bytes.fromhex(digest) in self.wrong:
+                self.wrong.remove(bytes.fromhex(digest))
+                del self.disk[digest]
+            self.disk.setdefault(digest, {})[move.group] = content
             self.num_moves["save"] += 1
             return
         if dst is None:

@@ -9,7 +9,7 @@ from jaxkv.cache import hints
 from jaxkv.cache.hit import Use, cold_runs, find_hit
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
-from jaxkv.cache.trie import Node, Source
+from jaxkv.cache.trie import Node, Source, decode
 from jaxkv.types import PageMove, Sequence, Tier
 
 
@@ -49,6 +49,7 @@ class Admission:
             warm += source.tokens if source.node.tier is Tier.HBM else 0
             self._copy(seq, source)
             self._protect(source, False)
+        seq.borrowed |= seq.num_scheduled > 0
         stats.query_tokens += len(seq.tokens)
         stats.hit_tokens += seq.num_scheduled
         brought = {tier: len(range(span.start, min(span.stop, warm))) for tier, span in seq.brought.items()}
@@ -98,6 +99,8 @@ class Admission:
     def _copy(self, seq: Sequence, source: Source) -> None:
         """A private copy of a partly matching page in every group."""
         node, store = source.node, self._store
+        at, size = source.page * store.page_size, store.page_size
+        seq.copied.append((seq.num_matched, decode(node.data)[at:at + size]))
         for g, pages in enumerate(seq.pages):
             pages.append(store.hbm[g].take())
             store.moves.append(PageMove(g, (node.tier, node.pages[g][source.page]), (Tier.HBM, pages[-1])))

@@ -33,7 +33,7 @@ from jaxkv.cache.publish import Publisher
 from jaxkv.cache.stats import CacheStats
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
-from jaxkv.cache.trie import Node, Trie
+from jaxkv.cache.trie import Trie
 from jaxkv.types import Arrival, DiskIndex, Fetch, KVGroup, PageKey, PageMove, Sequence, Tier
 
 SETTLED = sys.maxsize  # every position was computed by an earlier plan
@@ -166,7 +166,7 @@ class CacheController:
 
     def keep(self, seq: Sequence, plan_id: int) -> bool:
         """Keep what HBM has of a waiting sequence's prefix until ``leave`` is called; False: nothing."""
-        return self.enable_prefix_caching and self._prefetcher.keep(seq, plan_id)
+        return self.enable_prefix_caching and seq.sound and self._prefetcher.keep(seq, plan_id)
 
     def prefetch(self, seq: Sequence, plan_id: int, most: list[int], spare: list[int]) -> bool | None:
         """Begin to bring the prefix of a waiting sequence to HBM if all of it, at most ``most[group]`` pages besides the
@@ -175,7 +175,7 @@ class CacheController:
         True: the sequence has pages on the way, or kept for it, (``Sequence.waits``) until ``leave`` is called. None: there
         is no room.
         """
-        return self.enable_prefix_caching and self._prefetcher.prefetch(seq, plan_id, most, spare)
+        return self.enable_prefix_caching and seq.sound and self._prefetcher.prefetch(seq, plan_id, most, spare)
 
     def leave(self, seq: Sequence) -> None:
         """A sequence that waits for pages enters, or gives up."""
@@ -201,25 +201,29 @@ class CacheController:
 
     # ---- KV that turned out wrong
 
-    def beginnings(self, seqs: list[Sequence] | None) -> list[Node]:
-        """The topmost nodes whose tokens the sequences begin with, whoever computed them; None: those of everyone."""
-        if seqs is None:
-            return [node for root in self.trie.roots.values() for node in root.children.values()]
-        return list({id(node): node for seq in seqs
-                     for node in self.trie.beginnings(seq.request.namespace, seq.tokens)}.values())
-
-    def forget(self, nodes: list[Node], seqs: list[Sequence]) -> None:
-        """Drop nodes and all below them from every tier, and from the disk also what the sequences have there. Nobody uses
-        them or waits for their pages."""
-        names = [name for seq in seqs for name in self.trie.page_names(seq.request.namespace, seq.tokens)]
-        for node in nodes:
-            below = [node]
-            for one in below:
-                below.extend(one.children.values())
-            names += [digest for one in below for digest in one.digests]
-            self.store.discard(node)
+    def forget(self, seq: Sequence) -> None:
+        """Drop, from every tier, what holds a sequence's tokens or a page that it copied, and all below. What others use
+        stays until they forget it."""
+        names: list[bytes] = []
+        for tokens in (seq.tokens, *(seq.tokens[:at] + page for at, page in seq.copied)):
+            used: set[bytes] = set()
+            for node in self.trie.holders(seq.request.namespace, tokens):
+                if node.refs:
+                    used.update(node.digests)
+                else:
+                    names += self.store.discard(node)
+            names += [name for name in self.trie.page_names(seq.request.namespace, tokens) if name not in used]
         if self.disk is not None:
             self.disk.forget(names)
+
+    def forget_all(self, seqs: list[tuple[Sequence, int]]) -> None:
+        """Drop everything from HBM and host, and from the disk what the sequences have there from a position on. Nobody uses
+        anything or waits for pages."""
+        for node in [node for root in self.trie.roots.values() for node in root.children.values()]:
+            self.store.discard(node)
+        if self.disk is not None:
+            self.disk.forget([name for seq, start in seqs for name in
+                              self.trie.page_names(seq.request.namespace, seq.tokens)[start // self.page_size:]])
 
     # ---- a sequence enters
 
@@ -237,7 +241,7 @@ class CacheController:
         seq.node = None
         seq.num_scheduled = seq.num_published = seq.num_matched = seq.num_settled = 0
         seq.came = (0, 0)
-        return self._admission.begin(seq, plan_id, cold) if self.enable_prefix_caching else 0
+        return self._admission.begin(seq, plan_id, cold) if self.enable_prefix_caching and seq.sound else 0
 
     # ---- a sequence runs
 

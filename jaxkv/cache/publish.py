@@ -44,6 +44,7 @@ class Publisher:
             if child.tier is Tier.HBM:
                 store.hold(child)
                 self._swap(seq, child)
+                seq.borrowed = True
             else:
                 own = [pages[at // size:at // size + count] for pages in seq.pages]
                 self._tiering.refill(child, own)

@@ -172,8 +172,8 @@ class PageStore:
         self.trie.detach(node)
         self.settle(parent)
 
-    def discard(self, node: Node) -> None:
-        """Drop an unused node and everything below it."""
+    def discard(self, node: Node) -> list[bytes]:
+        """Drop an unused node and everything below it; the digests of the pages."""
         doomed = [node]
         for parent in doomed:
             doomed.extend(parent.children.values())
@@ -188,6 +188,7 @@ class PageStore:
                         if page >= 0:
                             self.free_host(g, page)
             self._forget(node)
+        return [digest for node in doomed for digest in node.digests]
 
     def free_hbm(self, node: Node) -> None:
         for g, pages in enumerate(node.pages):

@@ -32,6 +32,11 @@ def encode(tokens: Sequence[int]) -> bytes:
     return array("i", tokens).tobytes()
 
 
+def decode(data: bytes) -> list[int]:
+    """Tokens of what ``encode`` gave."""
+    return array("i", data).tolist()
+
+
 def common_tokens(a: bytes, b: bytes) -> int:
     """Length in tokens of the longest common prefix of two encoded runs."""
     n = min(len(a), len(b))
@@ -157,11 +162,17 @@ class Trie:
         self.prune(root)
         return self.digest(root.digests[-1], encode(tokens))
 
-    def beginnings(self, namespace: str, tokens: Sequence[int]) -> list[Node]:
-        """The children of the root that ``tokens`` begin with: by a first page, or by leaves that fill a part of one."""
-        root, data = self.roots.get(namespace), encode(tokens[:self.page_size])
-        ends = range(TOKEN_BYTES, len(data) + 1, TOKEN_BYTES)
-        return [] if root is None else [root.children[data[:end]] for end in ends if data[:end] in root.children]
+    def holders(self, namespace: str, tokens: Sequence[int]) -> Iterator[Node]:
+        """Nodes that hold some of ``tokens`` where they are, top first: by a whole first page, or as leaves that fill a part of
+        one. A node may be dropped when it was given."""
+        node: Node | None = self.roots.get(namespace)
+        data = encode(tokens)
+        while node is not None:
+            below, data = node.children, data[len(node.data):]
+            starts = [data[:end] for end in range(TOKEN_BYTES, min(len(data), self.page_bytes) + 1, TOKEN_BYTES)]
+            found = [below[start] for start in starts if start in below]
+            yield from found
+            node = next((one for one in found if not self.partial(one) and data.startswith(one.data)), None)
 
     # ---- search
 

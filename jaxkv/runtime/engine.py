@@ -18,7 +18,7 @@ from typing import Any
 from jaxkv.cache.inspect import curve, inspect
 from jaxkv.config import EngineConfig
 from jaxkv.runtime.cache_metrics import refresh_cache
-from jaxkv.runtime.executor import JaxExecutor
+from jaxkv.runtime.executor import JaxExecutor, LostStep
 from jaxkv.runtime.memory import Capacity
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta, OutputProcessor
@@ -129,19 +129,23 @@ class Engine:
             self.scheduler.arrived(arrival)
         plan = self.scheduler.plan(self._clock())
         t1 = time.thread_time()
+        lost = False  # a step that was not run leaves pages without contents: no plan is made on them
         pending, self._pending = self._pending, None
         if plan is not None:
             self.events.append(("submit", plan.id))
             self.events.extend(("fetch", fetch.id) for fetch in plan.fetches)
-            self._pending = plan, self.executor.submit(plan, self._matchers.masks(plan))
+            handle = self.executor.submit(plan, self._matchers.masks(plan))
+            self._pending = plan, handle
+            lost = isinstance(handle, LostStep)
             self.metrics.steps += 1
             self.metrics.computed_tokens += plan.num_tokens
         elif pending is None:
             self.executor.wait_for_fetch(IDLE_WAIT_S)
         self.metrics.stage_seconds["plan"] += t1 - t0
-        if not self.config.sched.overlap:
-            pending, self._pending = self._pending, None
         deltas = self._learn(*pending) if pending else []
+        if self._pending and (lost or not self.config.sched.overlap):
+            pending, self._pending = self._pending, None
+            deltas += self._learn(*pending)
         self._refresh()
         return deltas
 

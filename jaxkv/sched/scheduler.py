@@ -25,7 +25,6 @@ from itertools import pairwise
 from operator import attrgetter
 
 from jaxkv.cache.controller import CacheController
-from jaxkv.cache.trie import Node
 from jaxkv.config import SchedConfig
 from jaxkv.sched.capacity import check_capacity, fits_beside
 from jaxkv.sched.chunking import append_tokens, chunk_length, excess_tokens, take_chunk
@@ -277,20 +276,29 @@ class Scheduler:
         """Learn what a step sampled; plans are committed in order, each once. ``now`` is the injected clock.
 
         Tokens after a stop id and tokens of sequences that ended meanwhile are discarded. A sequence with NaN among its
-        logits, and every one of a step that failed, ends with "error".
+        logits, and every one of a step that failed, ends with "error". A failed step is committed before another is planned:
+        it leaves pages without contents, which no plan may use.
         """
         plan_id, planned, seqs = self._pending.popleft()
         assert plan_id == plan.id, f"commit of plan {plan.id}, expected {plan_id}"
         self._measure(plan, now - max(planned, self._committed))
         self._committed = now
         if result.failed:
-            return self._disown([seq for seq in seqs if seq.status is not _FINISHED], everything=True)
+            return self._lose(plan, seqs)
         events: list[TokenEvent] = []
         sampled, logprobs, prompt_logprobs = result.tokens, result.logprobs, result.prompt_logprobs
         for index, seq in enumerate(seqs):
+            chunk = plan.chunks[index]
+            count = chunk.num_logits
+            if seq.void:
+                seq.void -= count
+                seq.in_flight -= count
+                continue
+            if count and min(sampled[index]) < 0:
+                events += self._disown(seq, count)
+                continue
             if seq.status is _FINISHED:
                 continue
-            chunk = plan.chunks[index]
             reported = prompt_logprobs[index] if chunk.prompt_logprobs and prompt_logprobs else ()
             if not chunk.num_logits:
                 if reported:
@@ -298,9 +306,6 @@ class Scheduler:
                                              cached_below=seq.cached_below))
                 continue
             tokens = sampled[index]
-            if seq.void or min(tokens) < 0:
-                events += self._discard(seq, len(tokens))
-                continue
             first = Start(seq.admitted, now, seq.page_wait) if len(seq.tokens) == len(seq.request.prompt) else None
             count, reason = append_tokens(seq, tokens)
             if reason is not None:
@@ -321,37 +326,36 @@ class Scheduler:
 
     # ---- KV that turned out wrong
 
-    def _discard(self, seq: Sequence, count: int) -> list[TokenEvent]:
-        """``count`` tokens are worth nothing: the sequence ends, unless it is to compute them again."""
-        if not seq.void:
-            return self._disown([seq])
-        seq.void -= count
-        seq.in_flight -= count
-        return []
+    def _disown(self, seq: Sequence, count: int) -> list[TokenEvent]:
+        """``count`` tokens are from NaN: drop of the sequence's KV what nobody else uses; whoever reads the rest has NaN among
+        its own logits. If some was not its own it computes all anew, once and by itself, else it ends."""
+        again = seq.sound and seq.borrowed and seq.status is _RUNNING and not (
+            seq.request.params.prompt_logprobs is not None and seq.num_reported)  # some may be out already
+        known, seq.sound = not seq.sound, False
+        events = [] if again or seq.status is _FINISHED else [self._fail(seq)]
+        if again:
+            seq.in_flight -= count
+            seq.void = seq.in_flight
+            self._preempt(seq)
+        if not known:
+            self.cache.forget(seq)
+        return events
 
-    def _disown(self, seqs: list[Sequence], everything: bool = False) -> list[TokenEvent]:
-        """End sequences whose KV is wrong, and let nobody have it: who shares a beginning with them, or everyone, computes
-        all anew. What is under way for others is given up, too: this is rare."""
-        for seq in seqs:
-            self._end_unsound(seq)
+    def _lose(self, plan: StepPlan, seqs: list[Sequence]) -> list[TokenEvent]:
+        """End the sequences of a step that did not run; all others compute everything anew: this is rare."""
+        assert not self._pending, "planned after a step that was lost"
+        events = [self._fail(seq) for seq in seqs if seq.status is not _FINISHED]
         while self._lookahead.give_way() or self._lookahead.cancel():
             pass
-        wrong = None if everything else seqs
-        tops = set(map(id, self.cache.beginnings(wrong)))
-        others = [seq for seq in self._sequences.values() if everything or id(_top(seq)) in tops]
-        reported = [seq for seq in others if seq.request.params.prompt_logprobs is not None and seq.num_reported]
-        for seq in reported:  # some may be out already
-            self._end_unsound(seq)
-        for seq in others:
-            seq.void = seq.in_flight
-            if seq.status is _RUNNING:
-                self._preempt(seq)
-        self.cache.forget(self.cache.beginnings(wrong), seqs)  # not those from above: publication may have cut them
-        return [TokenEvent(seq.request.id, finish_reason="error", num_cached=seq.num_cached) for seq in [*seqs, *reported]]
+        for seq in list(self._running):
+            self._preempt(seq)
+        self.cache.forget_all([(seq, chunk.start) for seq, chunk in zip(seqs, plan.chunks, strict=True)])
+        return events
 
-    def _end_unsound(self, seq: Sequence) -> None:
+    def _fail(self, seq: Sequence) -> TokenEvent:
         seq.sound = False
         self._end(seq, "error")
+        return TokenEvent(seq.request.id, finish_reason="error", num_cached=seq.num_cached)
 
     # ---- leaving
 
@@ -399,14 +403,6 @@ class Scheduler:
         assert all(seq.slot < 0 for seq in self._waiting)
         assert sorted([*self._slots, *(seq.slot for seq in self._running)]) == list(range(self._num_slots)), "slots"
         self.cache.check(self._running)
-
-
-def _top(seq: Sequence) -> Node | None:
-    """The topmost node of the path that a sequence holds."""
-    node = seq.node
-    while node is not None and node.parent is not None and node.parent.parent is not None:
-        node = node.parent
-    return node
 
 
 def _remove(order: list[Sequence], seq: Sequence) -> None:

@@ -83,8 +83,11 @@ def test_a_step_without_memory_fails_its_requests_only(run, monkeypatch, caplog)
     lose(run, monkeypatch, 1)
     run.add_request("late", GOOD + [1], greedy(8))
     reasons = {}
-    run.step()  # the step that is lost: both are in it
-    run.add_request("next", GOOD, greedy(8))  # planned before the loss is known, on the lost prompt's pages
+    for delta in run.step():  # the step that is lost: both are in it, and it is learnt at once
+        if delta.finish_reason:
+            reasons[delta.request_id] = delta.finish_reason
+    assert reasons == {"early": "error", "late": "error"}
+    run.add_request("next", GOOD, greedy(8))
     tokens = []
     while run.has_work:
         for delta in run.step():

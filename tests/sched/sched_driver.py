@@ -127,7 +127,7 @@ class Driver:
             self.plans.append(plan)
             self.decodes_while_fetching += bool(self._due) and any(len(c.tokens) == 1 for c in plan.chunks)
             self._due.extend((fetch.id, self.clock + self.settings.delay) for fetch in plan.fetches)
-        keep = self.settings.overlap if plan is not None else 0
+        keep = self.settings.overlap if plan is not None and not self._unread[-1][1].failed else 0
         while len(self._unread) > keep:
             self.read()
         return plan

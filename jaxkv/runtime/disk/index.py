@@ -45,6 +45,7 @@ class Index:
         self._places: dict[bytes, Place] = {}
         self._segments: dict[str, Segment] = {}
         self._used: set[Segment] = set()
+        self._wrong: list[Place] = []
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
@@ -96,6 +97,20 @@ class Index:
         with self._lock:
             if self._places.get(place.entry.key) is place:
                 self._drop(place.entry.key)
+
+    def reject(self, keys: Iterable[bytes]) -> None:
+        """Pages are wrong: they are gone from here, and are to be damaged where they lie."""
+        with self._lock:
+            for key in keys:
+                if key in self._places:
+                    self._wrong.append(self._places[key])
+                    self._drop(key)
+
+    def take_wrong(self) -> list[Place]:
+        """Places of wrong pages, each once."""
+        with self._lock:
+            wrong, self._wrong = self._wrong, []
+            return wrong
 
     def _drop(self, key: bytes) -> None:
         place = self._places.pop(key, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 
 from jaxkv.runtime.disk.format import Record
 
@@ -17,6 +18,7 @@ class PageQueue:
         self._changed = threading.Condition()
         self._waiting: deque[Record] = deque()
         self._keys: set[bytes] = set()  # waiting or being written
+        self.wrong: set[bytes] = set()  # forgotten while a batch is being written, which may hold them
         self._waiting_bytes = 0
         self._writing_bytes = 0
         self._urgent = False  # somebody waits for the disk
@@ -41,6 +43,19 @@ class PageQueue:
             self._changed.notify_all()
             return True
 
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Records that nobody may have: those that wait are dropped."""
+        keys = set(keys)
+        with self._changed:
+            dropped = [record for record in self._waiting if record.key in keys]
+            if dropped:
+                self._waiting = deque(record for record in self._waiting if record.key not in keys)
+                self._keys.difference_update(record.key for record in dropped)
+                self._waiting_bytes -= sum(record.length for record in dropped)
+                self._changed.notify_all()
+            if self._writing_bytes:
+                self.wrong |= keys
+
     def take(self, size: int, linger_s: float, idle_s: float) -> list[Record]:
         """The next records, in order, up to ``size`` bytes but at least one; nothing if none came for ``idle_s`` seconds.
 
@@ -63,6 +78,7 @@ class PageQueue:
         with self._changed:
             self._keys.difference_update(record.key for record in batch)
             self._writing_bytes = 0
+            self.wrong = set()
             self._urgent = self._urgent and bool(self._waiting)
             self._changed.notify_all()
 

@@ -2,7 +2,7 @@
 
 The owner holds ``flock`` on the file as long as it appends; the system releases it however the process ends, so an unsealed
 file without a lock is an orphan, which any process may cut after its last whole record and seal. A sealed file never
-changes again. Nothing here is decided and nothing is caught: OSError goes up.
+changes again, but for pages that ``spoil`` damages. Nothing here is decided and nothing is caught: OSError goes up.
 
 Batches are not synced one by one: a cache that loses its last pages with the power has lost nothing that cannot be computed
 again, and the checksums tell. ``seal`` syncs data and footer, so at most one segment per process is ever unsynced.
@@ -34,6 +34,7 @@ from jaxkv.runtime.disk.format import (
     seed,
 )
 
+_WRONG = b"jaxkv: wrong KV."  # in the place of a page's first bytes
 _IOV = 512  # buffers per call; the system takes 1024
 
 
@@ -130,6 +131,13 @@ def adopt(path: Path, layout: Layout) -> Scan | None:
         write_all(fd, [layout.footer(found.entries, seed(path.name))], found.end)
         os.fdatasync(fd)
         return found
+
+
+def spoil(path: Path, layout: Layout, entry: Entry) -> None:
+    """Damages a page for good, so that no process ever gets it; the records after it stay. Needs no lock."""
+    with _opened(path, os.O_WRONLY) as fd:
+        write_all(fd, [_WRONG], entry.offset + layout.head_bytes)
+        os.fdatasync(fd)
 
 
 class Reader:

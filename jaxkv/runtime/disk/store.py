@@ -65,7 +65,6 @@ class DiskStore:
             raise DiskError(f"disk KV capacity must be at least {least} bytes, one batch; got {capacity_bytes}")
         segment_bytes = min(BATCHES_PER_SEGMENT * batch_bytes, max(batch_bytes, capacity_bytes // 8))
         self._index = Index()
-        self._wrong: set[bytes] = set()  # keys of pages that must not be read
         self._counters = Counters()
         self._directory = Directory(Path(path), self._layout, self._index, self._counters)
         try:
@@ -102,11 +101,13 @@ class DiskStore:
         """How many leading keys are on disk or on their way, as far as known: a page may be gone, or turn out bad, when it is
         read."""
         return next((n for n, key in enumerate(keys)
-                     if key in self._wrong or key not in self._index and key not in self._queue), len(keys))
+                     if key in self._queue.wrong or key not in self._index and key not in self._queue), len(keys))
 
     def forget(self, keys: Sequence[bytes]) -> None:
-        """Pages that are wrong, on disk or on their way: they match no more as long as this store lives."""
-        self._wrong.update(keys)
+        """Pages that are wrong, on disk or on their way: they match no more, nobody ever reads them, and they may be put
+        again."""
+        self._queue.forget(keys)  # in this order: pages go from the one to the other
+        self._index.reject(keys)
 
     def put(self, key: bytes, tokens: bytes, payload: Payload) -> bool:
         """Hands a page over to be written. Its arrays must not change any more. ValueError if it is none of the format.

@@ -15,7 +15,7 @@ from jaxkv.runtime.disk.directory import Directory
 from jaxkv.runtime.disk.format import HEADER_BYTES, CorruptError, Layout, Record, footer_bytes
 from jaxkv.runtime.disk.index import Index, Segment
 from jaxkv.runtime.disk.queue import PageQueue
-from jaxkv.runtime.disk.segment import Reader, Writer
+from jaxkv.runtime.disk.segment import Reader, Writer, spoil
 from jaxkv.runtime.disk.stats import Counters
 
 log = logging.getLogger("jaxkv.disk")
@@ -72,15 +72,28 @@ class BackgroundWriter:
             batch = self._queue.take(self._limits.batch, LINGER_S, self._limits.refresh_s)
             if batch:
                 self._attempt(batch)
+                self._index.reject(self._queue.wrong.copy())
                 self._queue.done(batch)
+            self._spoil()
             if time.monotonic() - refreshed >= self._limits.refresh_s:
                 self._refresh()
                 refreshed = time.monotonic()
+        self._spoil()
         if self._open:
             try:
                 self._seal()
             except OSError as error:
                 self._fail(error)
+
+    def _spoil(self) -> None:
+        for place in self._index.take_wrong():
+            try:
+                spoil(self._directory.path / place.segment.name, self._layout, place.entry)
+            except FileNotFoundError:  # dropped meanwhile
+                continue
+            except OSError as error:
+                self._counters.add(write_errors=1)
+                log.warning("wrong disk KV page in %s at %d stays there: %s", place.segment.name, place.entry.offset, error)
 
     def _refresh(self) -> None:
         self._directory.share_use()

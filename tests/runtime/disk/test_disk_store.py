@@ -401,3 +401,30 @@ def test_what_is_still_to_be_written_is_found(tmp_path):
     (found,) = store.read(items([1])).result(10)
     assert same(found, payload(1))
     store.close()
+
+
+@pytest.mark.parametrize("batch", [BATCH, 1 << 16], ids=["sealed segments", "an open segment"])
+def test_a_forgotten_page_is_never_read_again_and_may_come_again(tmp_path, batch):
+    store = open_store(tmp_path, batch_bytes=batch)
+    other = open_store(tmp_path, batch_bytes=batch)
+    fill(store, range(20))
+    store.forget([key(3), key(4), key(99)])
+    assert store.match([key(3)]) == store.match([key(4)]) == 0 and store.match([key(2)]) == 1
+    fill(store, [4])
+    assert store.match([key(4)]) == 1 and held(store, range(20)) == [i for i in range(20) if i != 3]
+    assert store.close() and other.close()
+    again = open_store(tmp_path)
+    assert held(again, range(20)) == [i for i in range(20) if i != 3]
+    fill(again, [3])
+    assert held(again, range(20)) == list(range(20)) and again.close()
+
+
+def test_a_page_is_forgotten_on_its_way(tmp_path):
+    store = open_store(tmp_path, batch_bytes=1 << 16)
+    for i in range(4):
+        assert store.put(key(i), tokens(i), payload(i))
+    store.forget([key(1)])
+    assert store.match([key(0), key(1)]) == 1 and store.flush(FAR)
+    assert held(store, range(4)) == [0, 2, 3] and store.close()
+    again = open_store(tmp_path)
+    assert held(again, range(4)) == [0, 2, 3] and again.close()
