@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.answer import respond
 from jaxkv.serve.batching import Batcher
+from jaxkv.serve.bounds import Items
 from jaxkv.serve.completions import rows_of
 from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
@@ -55,8 +56,8 @@ class EmbeddingRequest(PromptRequest):
 class ScoreRequest(PromptRequest):
     """/v1/score: one text with one or many, or many with as many."""
 
-    text_1: str | list[str]
-    text_2: str | list[str]
+    text_1: str | Items[str]
+    text_2: str | Items[str]
 
     def prompts(self) -> list[tuple[str, str]]:
         """(field, text) of every text; each two are compared. Raises ApiError when their numbers do not fit."""

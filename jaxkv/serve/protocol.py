@@ -11,17 +11,18 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jaxkv.serve.errors import ApiError, bad_request, from_validation, from_value_error
+from jaxkv.serve.bounds import MAX_LEVELS, Items, at_most, check_levels
+from jaxkv.serve.errors import ApiError, bad_request, from_validation, from_value_error, shown
 from jaxkv.serve.messages import STRICT as _STRICT
 from jaxkv.serve.messages import ChatMessage
 from jaxkv.serve.structured import ResponseFormat, StructuredOutputs, field_of, structured_of
-from jaxkv.serve.tools import Tool, ToolUse, tool_use_of
-from jaxkv.types import CacheHints, SamplingParams
+from jaxkv.serve.tools import MAX_TOOLS, Tool, ToolUse, tool_use_of
+from jaxkv.types import MAX_LOGIT_BIAS, CacheHints, SamplingParams
 
 R = TypeVar("R", bound="ApiRequest")
 log = logging.getLogger("jaxkv.serve")
@@ -119,21 +120,21 @@ class GenerationRequest(PromptRequest):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], at_most(MAX_LOGIT_BIAS)] | None = None
     prompt_logprobs: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Items[str] | None = None
+    stop_token_ids: Items[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
+    structured_outputs: Annotated[StructuredOutputs, at_most(16)] | None = None
     guided_json: Any = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
 
     def fill(self, defaults: Mapping[str, Any]) -> None:
@@ -202,11 +203,11 @@ class ChatRequest(GenerationRequest):
     """/v1/chat/completions."""
 
     model_config = ConfigDict(title="ChatCompletionRequest")
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Items[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[Items[Tool], at_most(MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
@@ -240,6 +241,9 @@ def parse(model: type[R], body: bytes, ignored: set[str], defaults: Mapping[str,
         raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise bad_request(f"the body must be a JSON object, got {type(data).__name__}")
+    if body.count(b"[") + body.count(b"{") > MAX_LEVELS:
+        for name, value in data.items():
+            check_levels(value, name[:100], name[:100])
     request = validated(model, data, ignored)
     request.fill(defaults)
     return request
@@ -263,7 +267,7 @@ def _check_extra(request: ApiRequest, ignored: set[str]) -> None:
         if name in _UNSUPPORTED:
             if value not in _UNSUPPORTED[name]:
                 advice = _ADVICE.get(name, "")
-                raise bad_request(f"{name} is not supported{advice}", name, "unsupported_parameter")
+                raise bad_request(f"{name} is not supported{advice}, got {shown(value)}", name, "unsupported_parameter")
         elif name not in ignored and len(ignored) < 100:  # bounded: names come from outside
             ignored.add(name)
             log.warning("ignoring unknown request field %.60r (said once per name)", name)
@@ -272,7 +276,7 @@ def _check_extra(request: ApiRequest, ignored: set[str]) -> None:
 def _token_keys(bias: dict[str, float]) -> dict[int, float]:
     keys = {}
     for token, value in bias.items():
-        if not token.isdecimal():
-            raise bad_request(f"logit_bias keys must be token ids, got {token[:40]!r}", "logit_bias")
+        if not (token.isascii() and token.isdecimal() and len(token) <= 10):
+            raise bad_request(f"logit_bias keys must be token ids, got {shown(token)}", "logit_bias")
         keys[int(token)] = value
     return keys

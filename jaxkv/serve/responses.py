@@ -18,8 +18,9 @@ from fastapi import FastAPI, Request, Response
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve import chat
 from jaxkv.serve.answer import Answer, Choice, Form
+from jaxkv.serve.bounds import Items, Metadata
 from jaxkv.serve.engine_loop import Call
-from jaxkv.serve.errors import ApiError, bad_request
+from jaxkv.serve.errors import ApiError, bad_request, shown
 from jaxkv.serve.logprobs import TokenText, chat_logprobs
 from jaxkv.serve.openapi import documented
 from jaxkv.serve.parsers.message import MessageReader
@@ -40,16 +41,16 @@ _NOTHING: dict[str, tuple[Any, ...]] = {  # fields that are not implemented -> v
 class ResponsesRequest(GenerationRequest):
     """/v1/responses. Sampling fields beyond OpenAI's are those of chat."""
 
-    input: str | list[dict[str, Any]]
+    input: str | Items[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: int | None = None
     previous_response_id: str | None = None
     store: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     text: dict[str, Any] | None = None
     top_logprobs: int | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    include: Items[Literal["message.output_text.logprobs"]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     truncation: str | None = None
     background: bool | None = None
@@ -59,7 +60,7 @@ class ResponsesRequest(GenerationRequest):
     def check(self) -> None:
         for name, values in _NOTHING.items():
             if (value := getattr(self, name)) is not None and value not in values:
-                raise bad_request(f"{name} is not supported, got {str(value)[:80]}", name, "unsupported_parameter")
+                raise bad_request(f"{name} is not supported, got {shown(value)}", name, "unsupported_parameter")
 
     def renamed(self) -> dict[str, str]:
         return {"prompt": "input", "logprobs": "top_logprobs", "max_tokens": "max_output_tokens", "structured": "text"}
@@ -96,9 +97,9 @@ def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
     """An input item as a chat message. Raises ApiError."""
     kind, role, content = item.get("type", "message"), item.get("role"), item.get("content")
     if kind != "message":
-        raise bad_request(f"{where}.type must be \"message\", got {str(kind)[:40]!r}", f"{where}.type", "unsupported_item")
+        raise bad_request(f"{where}.type must be \"message\", got {shown(kind)}", f"{where}.type", "unsupported_item")
     if role not in ("user", "assistant", "system", "developer"):
-        raise bad_request(f"{where}.role must be user, assistant, system or developer, got {str(role)[:40]!r}",
+        raise bad_request(f"{where}.role must be user, assistant, system or developer, got {shown(role)}",
                           f"{where}.role")
     if isinstance(content, str):
         return {"role": role, "content": content}
@@ -109,7 +110,7 @@ def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
     for k, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in _TEXT_PARTS:
-            raise bad_request(f"{where}.content[{k}].type must be one of {', '.join(_TEXT_PARTS)}, got {str(kind)[:40]!r}",
+            raise bad_request(f"{where}.content[{k}].type must be one of {', '.join(_TEXT_PARTS)}, got {shown(kind)}",
                               f"{where}.content[{k}].type", "unsupported_content_part")
         parts.append({"type": "text", "text": part.get("text")})
     return {"role": role, "content": parts}
