@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from jaxkv.serve.bounds import MAX_LEVELS, Items, at_most, check_levels
 from jaxkv.serve.errors import ApiError, bad_request, from_validation, from_value_error, shown
@@ -58,6 +58,12 @@ class ApiRequest(BaseModel):
 
     model_config = _STRICT
     model: str | None = None
+    _size: int = PrivateAttr(0)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body that this was read from, 0 if from none."""
+        return self._size
 
     def api_error(self, error: ValueError) -> ApiError:
         """What the engine or SamplingParams complained about, in this request's words."""
@@ -151,6 +157,18 @@ class GenerationRequest(PromptRequest):
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options is only allowed when stream is true", "stream_options")
 
+    def prompt_count(self) -> int:
+        """How many prompts the request has."""
+        return 1
+
+    def check_count(self, most: int) -> None:
+        """Raises ApiError when prompts and answers to each are more than ``most`` sequences."""
+        count, each = self.prompt_count(), self.best_of or self.n or 1
+        if count * each > most:
+            name = "prompt" if count > 1 else self.renamed().get("n", "n")
+            raise bad_request(f"{name}: {count} prompts with {each} answers to each do not fit: this server takes {most} "
+                              "sequences at once", name)
+
     def kept(self, count: int) -> int:
         """How many of ``count`` answers to a prompt are returned."""
         return count if self.best_of is None else self.n or 1
@@ -193,6 +211,10 @@ class CompletionRequest(GenerationRequest):
     prompt: Any = None
     echo: bool | None = None
     logprobs: int | None = None
+
+    def prompt_count(self) -> int:
+        rows = self.prompt
+        return len(rows) if isinstance(rows, list) and rows and isinstance(rows[0], list | str) else 1
 
     def fill(self, defaults: Mapping[str, Any]) -> None:
         limit = min(COMPLETION_TOKENS, defaults.get("max_tokens", COMPLETION_TOKENS))
@@ -245,6 +267,7 @@ def parse(model: type[R], body: bytes, ignored: set[str], defaults: Mapping[str,
         for name, value in data.items():
             check_levels(value, name[:100], name[:100])
     request = validated(model, data, ignored)
+    request._size = len(body)
     request.fill(defaults)
     return request
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import orjson
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, ConfigDict
 
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve import chat
@@ -38,6 +39,18 @@ _NOTHING: dict[str, tuple[Any, ...]] = {  # fields that are not implemented -> v
 }
 
 
+class ResponseText(BaseModel):
+    """`text`. Its format is checked as chat's `response_format`."""
+
+    model_config = ConfigDict(strict=True)
+    format: dict[str, Any] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+    def echo(self) -> dict[str, Any]:
+        """As it stands in the answer."""
+        return {"format": self.format or {"type": "text"}} | ({"verbosity": self.verbosity} if self.verbosity else {})
+
+
 class ResponsesRequest(GenerationRequest):
     """/v1/responses. Sampling fields beyond OpenAI's are those of chat."""
 
@@ -47,7 +60,7 @@ class ResponsesRequest(GenerationRequest):
     previous_response_id: str | None = None
     store: bool | None = None
     metadata: Metadata | None = None
-    text: dict[str, Any] | None = None
+    text: ResponseText | None = None
     top_logprobs: int | None = None
     include: Items[Literal["message.output_text.logprobs"]] | None = None
     tools: Items[dict[str, Any]] | None = None
@@ -80,7 +93,7 @@ class ResponsesRequest(GenerationRequest):
         data = given | (self.model_extra or {}) | {"messages": system + messages, "max_tokens": limit}
         if LOGPROBS in (self.include or ()):
             data |= {"logprobs": True, "top_logprobs": self.top_logprobs}
-        return validated(ChatRequest, data | _format(self.text or {}), ignored)
+        return validated(ChatRequest, data | _format(self.text), ignored)
 
 
 @contextlib.contextmanager
@@ -116,11 +129,13 @@ def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
     return {"role": role, "content": parts}
 
 
-def _format(text: Mapping[str, Any]) -> dict[str, Any]:
+def _format(text: ResponseText | None) -> dict[str, Any]:
     """`text.format` as chat's `response_format`."""
-    kind = text.get("format")
-    if not isinstance(kind, dict) or kind.get("type") != "json_schema":
-        return {"response_format": kind} if kind else {}
+    kind = text.format if text else None
+    if kind is None:
+        return {}
+    if kind.get("type") != "json_schema":
+        return {"response_format": kind}
     return {"response_format": {"type": "json_schema", "json_schema": {k: v for k, v in kind.items() if k != "type"}}}
 
 
@@ -134,12 +149,13 @@ class ResponseForm(Form):
         self.like, self._reader, self._text = like, reader, ""
         self.item = f"msg_{uuid.uuid4().hex}"
         kept = request.store is not False
+        text = request.text or ResponseText()
         self.head = {
             "id": self.head["id"], "object": "response", "created_at": float(self.head["created"]), "model": model,
             "status": "in_progress", "error": None, "incomplete_details": None, "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens, "output": [], "parallel_tool_calls": True,
             "previous_response_id": request.previous_response_id, "temperature": request.temperature,
-            "top_p": request.top_p, "text": request.text or {"format": {"type": "text"}}, "tool_choice": "auto",
+            "top_p": request.top_p, "text": text.echo(), "tool_choice": "auto",
             "tools": [], "truncation": "disabled", "background": False, "metadata": request.metadata or {},
             "store": kept, "top_logprobs": request.top_logprobs or 0, "usage": None,
         }

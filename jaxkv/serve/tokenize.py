@@ -52,7 +52,7 @@ def add_tokenize(app: FastAPI, service: Service) -> None:
             fields = body.model_dump(exclude={"prompt", "return_token_strs"}, exclude_none=True)
             conversation = validated(ChatRequest, fields, service.ignored_fields)
             render = partial(chat.prompt_of, conversation, tokenizer, service.dialect())
-            text, special = await service.aside(chat.size_of(conversation), render), bool(body.add_special_tokens)
+            text, special = await service.aside(body.size, render), bool(body.add_special_tokens)
         ids = await service.encode(text, add_special_tokens=special)
 
         def answer() -> bytes:

@@ -153,6 +153,18 @@ def test_metadata_has_the_bounds_of_openai(http):
     assert http.post("/v1/responses", json={"input": "a", "max_output_tokens": 1, "metadata": fits}).status_code == 200
 
 
+def test_prompts_and_answers_together_are_bounded(http):
+    for more, param in (({"n": 128}, "prompt"), ({"n": 1, "best_of": 100}, "prompt"), ({"prompt": "a", "n": 1025}, "n"),
+                        ({"prompt": ["a"] * 1025}, "prompt")):
+        assert "1024" in refused(http.post("/v1/completions", json={"prompt": [[1]] * 5000, **more}), param=param)
+    assert http.post("/v1/completions", json={"prompt": [[1]] * 20, "n": 3, "max_tokens": 1}).status_code == 200
+
+
+def test_a_refusal_shows_the_value_shortened(http):
+    message = refused(http.post("/v1/completions", json={**GOOD, "suffix": "end" * 1000}), param="suffix")
+    assert "'endend" in message and len(message) < 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_prompt_longer_than_the_window(http, stream):
     for prompt in (list(range(100, 400)), "word " * 400):
