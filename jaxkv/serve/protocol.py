@@ -44,6 +44,7 @@ _INERT = {"metadata", "store", "service_tier", "user", "parallel_tool_calls", "r
           "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "prediction", "request_id",
           "spaces_between_special_tokens"}
 COMPLETION_TOKENS = 16  # max_tokens of a completion that names none, as in the OpenAI API
+MAX_STOPS = 64  # stop strings of a request: each is looked for after every token
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -129,7 +130,7 @@ class GenerationRequest(PromptRequest):
     logit_bias: Annotated[dict[str, float], at_most(MAX_LOGIT_BIAS)] | None = None
     prompt_logprobs: int | None = None
     seed: int | None = None
-    stop: str | Items[str] | None = None
+    stop: str | Annotated[Items[str], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Items[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None

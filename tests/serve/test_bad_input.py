@@ -28,7 +28,7 @@ def refused(response, status=400, param=None, code=None):
     ("presence_penalty", 3), ("frequency_penalty", -3), ("repetition_penalty", 0), ("repetition_penalty", -1),
     ("logit_bias", {"x": 1}), ("logit_bias", {"5": 101}), ("logit_bias", [1]), ("logit_bias", {"--5": 1}),
     ("logit_bias", {"9" * 5000: 1}), ("logit_bias", {"\u0663": 1}),
-    ("stop", ""), ("stop", [""]), ("stop", 7), ("stop_token_ids", ["a"]), ("stop_token_ids", [-1]),
+    ("stop", ""), ("stop", [""]), ("stop", 7), ("stop", ["a"] * 65), ("stop_token_ids", ["a"]), ("stop_token_ids", [-1]),
     ("min_tokens", -1), ("min_tokens", 3), ("logprobs", -1), ("logprobs", 21), ("logprobs", True),
     ("prompt_logprobs", 50), ("echo", "yes"), ("stream", 1), ("ignore_eos", "no"), ("priority", 2**40),
     ("cache_salt", 5), ("cache_salt", "x" * 300), ("session_id", "x" * 300), ("end_session", True), ("retention", -1),
