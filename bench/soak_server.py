@@ -37,7 +37,12 @@ WRONG: list[tuple[str, Any]] = [
     ("prompt", {}), ("prompt", [[]]), ("prompt", [-1]), ("prompt", [True]), ("prompt", [10**6]), ("prompt", [1] * 600),
     ("prompt", "word " * 900), ("model", "gpt-9"), ("model", 5), ("stream_options", {"include_usage": True})]
 BROKEN = [b"", b"{", b"[]", b"null", b'"x"', b'{"prompt": NaN}', b'{"prompt": "a", "top_p": Infinity}',
-          b'{"prompt": "\\ud800"}', b"\xff\xfe", b"[" * 5000, b'{"prompt": "a",}', b'{"prompt"}']
+          b'{"prompt": "\\ud800"}', b"\xff\xfe", b"[" * 5000, b'{"prompt": "a",}', b'{"prompt"}',
+          *(b'{"prompt": "a", "%b": %b}' % (name, b'{"a": [' * levels + b"]}" * levels)
+            for name in (b"stop", b"model", b"guided_json", b"x") for levels in (60, 130, 500)),
+          b'{"prompt": "a", "logit_bias": {"%b": 1}}' % (b"9" * 5000), b'{"prompt": [%b[1]], "n": 128}' % (b"[1]," * 5000),
+          *(b'{"prompt": "a", "%b": [%b]}' % (name, b",".join([item] * 10**5))
+            for name, item in ((b"stop", b"1"), (b"stop_token_ids", b'"a"'), (b"guided_choice", b"[]")))]
 ELSEWHERE = [("GET", "/v1/completions"), ("POST", "/v1/nope"), ("DELETE", "/v1/models"), ("POST", "/health"),
              ("GET", "/../../etc/passwd"), ("PUT", "/v1/completions"), ("GET", "/debug/kv?top=-1"), ("GET", "/debug/kv?top=x")]
 NO_HTTP = [b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9.9\r\n\r\n", b"hello world\r\n\r\n",

@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 from starlette.types import ASGIApp, Message
 
 from jaxkv.generate.envelope import Envelope, envelope_of
+from jaxkv.serve.bounds import Metadata, check_levels
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.files import Draft, FileStore, Limit, Records, add_files, page
 from jaxkv.serve.openapi import documented
@@ -45,7 +46,7 @@ class BatchRequest(ApiRequest):
     input_file_id: str
     endpoint: str
     completion_window: str
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
 
     def check(self) -> None:
         if self.endpoint not in ENDPOINTS:
@@ -63,7 +64,7 @@ class Batches:
         for batch in self.records.all():
             if batch["status"] not in _ENDED:
                 self._end(batch, "failed", error=("server_ended", "the server ended before the batch did"))
-        self._queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._queue: dict[str, dict[str, Any]] = {}  # by id, next one first
         self._running: tuple[str, asyncio.Task[None]] | None = None  # id of the batch under way
         self._worker: asyncio.Task[None] | None = None
 
@@ -83,7 +84,7 @@ class Batches:
                  "created_at": int(time.time()), **dict.fromkeys(_TIMES), "metadata": request.metadata,
                  "request_counts": {"total": 0, "completed": 0, "failed": 0}}
         self.records.save(batch)
-        self._queue.put_nowait(batch)
+        self._queue[str(batch["id"])] = batch
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return batch
@@ -97,14 +98,13 @@ class Batches:
             mark(self.records, batch, "cancelling")
             self._running[1].cancel()
         else:
+            self._queue.pop(name, None)
             self._end(batch, "cancelled")
         return batch
 
     async def _work(self) -> None:
-        while not self._queue.empty():
-            batch = self._queue.get_nowait()
-            if batch["status"] in _ENDED:
-                continue
+        while self._queue:
+            batch = self._queue.pop(next(iter(self._queue)))
             task = asyncio.create_task(_Run(self._app, self._files, self.records, batch).run())
             self._running = batch["id"], task
             try:
@@ -176,6 +176,9 @@ class _Run:
             record = envelope.answer(status, orjson.Fragment(body))
         except ApiError as error:
             status, record = error.status, envelope.refusal(error)
+        except Exception as error:  # ends this line and not the batch
+            log.error("a line of batch %s failed", self._batch["id"], exc_info=error)
+            status, record = 500, envelope.refusal(ApiError(500, "internal server error", code="internal_error"))
         self._write("output" if status == 200 else "error", record)
         self._counts["completed" if status == 200 else "failed"] += 1
 
@@ -212,6 +215,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         data = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         raise bad_request(f"the line is not valid JSON: {error}", code="invalid_json_line") from None
+    check_levels(data, "the line")
     if not isinstance(data, dict) or "custom_id" not in data:
         raise bad_request("the line must be a JSON object with custom_id, method, url and body", code="invalid_request_line")
     return data

@@ -26,10 +26,9 @@ from jaxkv.types import SamplingParams
 
 
 def size_of(request: ChatRequest) -> int:
-    """About how many characters the template has to handle."""
-    texts = (len(message.content or "") if not isinstance(message.content, list) else
-             sum(len(str(part.get("text"))) for part in message.content) for message in request.messages)
-    return sum(texts) + 100 * len(request.messages) + 1000 * len(request.tools or ())
+    """About how many characters the template has to handle: the body's length, or that of the messages and tools where there
+    is no body."""
+    return request.size or len(request.model_dump_json(include={"messages", "tools"}))
 
 
 def prompt_of(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.answer import Choice, Form
-from jaxkv.serve.errors import bad_request
+from jaxkv.serve.errors import bad_request, shown
 from jaxkv.serve.logprobs import TokenText, completion_logprobs, prompt_logprobs
 from jaxkv.serve.protocol import CompletionRequest
 from jaxkv.types import Logprobs, SamplingParams
@@ -32,10 +32,10 @@ def rows_of(prompt: Any, name: str) -> list[str | list[int]]:
     for i, row in enumerate(rows):
         where = f"{name}[{i}]" if nested else name
         if not isinstance(row, list) or not row:
-            raise bad_request(f"{where} must be a list of token ids, got {str(row)[:60]!r}", name)
+            raise bad_request(f"{where} must be a list of token ids, got {shown(row)}", name)
         bad = [t for t in row if type(t) is not int or t < 0]
         if bad:
-            raise bad_request(f"{where} must hold token ids (integers from 0), got {str(bad[0])[:60]!r}", name)
+            raise bad_request(f"{where} must hold token ids (integers from 0), got {shown(bad[0])}", name)
     return rows
 
 

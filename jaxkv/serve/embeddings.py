@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.answer import respond
 from jaxkv.serve.batching import Batcher
+from jaxkv.serve.bounds import Items
 from jaxkv.serve.completions import rows_of
 from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
@@ -55,13 +56,15 @@ class EmbeddingRequest(PromptRequest):
 class ScoreRequest(PromptRequest):
     """/v1/score: one text with one or many, or many with as many."""
 
-    text_1: str | list[str]
-    text_2: str | list[str]
+    text_1: str | Items[str]
+    text_2: str | Items[str]
 
     def prompts(self) -> list[tuple[str, str]]:
         """(field, text) of every text; each two are compared. Raises ApiError when their numbers do not fit."""
         first, second = ([text] if isinstance(text, str) else text for text in (self.text_1, self.text_2))
         for name, texts in (("text_1", first), ("text_2", second)):
+            if len(texts) > MAX_INPUTS // 2:
+                raise bad_request(f"{name} may hold at most {MAX_INPUTS // 2} texts, got {len(texts)}", name)
             if not all(texts) or not texts:
                 raise bad_request(f"{name} must hold at least one text and no empty one", name)
         if len(first) not in (1, len(second)):
@@ -137,8 +140,10 @@ def add_embeddings(app: FastAPI, service: Service) -> None:
         param = prompts[-1][0]
         if len(prompts) > MAX_INPUTS:
             raise bad_request(f"{param} may hold at most {MAX_INPUTS} texts, got {len(prompts)}", param)
-        ids = await service.encode_all([prompt for _, prompt in prompts], param=param,
-                                       add_special_tokens=request.add_special_tokens is not False)
+        texts = list(dict.fromkeys(prompt for _, prompt in prompts if isinstance(prompt, str)))  # each is encoded once
+        known = dict(zip(texts, await service.encode_all(texts, param=param,
+                                                         add_special_tokens=request.add_special_tokens is not False)))
+        ids = [known[prompt] if isinstance(prompt, str) else prompt for _, prompt in prompts]
         mailbox, hints = Mailbox(), request.cache_hints()
         return [Call(f"{name}-{i}", service.fit(request, row, 1, param), _PARAMS, mailbox, i, None, hints)
                 for i, (row, (param, _)) in enumerate(zip(ids, prompts))]

@@ -5,6 +5,7 @@ Owns the shape, the types and which field a message is about. Owns no HTTP: ``ap
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import orjson
@@ -12,6 +13,9 @@ from pydantic import ValidationError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
           503: "service_unavailable_error", 504: "timeout_error"}
+_MAX_PATH = 200  # characters of a field's path: keys come from outside
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
 
 
 class ApiError(Exception):
@@ -41,6 +45,11 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def shown(value: Any) -> str:
+    """A value for a message, in a time and a length that do not grow with it."""
+    return _short.repr(value)
+
+
 def shutting_down() -> ApiError:
     """The 503 of a server that drains."""
     return ApiError(503, "the server is shutting down", code="shutting_down")
@@ -49,11 +58,10 @@ def shutting_down() -> ApiError:
 def from_validation(error: ValidationError) -> ApiError:
     """The first complaint of pydantic as a 400 whose param is the path of the field."""
     errors = error.errors(include_url=False, include_context=False)
-    first, path = errors[0], _path(errors[0]["loc"])
-    what = " or ".join(dict.fromkeys(e["msg"] for e in errors if _path(e["loc"]) == path))  # branches of a union
-    got = repr(first.get("input"))
-    shown = "" if first["type"] == "missing" else f", got {got[:80]}{'...' if len(got) > 80 else ''}"
-    return bad_request(f"{path or 'body'}: {what}{shown}", path or None)
+    first, path = errors[0], _path(errors[0]["loc"])[:_MAX_PATH]
+    what = " or ".join(dict.fromkeys(e["msg"] for e in errors if _path(e["loc"])[:_MAX_PATH] == path))  # branches of a union
+    got = "" if first["type"] == "missing" else f", got {shown(first.get('input'))}"
+    return bad_request(f"{path or 'body'}: {what}{got}", path or None)
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict
 
-from jaxkv.serve.errors import bad_request
+from jaxkv.serve.bounds import Items, check_levels
+from jaxkv.serve.errors import bad_request, shown
 
 STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 _ELSEWHERE = {"function_call": "use tool_calls", "audio": "messages hold text only"}
@@ -30,9 +31,9 @@ class MessageToolCall(BaseModel):
 class ChatMessage(BaseModel):
     model_config = STRICT
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Items[dict[str, Any]] | None = None
     name: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Items[MessageToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -81,24 +82,24 @@ def _text(message: ChatMessage, where: str) -> str:
 def _part_text(part: dict[str, Any], where: str) -> str:
     kind = part.get("type")
     if kind != "text":
-        raise bad_request(f"{where}.type must be \"text\", got {str(kind)[:40]!r}", f"{where}.type",
+        raise bad_request(f"{where}.type must be \"text\", got {shown(kind)}", f"{where}.type",
                           "unsupported_content_part")
     if not isinstance(part.get("text"), str):
-        raise bad_request(f"{where}.text must be a string, got {str(part.get('text'))[:40]!r}", f"{where}.text")
+        raise bad_request(f"{where}.text must be a string, got {shown(part.get('text'))}", f"{where}.text")
     return part["text"]
 
 
 def _call(call: MessageToolCall, where: str) -> dict[str, Any]:
-    arguments = call.function.arguments
+    arguments, name = call.function.arguments, f"{where}.function.arguments"
     if isinstance(arguments, str):
         try:
             arguments = orjson.loads(arguments or "{}")
+            check_levels(arguments, name, name)
         except orjson.JSONDecodeError:
             arguments = ()  # refused below
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
-        name = f"{where}.function.arguments"
-        raise bad_request(f"{name} must be JSON text of an object, got {str(call.function.arguments)[:60]!r}", name)
+        raise bad_request(f"{name} must be JSON text of an object, got {shown(call.function.arguments)}", name)
     function = {"name": call.function.name, "arguments": arguments}
     return {"type": "function", "function": function} | ({"id": call.id} if call.id is not None else {})

@@ -11,17 +11,18 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from jaxkv.serve.errors import ApiError, bad_request, from_validation, from_value_error
+from jaxkv.serve.bounds import MAX_LEVELS, Items, at_most, check_levels
+from jaxkv.serve.errors import ApiError, bad_request, from_validation, from_value_error, shown
 from jaxkv.serve.messages import STRICT as _STRICT
 from jaxkv.serve.messages import ChatMessage
 from jaxkv.serve.structured import ResponseFormat, StructuredOutputs, field_of, structured_of
-from jaxkv.serve.tools import Tool, ToolUse, tool_use_of
-from jaxkv.types import CacheHints, SamplingParams
+from jaxkv.serve.tools import MAX_TOOLS, Tool, ToolUse, tool_use_of
+from jaxkv.types import MAX_LOGIT_BIAS, CacheHints, SamplingParams
 
 R = TypeVar("R", bound="ApiRequest")
 log = logging.getLogger("jaxkv.serve")
@@ -43,6 +44,7 @@ _INERT = {"metadata", "store", "service_tier", "user", "parallel_tool_calls", "r
           "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "prediction", "request_id",
           "spaces_between_special_tokens"}
 COMPLETION_TOKENS = 16  # max_tokens of a completion that names none, as in the OpenAI API
+MAX_STOPS = 64  # stop strings of a request: each is looked for after every token
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -57,6 +59,12 @@ class ApiRequest(BaseModel):
 
     model_config = _STRICT
     model: str | None = None
+    _size: int = PrivateAttr(0)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body that this was read from, 0 if from none."""
+        return self._size
 
     def api_error(self, error: ValueError) -> ApiError:
         """What the engine or SamplingParams complained about, in this request's words."""
@@ -119,21 +127,21 @@ class GenerationRequest(PromptRequest):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], at_most(MAX_LOGIT_BIAS)] | None = None
     prompt_logprobs: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Annotated[Items[str], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Items[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
+    structured_outputs: Annotated[StructuredOutputs, at_most(16)] | None = None
     guided_json: Any = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
 
     def fill(self, defaults: Mapping[str, Any]) -> None:
@@ -149,6 +157,18 @@ class GenerationRequest(PromptRequest):
             raise bad_request(f"best_of must equal n ({n}) when stream is true, got {self.best_of}", "best_of")
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options is only allowed when stream is true", "stream_options")
+
+    def prompt_count(self) -> int:
+        """How many prompts the request has."""
+        return 1
+
+    def check_count(self, most: int) -> None:
+        """Raises ApiError when prompts and answers to each are more than ``most`` sequences."""
+        count, each = self.prompt_count(), self.best_of or self.n or 1
+        if count * each > most:
+            name = "prompt" if count > 1 else self.renamed().get("n", "n")
+            raise bad_request(f"{name}: {count} prompts with {each} answers to each do not fit: this server takes {most} "
+                              "sequences at once", name)
 
     def kept(self, count: int) -> int:
         """How many of ``count`` answers to a prompt are returned."""
@@ -193,6 +213,10 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     logprobs: int | None = None
 
+    def prompt_count(self) -> int:
+        rows = self.prompt
+        return len(rows) if isinstance(rows, list) and rows and isinstance(rows[0], list | str) else 1
+
     def fill(self, defaults: Mapping[str, Any]) -> None:
         limit = min(COMPLETION_TOKENS, defaults.get("max_tokens", COMPLETION_TOKENS))
         super().fill({**defaults, "max_tokens": limit})
@@ -202,11 +226,11 @@ class ChatRequest(GenerationRequest):
     """/v1/chat/completions."""
 
     model_config = ConfigDict(title="ChatCompletionRequest")
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Items[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[Items[Tool], at_most(MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
@@ -240,7 +264,11 @@ def parse(model: type[R], body: bytes, ignored: set[str], defaults: Mapping[str,
         raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise bad_request(f"the body must be a JSON object, got {type(data).__name__}")
+    if body.count(b"[") + body.count(b"{") > MAX_LEVELS:
+        for name, value in data.items():
+            check_levels(value, name[:100], name[:100])
     request = validated(model, data, ignored)
+    request._size = len(body)
     request.fill(defaults)
     return request
 
@@ -263,7 +291,7 @@ def _check_extra(request: ApiRequest, ignored: set[str]) -> None:
         if name in _UNSUPPORTED:
             if value not in _UNSUPPORTED[name]:
                 advice = _ADVICE.get(name, "")
-                raise bad_request(f"{name} is not supported{advice}", name, "unsupported_parameter")
+                raise bad_request(f"{name} is not supported{advice}, got {shown(value)}", name, "unsupported_parameter")
         elif name not in ignored and len(ignored) < 100:  # bounded: names come from outside
             ignored.add(name)
             log.warning("ignoring unknown request field %.60r (said once per name)", name)
@@ -272,7 +300,7 @@ def _check_extra(request: ApiRequest, ignored: set[str]) -> None:
 def _token_keys(bias: dict[str, float]) -> dict[int, float]:
     keys = {}
     for token, value in bias.items():
-        if not token.isdecimal():
-            raise bad_request(f"logit_bias keys must be token ids, got {token[:40]!r}", "logit_bias")
+        if not (token.isascii() and token.isdecimal() and len(token) <= 10):
+            raise bad_request(f"logit_bias keys must be token ids, got {shown(token)}", "logit_bias")
         keys[int(token)] = value
     return keys

@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import orjson
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, ConfigDict
 
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve import chat
 from jaxkv.serve.answer import Answer, Choice, Form
+from jaxkv.serve.bounds import Items, Metadata
 from jaxkv.serve.engine_loop import Call
-from jaxkv.serve.errors import ApiError, bad_request
+from jaxkv.serve.errors import ApiError, bad_request, shown
 from jaxkv.serve.logprobs import TokenText, chat_logprobs
 from jaxkv.serve.openapi import documented
 from jaxkv.serve.parsers.message import MessageReader
@@ -37,19 +39,31 @@ _NOTHING: dict[str, tuple[Any, ...]] = {  # fields that are not implemented -> v
 }
 
 
+class ResponseText(BaseModel):
+    """`text`. Its format is checked as chat's `response_format`."""
+
+    model_config = ConfigDict(strict=True)
+    format: dict[str, Any] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+    def echo(self) -> dict[str, Any]:
+        """As it stands in the answer."""
+        return {"format": self.format or {"type": "text"}} | ({"verbosity": self.verbosity} if self.verbosity else {})
+
+
 class ResponsesRequest(GenerationRequest):
     """/v1/responses. Sampling fields beyond OpenAI's are those of chat."""
 
-    input: str | list[dict[str, Any]]
+    input: str | Items[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: int | None = None
     previous_response_id: str | None = None
     store: bool | None = None
-    metadata: dict[str, str] | None = None
-    text: dict[str, Any] | None = None
+    metadata: Metadata | None = None
+    text: ResponseText | None = None
     top_logprobs: int | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    include: Items[Literal["message.output_text.logprobs"]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     truncation: str | None = None
     background: bool | None = None
@@ -59,7 +73,7 @@ class ResponsesRequest(GenerationRequest):
     def check(self) -> None:
         for name, values in _NOTHING.items():
             if (value := getattr(self, name)) is not None and value not in values:
-                raise bad_request(f"{name} is not supported, got {str(value)[:80]}", name, "unsupported_parameter")
+                raise bad_request(f"{name} is not supported, got {shown(value)}", name, "unsupported_parameter")
 
     def renamed(self) -> dict[str, str]:
         return {"prompt": "input", "logprobs": "top_logprobs", "max_tokens": "max_output_tokens", "structured": "text"}
@@ -79,7 +93,7 @@ class ResponsesRequest(GenerationRequest):
         data = given | (self.model_extra or {}) | {"messages": system + messages, "max_tokens": limit}
         if LOGPROBS in (self.include or ()):
             data |= {"logprobs": True, "top_logprobs": self.top_logprobs}
-        return validated(ChatRequest, data | _format(self.text or {}), ignored)
+        return validated(ChatRequest, data | _format(self.text), ignored)
 
 
 @contextlib.contextmanager
@@ -96,9 +110,9 @@ def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
     """An input item as a chat message. Raises ApiError."""
     kind, role, content = item.get("type", "message"), item.get("role"), item.get("content")
     if kind != "message":
-        raise bad_request(f"{where}.type must be \"message\", got {str(kind)[:40]!r}", f"{where}.type", "unsupported_item")
+        raise bad_request(f"{where}.type must be \"message\", got {shown(kind)}", f"{where}.type", "unsupported_item")
     if role not in ("user", "assistant", "system", "developer"):
-        raise bad_request(f"{where}.role must be user, assistant, system or developer, got {str(role)[:40]!r}",
+        raise bad_request(f"{where}.role must be user, assistant, system or developer, got {shown(role)}",
                           f"{where}.role")
     if isinstance(content, str):
         return {"role": role, "content": content}
@@ -109,17 +123,19 @@ def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
     for k, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in _TEXT_PARTS:
-            raise bad_request(f"{where}.content[{k}].type must be one of {', '.join(_TEXT_PARTS)}, got {str(kind)[:40]!r}",
+            raise bad_request(f"{where}.content[{k}].type must be one of {', '.join(_TEXT_PARTS)}, got {shown(kind)}",
                               f"{where}.content[{k}].type", "unsupported_content_part")
         parts.append({"type": "text", "text": part.get("text")})
     return {"role": role, "content": parts}
 
 
-def _format(text: Mapping[str, Any]) -> dict[str, Any]:
+def _format(text: ResponseText | None) -> dict[str, Any]:
     """`text.format` as chat's `response_format`."""
-    kind = text.get("format")
-    if not isinstance(kind, dict) or kind.get("type") != "json_schema":
-        return {"response_format": kind} if kind else {}
+    kind = text.format if text else None
+    if kind is None:
+        return {}
+    if kind.get("type") != "json_schema":
+        return {"response_format": kind}
     return {"response_format": {"type": "json_schema", "json_schema": {k: v for k, v in kind.items() if k != "type"}}}
 
 
@@ -133,12 +149,13 @@ class ResponseForm(Form):
         self.like, self._reader, self._text = like, reader, ""
         self.item = f"msg_{uuid.uuid4().hex}"
         kept = request.store is not False
+        text = request.text or ResponseText()
         self.head = {
             "id": self.head["id"], "object": "response", "created_at": float(self.head["created"]), "model": model,
             "status": "in_progress", "error": None, "incomplete_details": None, "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens, "output": [], "parallel_tool_calls": True,
             "previous_response_id": request.previous_response_id, "temperature": request.temperature,
-            "top_p": request.top_p, "text": request.text or {"format": {"type": "text"}}, "tool_choice": "auto",
+            "top_p": request.top_p, "text": text.echo(), "tool_choice": "auto",
             "tools": [], "truncation": "disabled", "background": False, "metadata": request.metadata or {},
             "store": kept, "top_logprobs": request.top_logprobs or 0, "usage": None,
         }

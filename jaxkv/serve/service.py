@@ -75,6 +75,8 @@ class Service:
         """The request's JSON as ``model``, for the served model and with its sampling defaults. Raises ApiError."""
         body = parse(model, await self.body(request), self.ignored_fields, self.engine().default_sampling)
         self.check_model(body.model)
+        if isinstance(body, GenerationRequest):
+            body.check_count(self.limits.max_open_requests)
         return body
 
     async def body(self, request: Request) -> bytes:

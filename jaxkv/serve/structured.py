@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
-from jaxkv.serve.errors import bad_request
+from jaxkv.serve.bounds import Items
+from jaxkv.serve.errors import bad_request, shown
 from jaxkv.types import Structured
 
 
@@ -35,7 +36,7 @@ class StructuredOutputs(BaseModel):
     json_: Any = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
 
 
@@ -93,5 +94,5 @@ def _text(kind: str, value: Any, name: str) -> str:
     if kind == "json_object":
         return ""
     if kind == "json_schema" and not isinstance(value, dict | str):
-        raise bad_request(f"{name} must hold a JSON schema, got {str(value)[:40]!r}", name)
+        raise bad_request(f"{name} must hold a JSON schema, got {shown(value)}", name)
     return value if isinstance(value, str) else orjson.dumps(value).decode()

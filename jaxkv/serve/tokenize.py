@@ -9,6 +9,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 
 from jaxkv.serve import chat
+from jaxkv.serve.bounds import Items
 from jaxkv.serve.errors import bad_request
 from jaxkv.serve.openapi import documented
 from jaxkv.serve.protocol import ApiRequest, ChatRequest, validated
@@ -20,11 +21,11 @@ class TokenizeRequest(ApiRequest):
     """/tokenize: a ``prompt``, or ``messages`` with the fields of a chat request that shape the prompt."""
 
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Items[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None  # None: true for a prompt, false for messages
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
@@ -36,7 +37,7 @@ class TokenizeRequest(ApiRequest):
 class DetokenizeRequest(ApiRequest):
     """/detokenize."""
 
-    tokens: list[int]
+    tokens: Items[int]
 
 
 def add_tokenize(app: FastAPI, service: Service) -> None:
@@ -51,7 +52,7 @@ def add_tokenize(app: FastAPI, service: Service) -> None:
             fields = body.model_dump(exclude={"prompt", "return_token_strs"}, exclude_none=True)
             conversation = validated(ChatRequest, fields, service.ignored_fields)
             render = partial(chat.prompt_of, conversation, tokenizer, service.dialect())
-            text, special = await service.aside(chat.size_of(conversation), render), bool(body.add_special_tokens)
+            text, special = await service.aside(body.size, render), bool(body.add_special_tokens)
         ids = await service.encode(text, add_special_tokens=special)
 
         def answer() -> bytes:

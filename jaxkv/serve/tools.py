@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, Field
 
-from jaxkv.serve.errors import ApiError, bad_request
+from jaxkv.serve.errors import ApiError, bad_request, shown
 from jaxkv.serve.messages import STRICT
 from jaxkv.types import Structured
 
@@ -103,7 +103,7 @@ def _choice(choice: Any) -> tuple[str, str | None]:
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
         raise bad_request('tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}, '
-                          f"got {str(choice)[:80]!r}", "tool_choice")
+                          f"got {shown(choice)}", "tool_choice")
     return "named", name
 
 
@@ -131,8 +131,8 @@ def _check_size(tool: Tool, where: str) -> ApiError | None:
 
 def _check_parameters(schema: dict[str, Any] | None, where: str) -> ApiError | None:
     if schema and schema.get("type", "object") != "object":
-        return bad_request(f"{where}.type must be \"object\", got {str(schema['type'])[:40]!r}", f"{where}.type")
+        return bad_request(f"{where}.type must be \"object\", got {shown(schema['type'])}", f"{where}.type")
     for kind in _DEFINITIONS:
         if schema and not isinstance(schema.get(kind) or {}, dict):
-            return bad_request(f"{where}.{kind} must be an object, got {str(schema[kind])[:40]!r}", f"{where}.{kind}")
+            return bad_request(f"{where}.{kind} must be an object, got {shown(schema[kind])}", f"{where}.{kind}")
     return None

@@ -27,7 +27,8 @@ def refused(response, status=400, param=None, code=None):
     ("top_p", 1.1), ("top_k", -2), ("min_p", 2), ("n", 0), ("n", 1000), ("seed", 2**63), ("seed", "x"),
     ("presence_penalty", 3), ("frequency_penalty", -3), ("repetition_penalty", 0), ("repetition_penalty", -1),
     ("logit_bias", {"x": 1}), ("logit_bias", {"5": 101}), ("logit_bias", [1]), ("logit_bias", {"--5": 1}),
-    ("stop", ""), ("stop", [""]), ("stop", 7), ("stop_token_ids", ["a"]), ("stop_token_ids", [-1]),
+    ("logit_bias", {"9" * 5000: 1}), ("logit_bias", {"\u0663": 1}),
+    ("stop", ""), ("stop", [""]), ("stop", 7), ("stop", ["a"] * 65), ("stop_token_ids", ["a"]), ("stop_token_ids", [-1]),
     ("min_tokens", -1), ("min_tokens", 3), ("logprobs", -1), ("logprobs", 21), ("logprobs", True),
     ("prompt_logprobs", 50), ("echo", "yes"), ("stream", 1), ("ignore_eos", "no"), ("priority", 2**40),
     ("cache_salt", 5), ("cache_salt", "x" * 300), ("session_id", "x" * 300), ("end_session", True), ("retention", -1),
@@ -98,6 +99,70 @@ def test_top_logprobs_limit(http):
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_malformed_json(http, path, body):
     refused(http.post(path, content=body, headers={"content-type": "application/json"}))
+
+
+def nested(levels, inner="1"):
+    return '{"a": [' * (levels // 2) + inner + "]}" * (levels // 2)
+
+
+@pytest.mark.parametrize("levels", [120, 400, 1000])
+@pytest.mark.parametrize(("path", "before", "after"), [
+    ("/v1/completions", '"prompt":', ""), ("/v1/completions", '"model":', ""), ("/v1/completions", '"stop":', ""),
+    ("/v1/completions", '"prompt": "a", "guided_json":', ""), ("/v1/completions", '"prompt": "a", "x":', ""),
+    ("/v1/chat/completions", '"messages": [{"role": "user", "content": [', "]}]"),
+    ("/v1/chat/completions", '"messages": [{"role": "user", "content": "a"}], "tool_choice":', ""),
+    ("/v1/responses", '"input": "a", "text":', ""), ("/v1/responses", '"input": [', "]"), ("/v1/embeddings", '"input":', ""),
+])
+def test_deep_nesting(http, path, before, after, levels):
+    body = "{" + before + nested(levels) + after + "}"
+    param = before.split('"')[-2] if not after else before.split('"')[1]
+    assert "nested at most 100" in refused(http.post(path, content=body.encode()), param=param, code="nested_too_deeply")
+
+
+def test_nesting_within_the_bound(http):
+    for body in ('"prompt": "a", "max_tokens": 1, "x": ' + nested(98), '"prompt": [' + "[5]," * 200 + '[6]], "max_tokens": 1'):
+        assert http.post("/v1/completions", content=f"{{{body}}}".encode()).status_code == 200
+
+
+@pytest.mark.parametrize(("path", "field", "item", "param"), [
+    ("/v1/completions", "stop", 1, "stop"), ("/v1/completions", "stop_token_ids", "a", "stop_token_ids[0]"),
+    ("/v1/completions", "guided_choice", 1, "guided_choice[0]"), ("/v1/chat/completions", "messages", 1, "messages[0]"),
+    ("/v1/chat/completions", "tools", 1, "tools"), ("/v1/responses", "input", 1, "input"),
+    ("/detokenize", "tokens", "a", "tokens[0]"), ("/v1/score", "text_2", 1, "text_2"),
+])
+def test_a_list_of_many_wrong_elements_is_refused_at_the_first(http, path, field, item, param):
+    good = {"prompt": "a", "input": "a", "text_1": "a", "messages": CHAT["messages"]} if field != "tokens" else {}
+    message = refused(http.post(path, json={**good, field: [item] * 100_000}), param=param)
+    assert len(message) < 300
+
+
+def test_an_object_of_many_wrong_entries_is_refused_by_its_size(http):
+    for path, field, most in (("/v1/completions", "logit_bias", 300), ("/v1/responses", "metadata", 16),
+                              ("/v1/batches", "metadata", 16), ("/v1/completions", "structured_outputs", 16)):
+        good = {"prompt": "a"} if "completions" in path else {"input": "a"}
+        good |= {"input_file_id": "x", "endpoint": "/v1/completions", "completion_window": "24h"} if "batches" in path else {}
+        message = refused(http.post(path, json={**good, field: {f"k{i}": [] for i in range(20_000)}}), param=field)
+        assert f"at most {most} entries, not 20000" in message and len(message) < 300
+
+
+def test_metadata_has_the_bounds_of_openai(http):
+    for metadata in ({"k" * 65: "v"}, {"k": "v" * 513}):
+        response = http.post("/v1/responses", json={"input": "a", "max_output_tokens": 1, "metadata": metadata})
+        assert response.status_code == 400 and len(response.json()["error"]["message"]) < 500
+    fits = {f"{i:064}": "v" * 512 for i in range(16)}
+    assert http.post("/v1/responses", json={"input": "a", "max_output_tokens": 1, "metadata": fits}).status_code == 200
+
+
+def test_prompts_and_answers_together_are_bounded(http):
+    for more, param in (({"n": 128}, "prompt"), ({"n": 1, "best_of": 100}, "prompt"), ({"prompt": "a", "n": 1025}, "n"),
+                        ({"prompt": ["a"] * 1025}, "prompt")):
+        assert "1024" in refused(http.post("/v1/completions", json={"prompt": [[1]] * 5000, **more}), param=param)
+    assert http.post("/v1/completions", json={"prompt": [[1]] * 20, "n": 3, "max_tokens": 1}).status_code == 200
+
+
+def test_a_refusal_shows_the_value_shortened(http):
+    message = refused(http.post("/v1/completions", json={**GOOD, "suffix": "end" * 1000}), param="suffix")
+    assert "'endend" in message and len(message) < 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

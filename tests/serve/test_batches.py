@@ -86,6 +86,20 @@ def test_batches_of_completions_and_embeddings(client):
         client.embeddings.create(model="fake", input=[7], encoding_format="float").data[0].embedding)
 
 
+def test_a_nested_line_fails_alone(client):
+    deep = json.loads('{"a":' * 500 + "1" + "}" * 500)
+    done = finish(client, start(client, line("a"), line("deep", user=deep, **CHAT), json.dumps({"custom_id": deep, "body": 5}),
+                                json.dumps({"custom_id": "b", "method": deep}), line("c")))
+    assert done.status == "completed" and done.request_counts.to_dict() == {"total": 5, "completed": 2, "failed": 3}
+
+
+def test_a_line_that_breaks_the_server_fails_alone(client, monkeypatch):
+    monkeypatch.setattr("jaxkv.serve.batches.envelope_of", lambda data, unnamed: {}["a bug"])
+    done = finish(client, start(client, line("a"), line("b")))
+    assert done.status == "completed" and done.request_counts.failed == 2
+    assert "internal server error" in client.files.content(done.error_file_id).text
+
+
 def test_lists_have_pages(client, http):
     made = [start(client, line("a")).id for _ in range(5)]
     assert [b.id for b in client.batches.list(limit=2)][:5] == made[::-1], "the client follows has_more"

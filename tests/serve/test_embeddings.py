@@ -73,7 +73,15 @@ def test_scores(http, tokenizer):
             assert body["usage"]["prompt_tokens"] == sum(len(tokenizer.encode(t)) for pair in pairs for t in pair)
 
 
+def test_a_text_is_encoded_once_for_all_its_pairs(http, tokenizer, monkeypatch):
+    texts, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **more: texts.append(text) or encode(text, **more))
+    post(http, "/v1/score", text_1="a cat", text_2=["a dog", "a car", "a dog"])
+    assert sorted(texts) == ["a car", "a cat", "a dog"]
+
+
 @pytest.mark.parametrize(("first", "second", "param"), [
+    ("a", ["b"] * 1025, "text_2"), (["b"] * 1025, "a", "text_1"),
     (["a", "b"], "c", "text_1"), (["a", "b"], ["a", "b", "c"], "text_1"), ([], "a", "text_1"), ("a", [""], "text_2"),
     ("a", None, "text_2"), (5, "a", "text_1"), ("word " * 400, "a", "text_1"), ("a", "word " * 400, "text_2"),
 ])

@@ -52,6 +52,14 @@ def test_text_format_is_followed(http, fake):
     assert fake.engine.requests[-1].params.structured.kind == "json_object"
 
 
+def test_text_is_checked_before_it_is_echoed(http):
+    assert post(http, PATH, input="hi", max_output_tokens=1, text={"verbosity": "low"})["text"] == {
+        "format": {"type": "text"}, "verbosity": "low"}
+    for text, param in (({"format": {}}, "text"), ({"format": []}, "text.format"), ({"format": {"type": "yaml"}}, "text"),
+                        ({"verbosity": "loud"}, "text.verbosity"), ("x", "text")):
+        refused(http.post(PATH, json={"input": "hi", "text": text}), param=param)
+
+
 def test_without_a_limit_the_answer_fills_the_window(http):
     assert post(http, PATH, input="hi")["usage"]["total_tokens"] == 256
 

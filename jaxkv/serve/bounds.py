@@ -1,0 +1,42 @@
+"""What keeps a malformed body as cheap as a good one: how deep and how large the parts of its JSON may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from jaxkv.serve.errors import bad_request
+
+T = TypeVar("T")
+MAX_LEVELS = 100  # of nested lists and objects; a few hundred end orjson, repr and templates
+Items = Annotated[list[T], Field(fail_fast=True)]  # one complaint, not one for each element
+
+
+def check_levels(value: Any, name: str, param: str | None = None) -> None:
+    """Raises ApiError for JSON that is nested more than ``MAX_LEVELS`` deep."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_LEVELS):
+        if not level:
+            return
+        level = [item for parent in level for item in (parent.values() if type(parent) is dict else parent)
+                 if type(item) is dict or type(item) is list]
+    if level:
+        raise bad_request(f"{name} may be nested at most {MAX_LEVELS} levels deep, got more", param, "nested_too_deeply")
+
+
+def at_most(count: int) -> BeforeValidator:
+    """Refuses a larger object before its entries are looked at."""
+    def check(value: Any) -> Any:
+        if isinstance(value, Sized) and len(value) > count:
+            raise PydanticCustomError("too_long", "must hold at most {most} entries, not {count}",
+                                      {"most": count, "count": len(value)})
+        return value
+
+    return BeforeValidator(check)
+
+
+Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+                     at_most(16)]  # as in the OpenAI API
