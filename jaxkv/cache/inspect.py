@@ -32,7 +32,7 @@ def inspect(cache: CacheController, top: int) -> dict[str, Any]:
                   for tier, total in ((Tier.HBM, cache.num_pages), (Tier.HOST, cache.num_host_pages or (0,) * groups))},
         "namespaces": len(cache.trie.roots),
         "nodes_total": len(nodes),
-        "stats": vars(cache.stats),
+        "stats": dict(vars(cache.stats)),
         "seconds": {"bring_64_pages_from_host": cache.costs.fetch_seconds({Tier.HOST: 64}),
                     "bring_64_pages_from_disk": cache.costs.fetch_seconds({Tier.DISK: 64}),
                     "compute_64_pages": cache.costs.prefill_seconds(0, 64 * cache.page_size)},

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import orjson
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -42,7 +43,7 @@ def build_app(service: Service, keys: KeyRing | None = None, *, origins: Sequenc
     """The ASGI application. Pages of ``origins`` may call it; ``done`` gets the record of every request."""
     app = FastAPI(title="jaxkv", version=__version__, docs_url=None, redoc_url=None)
     _add_errors(app)
-    _add_status(app, service)
+    _add_status(app, service, shared=keys is not None and len(keys) > 1)
     add_page(app, service)
     add_tokenize(app, service)
     add_embeddings(app, service)
@@ -76,7 +77,8 @@ def build_app(service: Service, keys: KeyRing | None = None, *, origins: Sequenc
     return gate
 
 
-def _add_status(app: FastAPI, service: Service) -> None:
+def _add_status(app: FastAPI, service: Service, shared: bool) -> None:
+    """``shared``: by clients that must not read each other's prompts."""
     registry: list[Any] = []  # made at the first scrape: the model's name is known only when the engine is
 
     @app.get("/v1/models", **documented(None, ModelList))
@@ -110,9 +112,12 @@ def _add_status(app: FastAPI, service: Service) -> None:
         return {"version": app.version}
 
     @app.get("/debug/kv", **documented(None, None))
-    async def inspect_kv(top: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Any:
+    async def inspect_kv(top: Annotated[int, Query(ge=1, le=2000)] = 100) -> Response:
         service.engine()
-        return await service.loop.ask(lambda engine: engine.inspect_kv(top))
+        seen = await service.loop.ask(lambda engine: engine.inspect_kv(top))
+        if shared:
+            seen["nodes"] = [node | {"head": None} for node in seen["nodes"]]
+        return Response(orjson.dumps(seen), media_type="application/json")
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Generic, TypeVar
 
 from jaxkv.runtime.outputs import Delta
@@ -77,14 +78,22 @@ class Batcher:
             self._loop.abort(calls)
         return [done[call] for call in calls]
 
+    def _submit(self, calls: list[Call]) -> None:
+        """Submits calls together or, where not all fit, those of one HTTP request after the other."""
+        try:
+            self._loop.submit(calls)
+        except ApiError as error:
+            requests = [list(group) for _, group in groupby(calls, key=lambda call: call.mailbox)]
+            if len(requests) == 1:
+                calls[0].mailbox.fail(error)
+            else:
+                for request in requests:
+                    self._submit(request)
+
     def _close(self) -> None:
         """Submits what is due and sleeps until the next deadline."""
         while batch := self._window.take():
-            try:
-                self._loop.submit(batch)
-            except ApiError as error:
-                for call in batch:
-                    call.mailbox.fail(error)
+            self._submit(batch)
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None

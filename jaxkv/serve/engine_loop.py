@@ -55,6 +55,9 @@ class EngineLike(Protocol):
     def close(self) -> None: ...
 
 
+Question = tuple[Callable[[EngineLike], Any], "asyncio.Future[Any]"]
+
+
 class Mailbox:
     """What arrives for one HTTP request: (call, delta) in order, pushed and awaited on the event loop."""
 
@@ -120,13 +123,16 @@ class EngineLoop:
         self.failure: BaseException | None = None
         self.draining = False
         self.calls: dict[str, Call] = {}
+        self.idle = asyncio.Event()  # set while there are no calls
+        self.idle.set()
         self._open = 0  # sequences of self.calls
+        self._answers: set[asyncio.Future[Any]] = set()  # to questions that were asked
         self._ended: deque[float] = deque(maxlen=64)  # when the latest sequences finished
         self._build = build
         self._wakeup = threading.Condition()
         self._adds: list[Call] = []  # under _wakeup, like the next two
         self._aborts: list[str] = []
-        self._questions: list[tuple[Callable[[EngineLike], Any], asyncio.Future[Any]]] = []
+        self._questions: list[Question] = []
         self._stopping = False
         self._step_timeout = step_timeout  # seconds; 0: a step may take any time
         self._busy_since = 0.0  # when the round under way began; 0: none is
@@ -153,6 +159,7 @@ class EngineLoop:
                                 f"{metrics.waiting} waiting), {more} more asked for", code="too_many_requests",
                            headers={"retry-after": str(self.retry_after(self._open + more - self.max_open))})
         self._open += more
+        self.idle.clear()
         self.calls.update((call.id, call) for call in calls)
         with self._wakeup:
             self._adds.extend(calls)
@@ -177,25 +184,34 @@ class EngineLoop:
         """What ``question`` says of the engine between two steps. ApiError: 429 when too many ask at once, 503 when dead."""
         if self.failure is not None or self.engine is None or self.draining:
             raise ApiError(503, "the engine does not run")
+        if len(self._answers) >= MAX_QUESTIONS:
+            raise ApiError(429, f"too many ask at once: the limit is {MAX_QUESTIONS}", code="too_many_requests",
+                           headers={"retry-after": "1"})
         answer = self._loop.create_future()
+        self._answers.add(answer)
         with self._wakeup:
-            if len(self._questions) >= MAX_QUESTIONS:
-                raise ApiError(429, "too many ask at once", code="too_many_requests", headers={"retry-after": "1"})
             self._questions.append((question, answer))
             self._wakeup.notify()
-        return await answer
+        try:
+            return await answer
+        finally:
+            self._answers.discard(answer)
 
     def abort_all(self, error: Exception) -> None:
-        """Ends every open call with an error."""
+        """Ends every open call and question with an error."""
         calls = list(self.calls.values())
         self.abort(calls)
         for call in calls:
             call.mailbox.fail(error)
+        for answer in self._answers:
+            _settle(answer, error)
 
     def _forget(self, request_id: str) -> Call | None:
         call = self.calls.pop(request_id, None)
         if call is not None:
             self._open -= call.params.n
+            if not self.calls:
+                self.idle.set()
         return call
 
     def stop(self, timeout: float) -> bool:
@@ -253,6 +269,8 @@ class EngineLoop:
         for call in list(self.calls.values()):
             self._forget(call.id)
             call.mailbox.fail(ApiError(500, f"the engine failed: {type(error).__name__}", code="engine_error"))
+        for answer in self._answers:
+            _settle(answer, ApiError(503, "the engine has failed", code="engine_error"))
 
     # --- the engine thread
 
@@ -271,10 +289,17 @@ class EngineLoop:
     def _work(self, engine: EngineLike) -> bool:
         """One round: take commands, step. Sleeps first if there is nothing to do. False: stop."""
         self._busy_since = 0.0
-        adds, aborts = self._take(engine)
+        adds, aborts, questions = self._take(engine)
         if self._stopping:
             return False
         self._busy_since = time.monotonic()
+        for question, answer in questions:
+            try:
+                value = question(engine)
+            except Exception as error:  # what one question finds wrong must not end the requests
+                log.exception("a question to the engine failed")
+                value = error
+            self._post(_settle, answer, value)
         refused: list[tuple[str, Exception]] = []
         gone = set(aborts)
         for call in adds:
@@ -295,7 +320,7 @@ class EngineLoop:
             self._post(self._deliver, deltas, refused)
         return True
 
-    def _take(self, engine: EngineLike) -> tuple[list[Call], list[str]]:
+    def _take(self, engine: EngineLike) -> tuple[list[Call], list[str], list[Question]]:
         if not self._wait(engine, IDLE_CHECK_S):
             engine.check()
             self._wait(engine, None)
@@ -303,9 +328,7 @@ class EngineLoop:
             adds, self._adds = self._adds, []
             aborts, self._aborts = self._aborts, []
             questions, self._questions = self._questions, []
-        for question, answer in questions:
-            self._post(_settle, answer, question(engine))
-        return adds, aborts
+        return adds, aborts, questions
 
     def _wait(self, engine: EngineLike, timeout: float | None) -> bool:
         """Sleeps until there is something to do; False after `timeout` seconds of nothing."""
@@ -315,5 +338,9 @@ class EngineLoop:
 
 
 def _settle(answer: asyncio.Future[Any], value: Any) -> None:
-    if not answer.done():
+    if answer.done():
+        return
+    if isinstance(value, Exception):
+        answer.set_exception(value)
+    else:
         answer.set_result(value)

@@ -1,7 +1,7 @@
 """What every HTTP request passes before and after its route: its id, its API key, its share, its deadline, its record.
 
-Owns headers that are about the request rather than its content. Knows no route: what is posted is work, which has bounds,
-and that, /v1 and /debug ask for a key where there are any.
+Owns headers that are about the request rather than its content, and how much may be posted at once. Knows no route: what is
+posted is work, which has bounds, and that, /v1 and /debug ask for a key where there are any.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from jaxkv.serve.limits import KeyRing, Limits
 from jaxkv.serve.records import RECORD, Record
 
 FAREWELL_S = 2.0  # longest wait for a client to take the error that ends its request
+BODY_WAIT_S = 60.0  # longest wait for the next bytes of a body
+POSTS = 4  # most posts open at once, for each sequence that may be
+BODIES = 8  # most bytes of bodies being read at once, in largest bodies
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _SECONDS = re.compile(rb"[0-9]{1,6}(\.[0-9]{1,6})?")
 
@@ -33,6 +36,8 @@ class Gate:
     def __init__(self, app: ASGIApp, loop: EngineLoop, keys: KeyRing, limits: Limits, done: Callable[[Record], None]):
         self.app, self.loop, self.keys, self.limits, self.done = app, loop, keys, limits, done
         self._open: Counter[int] = Counter()  # requests under way by number of the key
+        self._posts = 0  # requests under way that are work
+        self._bytes = 0  # of bodies that have come and whose prompts the engine does not have yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,12 +49,13 @@ class Gate:
         path = re.sub(r"[^!-~]", "?", scope["path"][:100])  # one word of a log line
         record = Record(name, f"{scope['method']} {path}", trace.decode("latin-1") if trace else None)
         scope[RECORD] = record
-        writer = _Writer(send, record)
+        writer, body = _Writer(send, record), _Body(self, receive)
         key = None
+        self._posts += _works(scope)
         try:
             key = self._enter(scope, headers)
             async with asyncio.timeout(self._seconds(scope, headers)) as deadline:
-                await self.app(scope, receive, writer.send)
+                await self.app(scope, body.receive if _works(scope) else receive, writer.send)
         except ApiError as error:
             await writer.fail(error)
         except TimeoutError:
@@ -59,6 +65,8 @@ class Gate:
                 async with asyncio.timeout(FAREWELL_S):
                     await writer.fail(ApiError(504, "the request took longer than its deadline", code="deadline_exceeded"))
         finally:
+            body.forget()
+            self._posts -= _works(scope)
             if key is not None:
                 self._open[key] -= 1
             record.end = time.monotonic()
@@ -79,14 +87,25 @@ class Gate:
             return None
         if self.loop.draining:
             raise shutting_down()
+        if self._posts > POSTS * self.limits.max_open_requests:
+            raise self._busy(f"too many requests at once: the limit is {POSTS * self.limits.max_open_requests}")
         limit = self.limits.max_requests_per_key
         if key is None or not limit:
             return None
         if self._open[key] >= limit:
-            raise ApiError(429, f"too many requests at once with this API key: {self._open[key]} under way, the limit is "
-                                f"{limit}", code="too_many_requests", headers={"retry-after": str(self.loop.retry_after(1))})
+            raise self._busy(f"too many requests at once with this API key: {self._open[key]} under way, the limit is {limit}")
         self._open[key] += 1
         return key
+
+    def count(self, size: int) -> None:
+        """Counts bytes of a body that came, or fewer than none that went. Raises ApiError for more than the bound."""
+        self._bytes += size
+        most = BODIES * self.limits.max_body
+        if size > 0 and self._bytes > most:
+            raise self._busy(f"too many bodies are being read: they hold {self._bytes} bytes, the limit is {most}")
+
+    def _busy(self, message: str) -> ApiError:
+        return ApiError(429, message, code="too_many_requests", headers={"retry-after": str(self.loop.retry_after(1))})
 
     def _seconds(self, scope: Scope, headers: dict[bytes, bytes]) -> float | None:
         """How long the request may take: the server's bound, or less if the client asks for less."""
@@ -99,6 +118,36 @@ class Gate:
             raise bad_request(f"x-request-timeout must be a number of seconds above 0, got {asked[:40].decode('latin-1')!r}",
                               "x-request-timeout")
         return min(float(asked), limit or float("inf"))
+
+
+class _Body:
+    """Receives a body within the gate's bounds. Its bytes count until the application listens for what comes behind it, which
+    is when the engine has the prompts, or until the request ends."""
+
+    def __init__(self, gate: Gate, receive: Receive):
+        self._gate, self._receive = gate, receive
+        self._size, self._complete = 0, False
+
+    async def receive(self) -> Message:
+        if self._complete:
+            self.forget()
+            return await self._receive()
+        try:
+            async with asyncio.timeout(BODY_WAIT_S):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(408, f"no byte of the body came for {BODY_WAIT_S:g} s", code="request_timeout",
+                           headers={"connection": "close"}) from None
+        self._complete = not message.get("more_body", False)
+        size = len(message.get("body", b""))
+        self._size += size
+        self._gate.count(size)
+        return message
+
+    def forget(self) -> None:
+        """Its bytes count no more."""
+        self._gate.count(-self._size)
+        self._size = 0
 
 
 class _Writer:

@@ -13,6 +13,7 @@ import contextlib
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 
 import uvicorn
@@ -64,7 +65,7 @@ class Server:
                         done=self.ended)
         self.http = uvicorn.Server(uvicorn.Config(
             app, lifespan="off", log_config=None, access_log=False, log_level="error", timeout_keep_alive=60,
-            timeout_graceful_shutdown=int(self.grace + FLUSH_S) + 1, server_header=False))
+            server_header=False))
         self.http.capture_signals = contextlib.nullcontext  # type: ignore[assignment]  # signals are handled here
         self.signals = 0
         self._drain: asyncio.Task[None] | None = None
@@ -92,22 +93,25 @@ class Server:
             self.traces.add(record)
 
     def on_signal(self) -> None:
-        """First: no new requests, the open ones get the grace time. Second: everything ends now."""
+        """First: new requests are refused, the open ones get the grace time. Second: everything ends now."""
         self.signals += 1
         self.loop.draining = True
-        self.http.should_exit = True  # closes the listening socket, then waits for connections
         if self._drain is None:
             self._drain = asyncio.ensure_future(self._end_calls())
         else:
-            self._end_now()
+            self.loop.abort_all(shutting_down())
+            self.http.should_exit = self.http.force_exit = True
 
     async def _end_calls(self) -> None:
-        await asyncio.sleep(self.grace)
-        self.loop.abort_all(shutting_down())
-
-    def _end_now(self) -> None:
-        self.loop.abort_all(shutting_down())
-        self.http.force_exit = True
+        """Closes the listening socket once no call is open or the grace time is over; until then it answers 503."""
+        end = time.monotonic() + self.grace
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.grace):
+                await self.loop.idle.wait()
+        left = max(0.0, end - time.monotonic())  # for what is no call: uploads, answers that are still being sent
+        asyncio.get_running_loop().call_later(left, self.loop.abort_all, shutting_down())
+        self.http.config.timeout_graceful_shutdown = int(left + FLUSH_S) + 1
+        self.http.should_exit = True
 
     def _announce(self) -> None:
         engine = self.loop.engine

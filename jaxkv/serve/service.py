@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +47,7 @@ class Service:
     _dialect: Dialect | None = None  # known once the engine is there
 
     def engine(self) -> EngineLike:
-        """The engine. Raises a 503 while it loads, after it failed and while the server drains."""
+        """The engine. Raises a 503 while it loads and after it failed."""
         if self.loop.failure is not None:
             raise ApiError(503, "the engine has failed", code="engine_error")
         if self.loop.engine is None:
@@ -72,7 +73,13 @@ class Service:
         return own
 
     async def read(self, model: type[R], request: Request) -> R:
-        """The request's JSON as ``model``, for the served model and with its sampling defaults. Raises ApiError."""
+        """The request's JSON as ``model``, for the served model and with its sampling defaults. Raises ApiError, a 415 for what
+        does not say that it is JSON: so a page of another origin cannot post without asking first. No header at all will do
+        but from pages, which can leave it out."""
+        kind = request.headers.get("content-type", "" if "origin" in request.headers else "application/json")
+        if not re.fullmatch(r"application/([^\s;/]+\+)?json\s*(;.*)?", kind.strip(), re.IGNORECASE):
+            raise ApiError(415, f"content-type must be application/json, got {kind[:80]!r}: send the header "
+                                "\"content-type: application/json\"", param="content-type", code="unsupported_media_type")
         body = parse(model, await self.body(request), self.ignored_fields, self.engine().default_sampling)
         self.check_model(body.model)
         if isinstance(body, GenerationRequest):

@@ -1,5 +1,6 @@
 """Whatever is wrong with a request gets a 4xx with an error object that names the field, and the server goes on."""
 
+import json
 import socket
 
 import httpx
@@ -203,6 +204,17 @@ def test_broken_http_does_not_end_the_server(fake, http):
             sock.shutdown(socket.SHUT_WR)
             sock.recv(1000)
     assert http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(("headers", "status"), [
+    ({}, 200), ({"content-type": "Application/JSON; charset=utf-8"}, 200), ({"content-type": "application/x+json"}, 200),
+    ({"content-type": "application/x-www-form-urlencoded"}, 415), ({"content-type": "text/plain"}, 415),
+    ({"content-type": "application/jsonp"}, 415), ({"content-type": ""}, 415), ({"origin": "https://evil.example"}, 415)])
+def test_content_type(http, headers, status):
+    response = http.post("/v1/completions", content=json.dumps(GOOD), headers=headers)
+    assert response.status_code == status
+    if status == 415:
+        assert "send the header \"content-type: application/json\"" in refused(response, 415, param="content-type")
 
 
 def test_body_limit(http):

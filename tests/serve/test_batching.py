@@ -96,6 +96,24 @@ def test_requests_share_batches_and_get_their_own_answers():
     asyncio.run(main())
 
 
+def test_a_full_queue_refuses_only_what_does_not_fit():
+    class Full(Engine):
+        def submit(self, calls):
+            if sum(len(ids) for _, ids in self.batches) + len(calls) > 3:
+                raise ApiError(429, "full")
+            super().submit(calls)
+
+    async def main():
+        engine = Full()
+        batcher = Batcher(engine, 6, 0.01)
+        answers = await asyncio.gather(*(batcher.run(calls(name, n)) for name, n in (("a", 2), ("b", 3), ("c", 1))),
+                                       return_exceptions=True)
+        assert [len(answers[0]), len(answers[2])] == [2, 1] and answers[1].status == 429
+        assert [ids for _, ids in engine.batches] == [["a0", "a1"], ["c0"]]
+
+    asyncio.run(main())
+
+
 def test_cancelled_and_refused_requests_leave_nothing():
     async def main():
         engine = Engine(hold=True)

@@ -1,6 +1,8 @@
 """What /debug/kv says, on a real engine's cache and through HTTP."""
 
 import httpx
+import orjson
+import pytest
 from serve_fakes import FakeEngine, serving
 
 from jaxkv.cache.inspect import inspect
@@ -19,7 +21,7 @@ def test_the_trie_as_json():
     for index, node in enumerate(seen["nodes"]):
         assert node["parent"] is None or node["parent"] in digests[:index], "parents come first and are shown"
         assert node["pages_below"] >= node["pages"] > 0 and node["tokens"] <= 4 * node["pages"]
-    assert seen["stats"]["demotions"] > 0
+    assert seen["stats"]["demotions"] > 0 and orjson.loads(orjson.dumps(seen)) == seen
 
 
 def test_hits_are_uses_by_others_and_salted_tokens_stay_private():
@@ -35,8 +37,9 @@ def test_over_http(tokenizer):
     with serving(lambda: FakeEngine(tokenizer)) as server:
         assert httpx.get(f"{server.url}/debug/kv").json()["top"] == 100
         assert httpx.get(f"{server.url}/debug/kv?top=7").json()["top"] == 7
-        bad = httpx.get(f"{server.url}/debug/kv?top=0")
-        assert bad.status_code == 400 and bad.json()["error"]["param"] == "top"
+        for top in (0, 2001):
+            bad = httpx.get(f"{server.url}/debug/kv?top={top}")
+            assert bad.status_code == 400 and bad.json()["error"]["param"] == "top"
     assert server.engine.closed
 
 
@@ -44,3 +47,11 @@ def test_the_key_guards_it(tokenizer):
     with serving(lambda: FakeEngine(tokenizer), api_keys=("secret",)) as server:
         assert httpx.get(f"{server.url}/debug/kv").status_code == 401
         assert httpx.get(f"{server.url}/debug/kv", headers={"authorization": "Bearer secret"}).status_code == 200
+
+
+@pytest.mark.parametrize("keys", [("one",), ("one", "two")])
+def test_holders_of_different_keys_do_not_see_tokens(tokenizer, keys):
+    with serving(lambda: FakeEngine(tokenizer), api_keys=keys) as server:
+        server.engine.inspect_kv = lambda top: {"nodes": [{"head": [1, 2], "hits": 3}]}
+        seen = httpx.get(f"{server.url}/debug/kv", headers={"authorization": "Bearer one"}).json()
+        assert seen["nodes"] == [{"head": [1, 2] if len(keys) == 1 else None, "hits": 3}]

@@ -1,7 +1,9 @@
 """Keys, shares, ids, deadlines and records of requests, against the fake engine."""
 
+import contextlib
 import json
 import logging
+import socket
 import threading
 import time
 
@@ -12,6 +14,7 @@ from test_bad_input import refused
 
 from jaxkv.cli import OneLineParser
 from jaxkv.config import ConfigError
+from jaxkv.serve import gate
 from jaxkv.serve.limits import add_limit_args, keys_of, limits_of
 from jaxkv.serve.records import JsonFormatter
 
@@ -119,6 +122,55 @@ def test_share_of_a_key(gated, http):
         sock.close()
     wait_for(lambda: not gated.loop.calls)
     wait_for(lambda: http.post("/v1/completions", json=BODY).status_code == 200)
+
+
+def test_open_posts_are_bounded(tokenizer):
+    engine = FakeEngine(tokenizer, step_seconds=0.01)
+    with serving(lambda: engine, limits={"max_open_requests": 1}) as server, httpx.Client(base_url=server.url) as http:
+        socks = [raw_post(server.url, **LONG) for _ in range(4)]
+        wait_for(lambda: len(server.loop.calls) == 4)
+        response = http.post("/v1/completions", json=BODY)
+        assert "the limit is 4" in refused(response, 429, code="too_many_requests") and response.headers["retry-after"]
+        assert http.get("/v1/models").status_code == 200
+        for sock in socks:
+            sock.close()
+        wait_for(lambda: http.post("/v1/completions", json=BODY).status_code == 200)
+
+
+def test_bodies_being_read_are_bounded_in_bytes_and_time(tokenizer, monkeypatch):
+    with serving(lambda: FakeEngine(tokenizer), max_body=1000) as server, httpx.Client(base_url=server.url) as http, \
+            contextlib.ExitStack() as stack:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+
+        def half():
+            sock = stack.enter_context(socket.create_connection((server.host, int(server.port)), timeout=5))
+            sock.sendall(head + b" " * 990)
+            return sock
+
+        socks = [half() for _ in range(8)]
+        wait_for(lambda: http.post("/v1/completions", json=BODY | {"user": "x" * 100}).status_code == 429)
+        assert "the limit is 8000" in refused(http.post("/v1/completions", json=BODY | {"user": "x" * 100}), 429)
+        for sock in socks:
+            sock.close()
+        wait_for(lambda: http.post("/v1/completions", json=BODY | {"user": "x" * 900}).status_code == 200)
+        monkeypatch.setattr(gate, "BODY_WAIT_S", 0.2)
+        assert http.post("/v1/completions", json=LONG | {"max_tokens": 200}).status_code == 200
+        answer = half().makefile("rb").read()  # until the server closes the connection
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"no byte of the body came for 0.2 s" in answer
+
+
+def test_bytes_of_a_running_request_do_not_count(tokenizer):
+    engine = FakeEngine(tokenizer, step_seconds=0.01)
+    with serving(lambda: engine, max_body=300) as server, httpx.Client(base_url=server.url) as http:
+        engine.run.clear()
+        socks = []
+        while len(socks) < 12:
+            socks.append(raw_post(server.url, **LONG, user="x" * 200))
+            wait_for(lambda: len(server.loop.calls) == len(socks))
+        engine.run.set()
+        assert http.post("/v1/completions", json=BODY).status_code == 200
+        for sock in socks:
+            sock.close()
 
 
 def test_prompt_and_n_limits(http):

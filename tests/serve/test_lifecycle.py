@@ -5,6 +5,7 @@ import contextlib
 import gc
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -84,6 +85,39 @@ def test_engine_failure(tokenizer, stream, caplog):
         assert httpx.post(f"{server.url}/v1/completions", json=BODY).status_code == 503
         assert "device lost" in caplog.text
         client.close()
+
+
+@pytest.mark.parametrize("step_timeout", [0.0, 0.2])
+def test_engine_failure_ends_questions(tokenizer, step_timeout):
+    """Asked while the engine is in a step that then crashes, or never ends."""
+    engine, go = FakeEngine(tokenizer), threading.Event()
+
+    def step():
+        go.wait(10)
+        raise RuntimeError("device lost")
+
+    with serving(lambda: engine, step_timeout=step_timeout) as server, ThreadPoolExecutor() as pool:
+        engine.step_seconds = 0.01
+        sock = raw_post(server.url, **BODY)
+        wait_for(lambda: engine.metrics.generation_tokens > 0)
+        engine.step = step
+        asked = [pool.submit(httpx.get, f"{server.url}/debug/kv", timeout=5) for _ in range(3)]
+        wait_for(lambda: len(server.loop._answers) == 3 or server.loop.failure is not None)
+        if not step_timeout:
+            go.set()
+        assert [answer.result().status_code for answer in asked] == [503] * 3
+        go.set()
+        sock.close()
+
+
+def test_a_question_that_fails_ends_nothing_else(tokenizer, caplog):
+    with serving(lambda: FakeEngine(tokenizer)) as server:
+        inspect = server.engine.inspect_kv
+        server.engine.inspect_kv = lambda top: 1 / 0
+        assert httpx.get(f"{server.url}/debug/kv").status_code == 500 and "division by zero" in caplog.text
+        server.engine.inspect_kv = inspect
+        assert httpx.get(f"{server.url}/debug/kv").status_code == 200 and not server.loop._answers
+        assert httpx.post(f"{server.url}/v1/completions", json=BODY).status_code == 200
 
 
 def test_loading_server_answers_503(tokenizer):

@@ -46,12 +46,21 @@ def test_bodies_and_answers_are_declared(document):
     assert "multipart/form-data" in document["paths"]["/v1/files"]["post"]["requestBody"]["content"]
 
 
+def test_what_must_be_given_is_declared(document):
+    schemas, paths = document["components"]["schemas"], document["paths"]
+    for name, field in (("CompletionRequest", "prompt"), ("EmbeddingRequest", "input"), ("ChatCompletionRequest", "messages")):
+        assert field in schemas[name]["required"] and "default" not in schemas[name]["properties"][field]
+    assert document["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
+    assert {"key": []} in paths["/v1/models"]["get"]["security"] and {"key": []} in paths["/tokenize"]["post"]["security"]
+    assert "security" not in paths["/health"]["get"]
+
+
 def test_errors_are_declared_as_they_are(document, http):
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             assert "422" not in operation["responses"], (path, method)
             if path.startswith("/v1"):
-                for status in ("400", "401", "404", "429", "500", "503"):
+                for status in ("400", "401", "404", "408", "415", "429", "500", "503", "504"):
                     schema = operation["responses"][status]["content"]["application/json"]["schema"]
                     assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
     for response in (http.post("/v1/completions", json={}), http.get("/v1/nope"), http.get("/v1/batches?limit=0")):

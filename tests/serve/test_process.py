@@ -178,7 +178,7 @@ def test_open_requests_get_the_grace_time():
 
 
 def test_drain_under_load():
-    """Thirty streams end as if nothing had happened, and who comes later is refused."""
+    """Thirty streams end as if nothing had happened, and who comes later is told so."""
     process = start("--shutdown-timeout", "20")
     url = process.ready()
     with contextlib.ExitStack() as stack:
@@ -188,8 +188,10 @@ def test_drain_under_load():
             stream.readline()
         process.child.terminate()
         time.sleep(0.1)
-        with pytest.raises(OSError):
-            urllib.request.urlopen(post(url), timeout=5)
+        for ask in (post(url), url.replace("/v1", "/health"), url.replace("/v1", "/debug/kv")):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(ask, timeout=5)
+            assert refused.value.code == 503
         assert all(stream.read().count(b"data: ") == 120 for stream in streams)  # with the end, less the first
     assert process.end(15)[0] == 0
 
@@ -203,6 +205,16 @@ def test_then_they_are_ended_with_an_error():
     assert process.end(15)[0] == 0
 
 
+def test_a_second_signal_ends_them_at_once():
+    process = start("--shutdown-timeout", "1000")
+    with urllib.request.urlopen(post(process.ready(), stream=True, max_tokens=50_000)) as stream:
+        stream.readline()
+        process.child.terminate()
+        time.sleep(0.1)
+        process.child.terminate()
+        assert process.end(5)[0] == 0
+
+
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_client_that_does_not_read_cannot_hold_the_server(signals):
     process = start("--shutdown-timeout", "0.2" if signals == 1 else "1000")
@@ -211,7 +223,8 @@ def test_a_client_that_does_not_read_cannot_hold_the_server(signals):
                        "return_token_ids": True}).encode()
     with socket.create_connection((host, int(port))) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                     b"content-length: %d\r\n\r\n%s" % (len(body), body))
         sock.recv(100)
         time.sleep(1)  # the buffers between fill up
         for _ in range(signals):
