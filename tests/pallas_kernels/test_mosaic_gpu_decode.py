@@ -29,8 +29,10 @@ SMALL = Chip("h100", 3, 232_448, 233_472)  # so few multiprocessors that sequenc
 
 @pytest.fixture(autouse=True)
 def clean_interpreter():
+    jax.effects_barrier()  # the interpreter of a kernel under way would lose its barriers
     reset_gpu_interpret_mode_state()
     yield
+    jax.effects_barrier()  # the interpreter of a kernel under way would lose its barriers
     reset_gpu_interpret_mode_state()
 
 

@@ -24,6 +24,7 @@ dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.fixture(autouse=True)
 def fresh_interpreter():
     yield
+    jax.effects_barrier()  # the interpreter of a kernel under way would lose its barriers
     reset_gpu_interpret_mode_state()
 
 

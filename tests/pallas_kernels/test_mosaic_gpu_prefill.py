@@ -33,6 +33,7 @@ SMALL = PrefillBlocks(keys=64, stages=2, own_output=True, ctas=2)
 @pytest.fixture(autouse=True)
 def fresh_interpreter():
     yield
+    jax.effects_barrier()  # the interpreter of a kernel under way would lose its barriers
     reset_gpu_interpret_mode_state()
 
 
@@ -82,8 +83,9 @@ def test_matches_the_oracle(q_lens, kv_lens, shape, options, blocks):
 def test_no_races_and_the_same_bits_twice():
     case = make_case([10, 66], [10, 100], heads=(2, 1), head_dim=16, dtype="bfloat16")
     run = functools.partial(attend, *case.args, tiles_of(case, 4), params=AttentionParams("head_major", 0.3, None, None, None))
-    first = run(races=True)
+    first = jax.block_until_ready(run(races=True))
     assert not get_races().races_found
+    jax.effects_barrier()  # the interpreter of a kernel under way would lose its barriers
     reset_gpu_interpret_mode_state()
     for a, b in zip(first, run(), strict=True):
         rows = slice(0, case.real_rows)
@@ -99,6 +101,7 @@ def test_random_lengths(lengths, seed):
                      seed=seed)
     tiles = tiles_of(case, 5)
     check(case, attend(*case.args, tiles, params=AttentionParams("head_major", 0.3, None, None, None)), tiles=tiles)
+    jax.effects_barrier()  # the interpreter of a kernel under way would lose its barriers
     reset_gpu_interpret_mode_state()
 
 
