@@ -108,8 +108,6 @@ def replay(events: Iterable[dict[str, Any]], scheduler: Scheduler) -> list[StepP
                 scheduler.arrived(Arrival(**event["arrival"]))
             case "host lost":
                 scheduler.lose_host_tier()
-            case "disk":
-                pass  # RecordedDisk gives it
-            case unknown:
-                raise ValueError(f"event must be add, finish, plan, arrived or commit, got {unknown!r}")
+            case unknown if unknown != "disk":  # those are given by RecordedDisk
+                raise ValueError(f"event must be add, finish, plan, commit, arrived, host lost or disk, got {unknown!r}")
     return plans

@@ -281,10 +281,10 @@ class Scheduler:
         """
         plan_id, planned, seqs = self._pending.popleft()
         assert plan_id == plan.id, f"commit of plan {plan.id}, expected {plan_id}"
-        self._measure(plan, now - max(planned, self._committed))
-        self._committed = now
+        since, self._committed = max(planned, self._committed), now
         if result.failed:
             return self._lose(plan, seqs)
+        self._measure(plan, now - since)
         events: list[TokenEvent] = []
         sampled, logprobs, prompt_logprobs = result.tokens, result.logprobs, result.prompt_logprobs
         for index, seq in enumerate(seqs):

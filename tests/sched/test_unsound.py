@@ -25,6 +25,7 @@ class Faulty(SimDevice):
         self.lost: set[int] = set()
         self.broken: set[int] = set()
         self.victims: set[str] = set()
+        self.touched: set[str] = set()  # read NaN at some time
         self._dead: set[str] = set()  # sampled NaN and were not admitted again
 
     def apply(self, plan: StepPlan) -> StepResult:
@@ -56,6 +57,7 @@ class Faulty(SimDevice):
                 page = self._slots[chunk.slot].rows[g][position // self.page_size]
                 if self.hbm[g][page][position % self.page_size] == NAN:
                     self._dead.add(chunk.request_id)
+                    self.touched.add(chunk.request_id)
                     for at in range(chunk.start, end):  # what is computed from NaN is NaN
                         for h, rows in enumerate(self._slots[chunk.slot].rows):
                             self.hbm[h][rows[at // self.page_size]][at % self.page_size] = NAN
@@ -91,7 +93,7 @@ def run(seed: int, fault: str) -> Driver:
     driver.run()
     driver.check_outputs()
     failed = {name for name, reason in driver.reasons.items() if reason == "error"}
-    assert driver.device.victims & set(driver.reasons) == driver.device.victims
+    assert driver.device.victims <= set(driver.reasons), "nobody is lost"
     driver.device.lost.clear()
     driver.device.broken.clear()
     for again in range(4 if aborts and fault == "broken" else 1):
@@ -110,7 +112,7 @@ def run(seed: int, fault: str) -> Driver:
 def test_nan_is_never_hit(seed):
     driver = run(seed, "broken")
     failed = {name for name, reason in driver.reasons.items() if reason == "error"}
-    assert driver.device.victims <= failed | {name for name in driver.reasons if driver.reasons[name] != "error"}
+    assert driver.device.touched and failed <= driver.device.touched, "an error is for who read NaN"
 
 
 @pytest.mark.parametrize("seed", range(40))
