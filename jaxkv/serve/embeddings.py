@@ -27,7 +27,7 @@ from jaxkv.serve.completions import rows_of
 from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.openapi import documented
-from jaxkv.serve.protocol import PromptRequest
+from jaxkv.serve.protocol import PromptRequest, count_of
 from jaxkv.serve.records import RECORD, Record
 from jaxkv.serve.schemas import EmbeddingResponse, ScoreResponse
 from jaxkv.serve.service import Service
@@ -45,6 +45,8 @@ class EmbeddingRequest(PromptRequest):
     dimensions: int | None = None
 
     def check(self) -> None:
+        if (count := count_of(self.input)) > MAX_INPUTS:
+            raise bad_request(f"input may hold at most {MAX_INPUTS} texts, got {count}", "input")
         if self.dimensions is not None:
             raise bad_request(f"dimensions is not supported: vectors have the model's size, got {self.dimensions}",
                               "dimensions", "unsupported_parameter")
@@ -138,8 +140,9 @@ def add_embeddings(app: FastAPI, service: Service) -> None:
 
     async def calls_of(request: PromptRequest, name: str, prompts: Sequence[tuple[str, Any]]) -> list[Call]:
         param = prompts[-1][0]
-        if len(prompts) > MAX_INPUTS:
-            raise bad_request(f"{param} may hold at most {MAX_INPUTS} texts, got {len(prompts)}", param)
+        for field, prompt in prompts:
+            if isinstance(prompt, str):
+                service.check_text(request, prompt, field)
         texts = list(dict.fromkeys(prompt for _, prompt in prompts if isinstance(prompt, str)))  # each is encoded once
         known = dict(zip(texts, await service.encode_all(texts, param=param,
                                                          add_special_tokens=request.add_special_tokens is not False)))
@@ -155,7 +158,8 @@ def add_embeddings(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings", **documented(EmbeddingRequest, EmbeddingResponse))
     async def create_embedding(request: Request) -> Response:
         body, head = await service.read(EmbeddingRequest, request), head_of("embd")
-        prompts = [("input", prompt) for prompt in rows_of(body.input, "input")]
+        rows = await service.json.run(body.size, lambda: rows_of(body.input, "input"))
+        prompts = [("input", row) for row in rows]
         return Embeddings(batcher, await calls_of(body, head["id"], prompts), head, body)
 
     @app.post("/score", **documented(ScoreRequest, ScoreResponse))
