@@ -23,6 +23,7 @@ from jaxkv.generate.envelope import Envelope, envelope_of
 from jaxkv.serve.bounds import Metadata, check_levels
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.files import Draft, FileStore, Limit, Records, add_files, page
+from jaxkv.serve.limits import owner_of
 from jaxkv.serve.openapi import documented
 from jaxkv.serve.protocol import ApiRequest
 from jaxkv.serve.schemas import BatchList, BatchObject
@@ -68,9 +69,9 @@ class Batches:
         self._running: tuple[str, asyncio.Task[None]] | None = None  # id of the batch under way
         self._worker: asyncio.Task[None] | None = None
 
-    def create(self, request: BatchRequest) -> dict[str, Any]:
+    def create(self, request: BatchRequest, owner: str) -> dict[str, Any]:
         """A new batch, last in the queue. Raises ApiError."""
-        if self._files.records.get(request.input_file_id, "input_file_id")["purpose"] != "batch":
+        if self._files.records.get(request.input_file_id, owner, "input_file_id")["purpose"] != "batch":
             raise bad_request("input_file_id must be a file of purpose \"batch\"", "input_file_id")
         if len(self.records) >= MAX_BATCHES:
             old = next((b for b in reversed(self.records.all()) if b["status"] in _ENDED), None)
@@ -83,15 +84,15 @@ class Batches:
                  "status": "validating", "output_file_id": None, "error_file_id": None, "errors": None,
                  "created_at": int(time.time()), **dict.fromkeys(_TIMES), "metadata": request.metadata,
                  "request_counts": {"total": 0, "completed": 0, "failed": 0}}
-        self.records.save(batch)
+        self.records.add(batch, owner)
         self._queue[str(batch["id"])] = batch
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return batch
 
-    def cancel(self, name: str) -> dict[str, Any]:
+    def cancel(self, name: str, owner: str) -> dict[str, Any]:
         """Ends a batch; what is answered by then is kept. Raises ApiError if it has ended."""
-        batch = self.records.get(name)
+        batch = self.records.get(name, owner)
         if batch["status"] in _ENDED:
             raise bad_request(f"the batch has ended: its status is {batch['status']}")
         if self._running is not None and self._running[0] == name:
@@ -140,12 +141,12 @@ class _Run:
 
     def __init__(self, app: ASGIApp, files: FileStore, records: Records, batch: dict[str, Any]):
         self._app, self._files, self._records, self._batch = app, files, records, batch
-        self._counts = batch["request_counts"]
+        self._counts, self._owner = batch["request_counts"], records.owner(batch["id"])
         self._drafts: dict[str, Draft] = {}  # "output" and "error", once they have a line
 
     async def run(self) -> None:
         """Until every line has its record. Raises ApiError for a file that is no batch."""
-        path = self._files.path(self._batch["input_file_id"])
+        path = self._files.path(self._batch["input_file_id"], self._owner)
         try:
             self._counts["total"] = total = await asyncio.to_thread(_count, path)
             if not 1 <= total <= MAX_LINES:
@@ -163,7 +164,7 @@ class _Run:
             raise errors.exceptions[0] from None
         finally:
             for kind, draft in self._drafts.items():
-                file_object = draft.keep(f"{self._batch['id']}_{kind}.jsonl", "batch_output")
+                file_object = draft.keep(f"{self._batch['id']}_{kind}.jsonl", "batch_output", self._owner)
                 self._batch[f"{kind}_file_id"] = file_object["id"]
             self._records.save(self._batch)
 
@@ -263,16 +264,16 @@ def add_batches(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/batches", **documented(BatchRequest, BatchObject))
     async def create_batch(request: Request) -> Any:
-        return batches().create(await service.read(BatchRequest, request))
+        return batches().create(await service.read(BatchRequest, request), owner_of(request.scope))
 
     @app.get("/v1/batches", **documented(None, BatchList))
-    async def list_batches(after: str | None = None, limit: Limit = 20) -> Any:
-        return page(batches().records.all(), after, limit)
+    async def list_batches(request: Request, after: str | None = None, limit: Limit = 20) -> Any:
+        return page(batches().records.all(owner_of(request.scope)), after, limit)
 
     @app.get("/v1/batches/{name}", **documented(None, BatchObject))
-    async def get_batch(name: str) -> Any:
-        return batches().records.get(name)
+    async def get_batch(name: str, request: Request) -> Any:
+        return batches().records.get(name, owner_of(request.scope))
 
     @app.post("/v1/batches/{name}/cancel", **documented(None, BatchObject))
-    async def cancel_batch(name: str) -> Any:
-        return batches().cancel(name)
+    async def cancel_batch(name: str, request: Request) -> Any:
+        return batches().cancel(name, owner_of(request.scope))

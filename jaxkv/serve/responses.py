@@ -22,6 +22,7 @@ from jaxkv.serve.answer import Answer, Choice, Form
 from jaxkv.serve.bounds import Items, Metadata
 from jaxkv.serve.engine_loop import Call
 from jaxkv.serve.errors import ApiError, bad_request, shown
+from jaxkv.serve.limits import owner_of
 from jaxkv.serve.logprobs import TokenText, chat_logprobs
 from jaxkv.serve.openapi import documented
 from jaxkv.serve.parsers.message import MessageReader
@@ -199,6 +200,7 @@ class ResponsesAnswer(Answer):
     form: ResponseForm
     messages: list[dict[str, Any]]
     store: ResponseStore
+    owner: str
     _number = 0
 
     def _result(self) -> dict[str, Any]:
@@ -213,7 +215,7 @@ class ResponsesAnswer(Answer):
                       "total_tokens": usage["total_tokens"]}}
         if body["store"]:
             answer = body["output"][0]["content"][0]["text"]
-            self.store.put(body, [*self.messages, {"role": "assistant", "content": answer}])
+            self.store.put(body, [*self.messages, {"role": "assistant", "content": answer}], self.owner)
         return body
 
     def _take(self, call: Call, delta: Delta) -> None:
@@ -261,24 +263,25 @@ def add_responses(app: FastAPI, service: Service) -> None:
     @app.post("/v1/responses", **documented(ResponsesRequest, ResponsesResponse, stream=True))
     async def create_response(request: Request) -> Response:
         body = await service.read(ResponsesRequest, request)
-        earlier = body.previous_response_id
-        messages = body.conversation_of(store.get(earlier, "previous_response_id").messages if earlier else [])
+        earlier, owner = body.previous_response_id, owner_of(request.scope)
+        messages = body.conversation_of(store.get(earlier, "previous_response_id", owner).messages if earlier else [])
         tokenizer, dialect = service.tokenizer("input"), service.dialect()
         with _our_words():
             like = body.chat(messages, service.ignored_fields)
             talk = await service.aside(chat.size_of(like), lambda: chat.prepare(like, tokenizer, dialect))
+        service.check_text(body, talk.prompt)
         ids = await service.encode(talk.prompt, add_special_tokens=bool(body.add_special_tokens))
         form = ResponseForm(service.model_name(), body, like, TokenText(tokenizer), talk.reader())
         answer = service.answer(body, form, talk.params, [(ids, talk.prompt)], ResponsesAnswer)
         assert isinstance(answer, ResponsesAnswer)
-        answer.messages, answer.store = messages, store
+        answer.messages, answer.store, answer.owner = messages, store, owner
         return answer
 
     @app.get("/v1/responses/{name}", **documented(None, ResponsesResponse))
-    async def get_response(name: str) -> Any:
-        return store.get(name).body
+    async def get_response(name: str, request: Request) -> Any:
+        return store.get(name, owner=owner_of(request.scope)).body
 
     @app.delete("/v1/responses/{name}", **documented(None, Deleted))
-    async def delete_response(name: str) -> Any:
-        store.delete(name)
+    async def delete_response(name: str, request: Request) -> Any:
+        store.delete(name, owner_of(request.scope))
         return {"id": name, "object": "response", "deleted": True}
