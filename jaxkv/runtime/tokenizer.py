@@ -18,6 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from jaxkv.config import ConfigError
 from jaxkv.runtime.token_bound import characters_per_token
 
+LONG = 4096  # tokens whose text is made without the interpreter's lock
+
 
 class Tokenizer:
     """Wraps a Hugging Face tokenizer, which stays reachable as ``hf``.
@@ -55,6 +57,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``; bytes that are not UTF-8 become U+FFFD."""
+        if self._backend is not None and len(token_ids) > LONG:  # as above
+            return str(self._backend.decode_batch([list(token_ids)], skip_special_tokens)[0])
         return str(self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens,
                                   clean_up_tokenization_spaces=False))
 

@@ -27,13 +27,16 @@ from jaxkv.serve.completions import rows_of
 from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.openapi import documented
+from jaxkv.serve.pieces import dumps
 from jaxkv.serve.protocol import PromptRequest, count_of
 from jaxkv.serve.records import RECORD, Record
 from jaxkv.serve.schemas import EmbeddingResponse, ScoreResponse
 from jaxkv.serve.service import Service
+from jaxkv.serve.worker import Worker
 from jaxkv.types import SamplingParams
 
 MAX_INPUTS = 2048  # texts of one request, as in the OpenAI API
+NUMBER_BYTES = 12  # of one number of a vector, about
 _PARAMS = SamplingParams(max_tokens=1, temperature=0.0, embed=True)
 
 
@@ -80,8 +83,8 @@ class Vectors(Response):
 
     background = None
 
-    def __init__(self, batcher: Batcher, calls: list[Call], head: dict[str, Any], request: PromptRequest):
-        self.batcher, self.calls, self.head, self.request = batcher, calls, head, request
+    def __init__(self, batcher: Batcher, calls: list[Call], head: dict[str, Any], request: PromptRequest, worker: Worker):
+        self.batcher, self.calls, self.head, self.request, self.worker = batcher, calls, head, request, worker
 
     def data(self, vectors: np.ndarray) -> list[dict[str, Any]]:
         """The entries of `data` for vectors [prompts, d_model]."""
@@ -93,7 +96,9 @@ class Vectors(Response):
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
-                await respond(send, 200, self._body(work.result()))
+                deltas = work.result()
+                size = sum(len(delta.hidden) for delta in deltas) * NUMBER_BYTES
+                await respond(send, 200, await self.worker.run(size, lambda: self._body(deltas)))
         except ApiError as error:
             await respond(send, error.status, error.render(), error.headers)
         except ValueError as error:  # from engine.add_request, through the mailbox
@@ -102,13 +107,13 @@ class Vectors(Response):
             work.cancel()
             gone.cancel()
 
-    def _body(self, deltas: Sequence[Delta]) -> bytes:
+    def _body(self, deltas: Sequence[Delta]) -> list[bytes]:
         prompt = sum(len(call.prompt) for call in self.calls)
         usage = {"prompt_tokens": prompt, "total_tokens": prompt, "completion_tokens": 0,
                  "prompt_tokens_details": {"cached_tokens": sum(delta.num_cached_tokens for delta in deltas)}}
-        hidden = np.array([delta.hidden for delta in deltas], np.float32)
+        hidden = np.stack([np.array(delta.hidden, np.float32) for delta in deltas])
         vectors = hidden / np.maximum(np.linalg.norm(hidden, axis=1, keepdims=True), np.float32(1e-12))
-        return orjson.dumps(self.head | {"data": self.data(vectors), "usage": usage}, option=orjson.OPT_SERIALIZE_NUMPY)
+        return dumps(self.head | {"data": self.data(vectors), "usage": usage}, orjson.OPT_SERIALIZE_NUMPY)
 
 
 class Embeddings(Vectors):
@@ -160,10 +165,10 @@ def add_embeddings(app: FastAPI, service: Service) -> None:
         body, head = await service.read(EmbeddingRequest, request), head_of("embd")
         rows = await service.json.run(body.size, lambda: rows_of(body.input, "input"))
         prompts = [("input", row) for row in rows]
-        return Embeddings(batcher, await calls_of(body, head["id"], prompts), head, body)
+        return Embeddings(batcher, await calls_of(body, head["id"], prompts), head, body, service.json)
 
     @app.post("/score", **documented(ScoreRequest, ScoreResponse))
     @app.post("/v1/score", **documented(ScoreRequest, ScoreResponse))
     async def create_score(request: Request) -> Response:
         body, head = await service.read(ScoreRequest, request), head_of("score")
-        return Scores(batcher, await calls_of(body, head["id"], body.prompts()), head, body)
+        return Scores(batcher, await calls_of(body, head["id"], body.prompts()), head, body, service.json)

@@ -1,4 +1,5 @@
-"""JSON of megabytes, parsed a piece at a time: the interpreter's lock is never held for long, so that other threads go on.
+"""JSON of megabytes, parsed and written a piece at a time: the interpreter's lock is never held for long, so that other
+threads go on.
 
 ``Outline`` finds where a text may be cut and how much of it there is; numpy does that without the lock. What it proposes
 is proven by parsing: every piece between two cuts is parsed as the list, object or string it is a part of.
@@ -10,12 +11,15 @@ import re
 import time
 from bisect import bisect
 from collections import defaultdict
+from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
 import orjson
 
 PIECE = 2**16  # bytes that are parsed at once
+ITEMS = 64  # of a list that are written at once
 NAME = 2**16  # longest name of a field with a large value, in bytes
 _STEP = np.zeros(256, np.int8)  # what a byte outside of strings does to the level
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
@@ -115,6 +119,41 @@ class Outline:
         value = orjson.loads(form % self._text[start:end])
         time.sleep(0)  # others may have the lock
         return value
+
+
+def dumps(value: Any, option: int = 0) -> list[bytes]:
+    """What ``orjson.dumps`` gives, in parts of about a piece. Lists are cut, and the objects of lists near the top are gone
+    into; an object's names must be texts."""
+    parts: list[bytes] = []
+    small, size = [], 0
+    for part in _parts(value, option, 0):
+        small.append(part)
+        size += len(part)
+        if size >= PIECE:
+            parts.append(b"".join(small))
+            small, size = [], 0
+            time.sleep(0)
+    return [*parts, b"".join(small)]
+
+
+def _parts(value: Any, option: int, level: int) -> Iterator[bytes]:
+    if isinstance(value, dict):
+        for before, (name, item) in zip(chain((b"{",), repeat(b",")), value.items()):
+            yield before + orjson.dumps(name) + b":"
+            yield from _parts(item, option, level + 1)
+        yield b"}" if value else b"{}"
+    elif isinstance(value, list) and level < 2 and value and isinstance(value[0], dict):
+        for before, item in zip(chain((b"[",), repeat(b",")), value):
+            yield before
+            yield from _parts(item, option, level + 1)
+        yield b"]"
+    elif isinstance(value, list) and len(value) > ITEMS:
+        for start in range(0, len(value), ITEMS):
+            yield b"," if start else b"["
+            yield orjson.dumps(value[start : start + ITEMS], option=option)[1:-1]
+        yield b"]"
+    else:
+        yield orjson.dumps(value, option=option)
 
 
 def _broken(message: str, position: int) -> orjson.JSONDecodeError:

@@ -183,4 +183,4 @@ class Service:
         for i, (ids, text) in enumerate(prompts):
             kept = self.fit(request, ids, limit)
             calls.append(Call(f"{name}-{i}", kept, params, mailbox, i, text if len(kept) == len(ids) else None, hints))
-        return kind(self.loop, calls, request, form)
+        return kind(self.loop, calls, request, form, self.json)

@@ -281,7 +281,7 @@ def test_a_tokenizer_that_crashes_fails_one_request(tokenizer, caplog):
             return tokenizer.encode(text, **kwargs)
 
     with serving(lambda: FakeEngine(Broken())) as server, httpx.Client(base_url=server.url, timeout=20) as http:
-        for prompt in ("bad", "bad" * 5000):  # on the event loop and off it
+        for prompt in ("bad", "bad" * 4000):  # on the event loop and off it
             refused(http.post("/v1/completions", json={"prompt": prompt}), 500, code="tokenizer_error")
         assert "index out of bounds" in caplog.text
         assert http.post("/v1/completions", json=BODY).status_code == 200

@@ -21,6 +21,7 @@ VALUES = st.recursive(st.none() | st.booleans() | st.integers(-2**60, 2**60) | T
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", 32)
+    monkeypatch.setattr(pieces, "ITEMS", 2)
 
 
 def either(text):
@@ -51,6 +52,14 @@ def test_what_is_broken_is_refused(value, data):
     text[place : place + data.draw(st.integers(0, 1))] = other
     expected, found = either(bytes(text))
     assert found == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(VALUES)
+def test_written_as_by_orjson(value):
+    for whole in (value, {"a": value, "rows": [{"x": value, "y": [value] * 5}] * 3, "none": {}}):
+        parts = pieces.dumps(whole)
+        assert b"".join(parts) == orjson.dumps(whole) and all(parts[:-1])
 
 
 def test_size_and_depth_are_known_before_parsing():
