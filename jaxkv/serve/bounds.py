@@ -10,11 +10,12 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from jaxkv.serve.errors import bad_request
-from jaxkv.serve.pieces import PIECE, Outline
+from jaxkv.serve.pieces import PIECE, Outline, TooMany
 
 T = TypeVar("T")
 MAX_LEVELS = 100  # of nested lists and objects; a few hundred end orjson, repr and templates
 MAX_CONTAINERS = 100_000  # lists and objects of a body; each is work for the garbage collector, which stops all threads
+MAX_ITEMS = 2**20  # of one list: even to free a million numbers takes milliseconds
 Items = Annotated[list[T], Field(fail_fast=True)]  # one complaint, not one for each element
 
 
@@ -30,7 +31,9 @@ def json_of(body: bytes) -> Any:
                               code="nested_too_deeply")
         if outline.containers > MAX_CONTAINERS:
             raise bad_request(f"the body may hold at most {MAX_CONTAINERS} lists and objects, got {outline.containers}")
-        return outline.load()
+        return outline.load(MAX_ITEMS)
+    except TooMany as error:
+        raise bad_request(f"the body holds too much: {error}") from None
     except orjson.JSONDecodeError as error:
         raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
 

@@ -107,11 +107,13 @@ class Vectors(Response):
             work.cancel()
             gone.cancel()
 
-    def _body(self, deltas: Sequence[Delta]) -> list[bytes]:
+    def _body(self, deltas: list[Delta]) -> list[bytes]:
+        """Takes the deltas out of the list one by one: to free their numbers all at once would take long."""
         prompt = sum(len(call.prompt) for call in self.calls)
         usage = {"prompt_tokens": prompt, "total_tokens": prompt, "completion_tokens": 0,
                  "prompt_tokens_details": {"cached_tokens": sum(delta.num_cached_tokens for delta in deltas)}}
-        hidden = np.stack([np.array(delta.hidden, np.float32) for delta in deltas])
+        deltas.reverse()
+        hidden = np.stack([np.array(deltas.pop().hidden, np.float32) for _ in self.calls])
         vectors = hidden / np.maximum(np.linalg.norm(hidden, axis=1, keepdims=True), np.float32(1e-12))
         return dumps(self.head | {"data": self.data(vectors), "usage": usage}, orjson.OPT_SERIALIZE_NUMPY)
 

@@ -28,6 +28,10 @@ _NAME = re.compile(rb'[ \t\n\r]*("(?:[^"\\]|\\.)*+")[ \t\n\r]*:', re.DOTALL)
 _SAFE = re.compile(rb"[^\\]{12}(?=[^\\\x80-\xbf])")  # behind it a string may be cut: no escape and no character goes on there
 
 
+class TooMany(ValueError):
+    """A list is longer than it may be."""
+
+
 class Outline:
     """Where the commas of a JSON text are, the first and the last of each level in every piece; ``levels`` is how deep it is
     nested, ``containers`` how many lists and objects it has. JSONDecodeError if these do not end."""
@@ -60,8 +64,10 @@ class Outline:
             found = commas[of == level]
             self._commas[int(level)] += [start + int(found[0]), start + int(found[-1])][: found.size]
 
-    def load(self) -> Any:
-        """What ``orjson.loads`` gives. JSONDecodeError as there, its position that within a piece."""
+    def load(self, most: int) -> Any:
+        """What ``orjson.loads`` gives. JSONDecodeError as there, its position that within a piece; TooMany for a list of more
+        than ``most`` items."""
+        self._most = most
         return self._value(0, len(self._text), 1)
 
     def _value(self, start: int, end: int, level: int) -> Any:
@@ -86,6 +92,8 @@ class Outline:
         for start, end in groups:  # one that is larger than a piece is one item
             out += [self._value(start, end, level + 1)] if end - start > PIECE else \
                 self._parse(b"[%b]", start, end) or _empty(groups)
+            if len(out) > self._most:
+                raise TooMany(f"a list may hold at most {self._most} items")
         return out
 
     def _object(self, groups: list[tuple[int, int]], level: int) -> dict[str, Any]:

@@ -283,6 +283,12 @@ def test_a_body_of_many_lists_is_refused_before_it_is_parsed(http):
         assert "at most 100000 lists and objects, got 110003" in message
 
 
+def test_a_list_of_more_than_a_million_items_is_refused(tokenizer):
+    with serving(lambda: FakeEngine(tokenizer), max_body=2**22) as server, httpx.Client(base_url=server.url) as http:
+        body = b'{"prompt": [' + b"1," * 2**20 + b"1]}"
+        assert "a list may hold at most 1048576 items" in refused(http.post("/v1/completions", content=body))
+
+
 def test_large_bodies_are_read_as_small_ones(http):
     padding = {"user": "é\\\"" * 30_000}
     answer = http.post("/v1/completions", json=GOOD | padding).json()["choices"]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxkv.serve import pieces
-from jaxkv.serve.pieces import Outline
+from jaxkv.serve.pieces import Outline, TooMany
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=80) | st.text('\\"[]{},:\né日🙂 a', max_size=80)
 VALUES = st.recursive(st.none() | st.booleans() | st.integers(-2**60, 2**60) | TEXT,
@@ -27,7 +27,7 @@ def small(monkeypatch):
 def either(text):
     """(what orjson makes of it, what pieces do), None for an error."""
     out = []
-    for load in (orjson.loads, lambda text: Outline(text).load()):
+    for load in (orjson.loads, lambda text: Outline(text).load(10**9)):
         try:
             out.append(load(text))
         except orjson.JSONDecodeError:
@@ -39,7 +39,7 @@ def either(text):
 @given(VALUES, st.sampled_from([None, 1]), st.booleans())
 def test_as_orjson(value, indent, escaped):
     text = json.dumps({"value": value, "again": [value]}, indent=indent, ensure_ascii=escaped).encode()
-    assert Outline(text).load() == orjson.loads(text)
+    assert Outline(text).load(10**9) == orjson.loads(text)
 
 
 @settings(max_examples=300, deadline=None)
@@ -60,6 +60,12 @@ def test_written_as_by_orjson(value):
     for whole in (value, {"a": value, "rows": [{"x": value, "y": [value] * 5}] * 3, "none": {}}):
         parts = pieces.dumps(whole)
         assert b"".join(parts) == orjson.dumps(whole) and all(parts[:-1])
+
+
+def test_a_list_is_bounded():
+    assert Outline(b"[" + b"1," * 100 + b"1]").load(101) == [1] * 101
+    with pytest.raises(TooMany, match="at most 100"):
+        Outline(b'{"a": [' + b"1," * 10**6 + b"1]}").load(100)
 
 
 def test_size_and_depth_are_known_before_parsing():
@@ -98,5 +104,5 @@ def test_other_threads_go_on(monkeypatch):
         return max(waits)
 
     whole, cut = (min(longest_wait(work) for _ in range(5)) for work in (lambda: orjson.loads(text),
-                                                                          lambda: Outline(text).load()))
+                                                                          lambda: Outline(text).load(10**9)))
     assert cut < whole / 2, (cut, whole)
