@@ -20,14 +20,16 @@ from fastapi import FastAPI, Request
 from starlette.types import ASGIApp, Message
 
 from jaxkv.generate.envelope import Envelope, envelope_of
-from jaxkv.serve.bounds import Metadata, check_levels
+from jaxkv.serve.bounds import Metadata, check_levels, json_of
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.files import Draft, FileStore, Limit, Records, add_files, page
 from jaxkv.serve.limits import owner_of
 from jaxkv.serve.openapi import documented
+from jaxkv.serve.pieces import PIECE, dumps
 from jaxkv.serve.protocol import ApiRequest
 from jaxkv.serve.schemas import BatchList, BatchObject
 from jaxkv.serve.service import Service
+from jaxkv.serve.worker import Worker
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 LINES_AT_ONCE = 8
@@ -59,8 +61,8 @@ class BatchRequest(ApiRequest):
 class Batches:
     """Runs batches one after the other, in the order they came. Belongs to the event loop's thread."""
 
-    def __init__(self, app: ASGIApp, files: FileStore):
-        self._app, self._files = app, files
+    def __init__(self, app: ASGIApp, files: FileStore, worker: Worker):
+        self._app, self._files, self._json = app, files, worker
         self.records = Records(files.directory, "batch_")
         for batch in self.records.all():
             if batch["status"] not in _ENDED:
@@ -106,7 +108,7 @@ class Batches:
     async def _work(self) -> None:
         while self._queue:
             batch = self._queue.pop(next(iter(self._queue)))
-            task = asyncio.create_task(_Run(self._app, self._files, self.records, batch).run())
+            task = asyncio.create_task(_Run(self._app, self._files, self.records, batch, self._json).run())
             self._running = batch["id"], task
             try:
                 await task
@@ -139,8 +141,8 @@ def mark(records: Records, batch: dict[str, Any], status: str) -> None:
 class _Run:
     """One batch while it runs: reads lines, hands them to the application, writes their records."""
 
-    def __init__(self, app: ASGIApp, files: FileStore, records: Records, batch: dict[str, Any]):
-        self._app, self._files, self._records, self._batch = app, files, records, batch
+    def __init__(self, app: ASGIApp, files: FileStore, records: Records, batch: dict[str, Any], worker: Worker):
+        self._app, self._files, self._records, self._batch, self._worker = app, files, records, batch, worker
         self._counts, self._owner = batch["request_counts"], records.owner(batch["id"])
         self._drafts: dict[str, Draft] = {}  # "output" and "error", once they have a line
 
@@ -171,9 +173,9 @@ class _Run:
     async def _answer(self, line: bytes) -> None:
         envelope = Envelope(False, {"id": f"batch_req_{uuid.uuid4().hex}"})
         try:
-            data = _parse(line)
+            data = await self._worker.run(len(line), lambda: _parse(line))
             envelope = envelope_of(data, envelope)
-            status, body = await self._ask(self._body_of(data))
+            status, body = await self._ask(await self._worker.run(len(line), lambda: self._body_of(data)))
             record = envelope.answer(status, orjson.Fragment(body))
         except ApiError as error:
             status, record = error.status, envelope.refusal(error)
@@ -194,7 +196,7 @@ class _Run:
             raise bad_request(f"body must be a JSON object, got {type(body).__name__}", "body")
         if body.get("stream"):
             raise bad_request("stream is not available in a batch", "stream")
-        return orjson.dumps(body | {"priority": PRIORITY if body.get("priority") is None else body["priority"]})
+        return b"".join(dumps(body | {"priority": PRIORITY if body.get("priority") is None else body["priority"]}))
 
     async def _ask(self, body: bytes) -> tuple[int, bytes]:
         """Status and answer of the line's request, which waits for room in the queue."""
@@ -213,10 +215,12 @@ class _Run:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        data = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise bad_request(f"the line is not valid JSON: {error}", code="invalid_json_line") from None
-    check_levels(data, "the line")
+        data = json_of(line, "the line")
+    except ApiError as error:
+        error.code = "invalid_json_line"
+        raise
+    if len(line) <= PIECE:
+        check_levels(data, "the line")
     if not isinstance(data, dict) or "custom_id" not in data:
         raise bad_request("the line must be a JSON object with custom_id, method, url and body", code="invalid_request_line")
     return data
@@ -259,7 +263,7 @@ def add_batches(app: FastAPI, service: Service) -> None:
 
     def batches() -> Batches:
         if not made:
-            made.append(Batches(app, files()))
+            made.append(Batches(app, files(), service.json))
         return made[0]
 
     @app.post("/v1/batches", **documented(BatchRequest, BatchObject))

@@ -19,7 +19,7 @@ MAX_ITEMS = 2**20  # of one list: even to free a million numbers takes milliseco
 Items = Annotated[list[T], Field(fail_fast=True)]  # one complaint, not one for each element
 
 
-def json_of(body: bytes) -> Any:
+def json_of(body: bytes, name: str = "the body") -> Any:
     """The JSON in ``body``. Where that is more than a piece, the interpreter's lock is not held for long: what takes time may
     so run beside the event loop. Raises ApiError."""
     try:
@@ -27,15 +27,15 @@ def json_of(body: bytes) -> Any:
             return orjson.loads(body)
         outline = Outline(body)
         if outline.levels > MAX_LEVELS + 1:
-            raise bad_request(f"the body may be nested at most {MAX_LEVELS} levels deep, got {outline.levels - 1}",
+            raise bad_request(f"{name} may be nested at most {MAX_LEVELS} levels deep, got {outline.levels - 1}",
                               code="nested_too_deeply")
         if outline.containers > MAX_CONTAINERS:
-            raise bad_request(f"the body may hold at most {MAX_CONTAINERS} lists and objects, got {outline.containers}")
+            raise bad_request(f"{name} may hold at most {MAX_CONTAINERS} lists and objects, got {outline.containers}")
         return outline.load(MAX_ITEMS)
     except TooMany as error:
-        raise bad_request(f"the body holds too much: {error}") from None
+        raise bad_request(f"{name} holds too much: {error}") from None
     except orjson.JSONDecodeError as error:
-        raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
+        raise bad_request(f"{name} is not valid JSON: {error}", code="invalid_json") from None
 
 
 def check_levels(value: Any, name: str, param: str | None = None) -> None:

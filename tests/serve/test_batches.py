@@ -87,6 +87,14 @@ def test_batches_of_completions_and_embeddings(client):
         client.embeddings.create(model="fake", input=[7], encoding_format="float").data[0].embedding)
 
 
+def test_long_lines(client):
+    long = {"messages": CHAT["messages"], "max_tokens": 4, "user": "x" * 100_000}
+    done = finish(client, start(client, line("a", **long), line("b", **long)[:-1], line("c", x=[[]] * 100_001, **long)))
+    assert done.request_counts.to_dict() == {"total": 3, "completed": 1, "failed": 2}
+    bad = client.files.content(done.error_file_id).text
+    assert "the line is not valid JSON" in bad and "the line may hold at most 100000 lists and objects" in bad
+
+
 def test_a_nested_line_fails_alone(client):
     deep = json.loads('{"a":' * 500 + "1" + "}" * 500)
     done = finish(client, start(client, line("a"), line("deep", user=deep, **CHAT), json.dumps({"custom_id": deep, "body": 5}),
