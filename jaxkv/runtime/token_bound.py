@@ -24,7 +24,10 @@ _CUTS = {"Split", "Punctuation"}  # they keep what they find unless told to remo
 def characters_per_token(backend: Tokenizer) -> int | None:
     """Characters of text that a token stands for at most; None where nothing is sure. A token of a byte-level vocabulary
     stands for as many bytes as its name has characters, and for no more characters than that."""
-    normalizers, cutters = _parts(backend.normalizer), _parts(backend.pre_tokenizer)
+    try:
+        normalizers, cutters = _parts(backend.normalizer), _parts(backend.pre_tokenizer)
+    except Exception:  # the library's own of no other class: a part that is written in Python does not say what it does
+        return None
     if backend.truncation is not None or not isinstance(backend.model, BPE) or not all(map(_keeps, cutters)):
         return None
     if any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values()):

@@ -25,13 +25,13 @@ def json_of(body: bytes, name: str = "the body") -> Any:
     try:
         if len(body) <= PIECE:
             return orjson.loads(body)
-        outline = Outline(body)
+        outline = Outline(body, MAX_ITEMS)
         if outline.levels > MAX_LEVELS + 1:
             raise bad_request(f"{name} may be nested at most {MAX_LEVELS} levels deep, got {outline.levels - 1}",
                               code="nested_too_deeply")
         if outline.containers > MAX_CONTAINERS:
             raise bad_request(f"{name} may hold at most {MAX_CONTAINERS} lists and objects, got {outline.containers}")
-        return outline.load(MAX_ITEMS)
+        return outline.load()
     except TooMany as error:
         raise bad_request(f"{name} holds too much: {error}") from None
     except orjson.JSONDecodeError as error:

@@ -36,8 +36,8 @@ class Outline:
     """Where the commas of a JSON text are, the first and the last of each level in every piece; ``levels`` is how deep it is
     nested, ``containers`` how many lists and objects it has. JSONDecodeError if these do not end."""
 
-    def __init__(self, text: bytes):
-        self._text = text
+    def __init__(self, text: bytes, most: int):
+        self._text, self._most = text, most
         self._commas: defaultdict[int, list[int]] = defaultdict(list)  # level -> positions
         self.levels = self.containers = level = 0
         inside, escaped = False, False  # a string, by the last byte of the piece before
@@ -65,10 +65,9 @@ class Outline:
             found = commas[of == level]
             self._commas[int(level)] += [start + int(found[0]), start + int(found[-1])][: found.size]
 
-    def load(self, most: int) -> Any:
+    def load(self) -> Any:
         """What ``orjson.loads`` gives. JSONDecodeError as there, its position that within a piece; TooMany for a list of more
         than ``most`` items."""
-        self._most = most
         return self._value(0, len(self._text), 1)
 
     def _value(self, start: int, end: int, level: int) -> Any:

@@ -72,6 +72,12 @@ def test_where_nothing_is_sure(tmp_path, change):
     assert characters_per_token(tokenizer) is None
 
 
+def test_a_part_written_in_python(tmp_path):
+    tokenizer = built(write_byte_level, tmp_path)
+    tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(object())
+    assert characters_per_token(tokenizer) is None
+
+
 def test_vocabularies_that_lose_text(tmp_path):
     assert characters_per_token(built(write_characters, tmp_path)) is None  # bytes without a token are dropped
     assert characters_per_token(Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))) is None

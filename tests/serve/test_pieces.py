@@ -24,10 +24,14 @@ def small(monkeypatch):
     monkeypatch.setattr(pieces, "ITEMS", 2)
 
 
+def whole(text):
+    return Outline(text, 10**9).load()
+
+
 def either(text):
     """(what orjson makes of it, what pieces do), None for an error."""
     out = []
-    for load in (orjson.loads, lambda text: Outline(text).load(10**9)):
+    for load in (orjson.loads, whole):
         try:
             out.append(load(text))
         except orjson.JSONDecodeError:
@@ -39,7 +43,7 @@ def either(text):
 @given(VALUES, st.sampled_from([None, 1]), st.booleans())
 def test_as_orjson(value, indent, escaped):
     text = json.dumps({"value": value, "again": [value]}, indent=indent, ensure_ascii=escaped).encode()
-    assert Outline(text).load(10**9) == orjson.loads(text)
+    assert whole(text) == orjson.loads(text)
 
 
 @settings(max_examples=300, deadline=None)
@@ -57,19 +61,19 @@ def test_what_is_broken_is_refused(value, data):
 @settings(max_examples=300, deadline=None)
 @given(VALUES)
 def test_written_as_by_orjson(value):
-    for whole in (value, {"a": value, "rows": [{"x": value, "y": [value] * 5}] * 3, "none": {}}):
-        parts = pieces.dumps(whole)
-        assert b"".join(parts) == orjson.dumps(whole) and all(parts[:-1])
+    for thing in (value, {"a": value, "rows": [{"x": value, "y": [value] * 5}] * 3, "none": {}}):
+        parts = pieces.dumps(thing)
+        assert b"".join(parts) == orjson.dumps(thing) and all(parts[:-1])
 
 
 def test_a_list_is_bounded():
-    assert Outline(b"[" + b"1," * 100 + b"1]").load(101) == [1] * 101
+    assert Outline(b"[" + b"1," * 100 + b"1]", 101).load() == [1] * 101
     with pytest.raises(TooMany, match="at most 100"):
-        Outline(b'{"a": [' + b"1," * 10**6 + b"1]}").load(100)
+        Outline(b'{"a": [' + b"1," * 10**6 + b"1]}", 100).load()
 
 
 def test_size_and_depth_are_known_before_parsing():
-    outline = Outline(b'{"a": [[1, "]]{", [2]], {}], "b": "' + b"x\\\\" * 50 + b'"}')
+    outline = Outline(b'{"a": [[1, "]]{", [2]], {}], "b": "' + b"x\\\\" * 50 + b'"}', 9)
     assert (outline.levels, outline.containers) == (4, 5)
     for broken in (b"[" * 100, b'{"a": "' + b"x" * 100, b"[1" + b"]" * 100, b'["' + b"\\" * 99 + b'"]'):
         assert either(broken) == [None, None]
@@ -103,6 +107,5 @@ def test_other_threads_go_on(monkeypatch):
         thread.join()
         return max(waits)
 
-    whole, cut = (min(longest_wait(work) for _ in range(5)) for work in (lambda: orjson.loads(text),
-                                                                          lambda: Outline(text).load(10**9)))
-    assert cut < whole / 2, (cut, whole)
+    once, cut = (min(longest_wait(lambda load=load: load(text)) for _ in range(5)) for load in (orjson.loads, whole))
+    assert cut < once / 2, (cut, once)
