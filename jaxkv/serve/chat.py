@@ -17,7 +17,7 @@ from jaxkv.serve.messages import messages_of
 from jaxkv.serve.parsers import TOOL_PARSERS
 from jaxkv.serve.parsers.base import CallDelta, ToolParser
 from jaxkv.serve.parsers.forced import NamedParser, RequiredParser
-from jaxkv.serve.parsers.message import MessageReader, Parts
+from jaxkv.serve.parsers.message import MessageReader, Parts, joined
 from jaxkv.serve.parsers.reasoning import BEGIN, END, ThinkParser
 from jaxkv.serve.protocol import ChatRequest
 from jaxkv.serve.thinking import after_reasoning
@@ -91,6 +91,10 @@ class Conversation:
     reader: Callable[[], MessageReader]
     short_ids: bool = False  # of calls: nine characters
 
+    def call_id(self) -> str:
+        """A new id of a call."""
+        return uuid.uuid4().hex[:9] if self.short_ids else f"call_{uuid.uuid4().hex[:24]}"
+
 
 def prepare(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> Conversation:
     """Raises ApiError. Takes time with the length of the messages."""
@@ -140,7 +144,6 @@ class ChatForm(Form):
         super().__init__(request_id, model, request, tokens)
         self.request = request
         self._conversation = conversation
-        self._readers: dict[int, MessageReader] = {}  # by choice
         self._named = isinstance(request.tool_choice, dict)
 
     def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
@@ -149,7 +152,7 @@ class ChatForm(Form):
         if not choice.started:
             choice.started = True
             rows.append(self._entry(choice, {"role": "assistant", "content": ""}, None, None))
-        fields = self._fields(self._read(choice, delta.text, delta.finish_reason is not None))
+        fields = self._fields(choice.parts[-1])
         shown = delta.token_ids and (request.return_token_ids or request.logprobs)
         if fields or delta.finish_reason or shown:
             row = self._entry(choice, fields, self._finish(choice, delta.finish_reason), delta.stop_reason)
@@ -162,7 +165,7 @@ class ChatForm(Form):
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         request = self.request
-        fields = self._fields(self._read(choice, "".join(choice.text), True))
+        fields = self._fields(joined(choice.parts))
         content = fields.pop("content", None if fields else "")
         for call in fields.get("tool_calls", ()):
             del call["index"]
@@ -186,11 +189,8 @@ class ChatForm(Form):
             fields["prompt_logprobs"] = prompt_logprobs(first.prompt_logprobs, top, self.tokens)
         return fields
 
-    def _read(self, choice: Choice, text: str, last: bool) -> Parts:
-        reader = self._readers.get(choice.index)
-        if reader is None:
-            reader = self._readers[choice.index] = self._conversation.reader()
-        return reader.feed(text, last)
+    def reader(self) -> MessageReader:
+        return self._conversation.reader()
 
     def _fields(self, parts: Parts) -> dict[str, Any]:
         fields: dict[str, Any] = {}
@@ -206,13 +206,12 @@ class ChatForm(Form):
         """Id, type and name come with the first piece of a call only."""
         if call.name is None:
             return {"index": call.index, "function": {"arguments": call.arguments}}
-        name = uuid.uuid4().hex[:9] if self._conversation.short_ids else f"call_{uuid.uuid4().hex[:24]}"
-        return {"index": call.index, "id": name, "type": "function",
+        return {"index": call.index, "id": self._conversation.call_id(), "type": "function",
                 "function": {"name": call.name, "arguments": call.arguments}}
 
     def _finish(self, choice: Choice, reason: str | None) -> str | None:
         """"tool_calls" for an answer that came to its end with calls; to a named function "stop", as OpenAI has it."""
-        called = reason == "stop" and not self._named and self._readers[choice.index].called
+        called = reason == "stop" and not self._named and choice.reader is not None and choice.reader.called
         return "tool_calls" if called else reason
 
     @staticmethod
