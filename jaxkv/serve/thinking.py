@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any
 
-from jaxkv.runtime.structured.grammar import WHITE_SPACE
+from jaxkv.runtime.structured.grammar import json_rule
 from jaxkv.serve.parsers.reasoning import BEGIN, END
 from jaxkv.types import Structured
 
@@ -38,15 +38,13 @@ def _answer(structured: Structured) -> str:
     """The body of a Lark rule."""
     match structured.kind:
         case "json_object":
-            return "%json " + json.dumps({"type": "object", "x-guidance": WHITE_SPACE})
+            return json_rule({"type": "object"})
         case "json_schema":
             try:
                 schema = json.loads(structured.value)
             except RecursionError:
                 raise ValueError("the JSON schema is nested too deeply") from None
-            if not isinstance(schema, dict):
-                raise ValueError("a JSON schema must be an object")
-            return "%json " + json.dumps({"x-guidance": WHITE_SPACE, **schema})
+            return json_rule(schema)
         case "regex":
             pattern = re.sub(r"\\.|/", lambda found: "\\/" if found[0] == "/" else found[0], structured.value)
             return "/" + pattern.replace("\n", "\\n").replace("\r", "\\r") + "/"

@@ -31,6 +31,10 @@ SCHEMAS = {
                                                  "day": {"type": "string", "format": "date"}}, "required": ["id", "day"]},
     "union": {"anyOf": [{"type": "integer", "minimum": 10, "maximum": 99}, {"type": "string", "maxLength": 5},
                         {"const": {"x": [None, True]}}]},
+    "tagged": {"$defs": {kind: {"type": "object", "properties": {"kind": {"const": kind}, "size": {"enum": [1, 2]}},
+                                "required": ["kind", "size"], "additionalProperties": False} for kind in ("box", "bag")},
+               "type": "array", "minItems": 1, "maxItems": 2,
+               "items": {"oneOf": [{"$ref": "#/$defs/box"}, {"$ref": "#/$defs/bag"}]}},
 }
 
 
