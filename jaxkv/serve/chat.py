@@ -20,9 +20,10 @@ from jaxkv.serve.parsers.forced import NamedParser, RequiredParser
 from jaxkv.serve.parsers.message import MessageReader, Parts, joined
 from jaxkv.serve.parsers.reasoning import BEGIN, END, ThinkParser
 from jaxkv.serve.protocol import ChatRequest
-from jaxkv.serve.thinking import after_reasoning
+from jaxkv.serve.structured import field_of
+from jaxkv.serve.thinking import after_reasoning, token_of
 from jaxkv.serve.tools import ToolUse
-from jaxkv.types import SamplingParams
+from jaxkv.types import SamplingParams, Structured
 
 
 def size_of(request: ChatRequest) -> int:
@@ -64,14 +65,14 @@ def _params_of(request: ChatRequest, dialect: Dialect) -> SamplingParams:
     if dialect.special_reasoning:
         params = replace(params, skip_special_tokens=False)
     use = request.tool_use
-    return params if use is None or use.mode == "none" else _with_tools(params, use, dialect)
+    return params if use is None or use.mode == "none" else _with_tools(request, params, use, dialect)
 
 
-def _with_tools(params: SamplingParams, use: ToolUse, dialect: Dialect) -> SamplingParams:
-    if params.structured is not None:
-        raise bad_request(f"response_format and its like do not go with tool_choice {use.mode!r}: the answer can follow "
-                          "one form only", "tool_choice")
+def _with_tools(request: ChatRequest, params: SamplingParams, use: ToolUse, dialect: Dialect) -> SamplingParams:
     if use.forced:
+        if params.structured is not None and request.response_format is None:  # that is of content, of which there is none
+            raise bad_request(f"{field_of(request)} does not go with tool_choice {use.mode!r}: the answer can follow one form "
+                              "only", "tool_choice")
         try:
             return replace(params, structured=use.grammar())
         except ValueError as error:
@@ -100,13 +101,8 @@ def prepare(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> Conversat
     """Raises ApiError. Takes time with the length of the messages."""
     params, prompt = _params_of(request, dialect), prompt_of(request, tokenizer, dialect)
     begun = _begun(request, prompt, dialect)
-    if params.structured is not None and begun is not None:
-        try:
-            params = replace(params, structured=after_reasoning(params.structured, begun, tokenizer))
-        except ValueError as error:
-            raise request.api_error(ValueError(
-                f"structured cannot be used with a model that reasons first: {error}; if its template can turn reasoning off, "
-                "do so: chat_template_kwargs {\"enable_thinking\": false}")) from None
+    if params.structured is not None:
+        params = replace(params, structured=_composed(params.structured, request, begun, tokenizer, dialect))
     use, thinks = request.tool_use, dialect.reasoning_parser is not None
 
     def reader() -> MessageReader:
@@ -114,6 +110,25 @@ def prepare(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> Conversat
         return MessageReader(think, _tool_parser(use, dialect), use is None or use.parallel)
 
     return Conversation(prompt, params, reader, dialect.tool_parser == "mistral")
+
+
+def _composed(structured: Structured, request: ChatRequest, begun: bool | None, tokenizer: Any,
+              dialect: Dialect) -> Structured:
+    """With the reasoning that may come before, and the calls that may come instead. Raises ApiError."""
+    use, calls = request.tool_use, ""
+    may_call = use is not None and use.mode == "auto"
+    try:
+        if use is not None and may_call:
+            calls = TOOL_PARSERS[dialect.tool_parser or ""].grammar(use.schemas(), use.parallel,
+                                                                    lambda marker: token_of(marker, tokenizer))
+            if not calls:
+                raise bad_request(f"{field_of(request)} does not go with tool_choice \"auto\" where calls are written in the "
+                                  f"{dialect.tool_parser} format", "tool_choice")
+        return structured if begun is None and not calls else after_reasoning(structured, begun, tokenizer, calls)
+    except ValueError as error:
+        why = "together with tools" if may_call else ("with a model that reasons first (if its template can turn that off: "
+                                                      "chat_template_kwargs {\"enable_thinking\": false})")
+        raise request.api_error(ValueError(f"structured cannot be used {why}: {error}")) from None
 
 
 def _tool_parser(use: ToolUse | None, dialect: Dialect) -> ToolParser | None:
