@@ -27,7 +27,10 @@ def with_tagged_unions(schema: Schema) -> Schema:
     """A copy of a schema with `anyOf` for each `oneOf` whose branches tags tell apart."""
     unions = _Unions(schema)
     out = unions.copy(schema)
-    return out | {"$defs": {**out.get("$defs", {}), **unions.tagged}} if unions.tagged else out
+    if unions.tagged:
+        given = out.get("$defs")
+        out["$defs"] = (given if isinstance(given, dict) else {}) | unions.tagged
+    return out
 
 
 class _Unions:
