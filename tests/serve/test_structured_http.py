@@ -140,6 +140,20 @@ def test_a_format_beside_tools_gives_calls_or_content(client, tokenizer):
                 assert all(json.loads(call.function.arguments)["zone"] in ("UTC", "CET") for call in message.tool_calls)
 
 
+def test_calls_through_the_responses_api(client):
+    tool = {"type": "function", "name": "resize", "strict": True, "parameters": {
+        "type": "object", "properties": {"size": {"enum": ["S", "M"]}}, "required": ["size"], "additionalProperties": False}}
+    ask = {"model": MODEL, "input": "Smaller?", "tools": [tool], "tool_choice": "required", "temperature": 0,
+           "parallel_tool_calls": False, "max_output_tokens": 150}
+    plain = client.responses.create(**ask)
+    call, = plain.output
+    assert (plain.status, call.name) == ("completed", "resize") and json.loads(call.arguments)["size"] in "SM"
+    with client.responses.stream(**ask) as events:
+        streamed = "".join(event.delta for event in events if event.type == "response.function_call_arguments.delta")
+        final = events.get_final_response().output[0]
+    assert streamed == final.arguments == call.arguments and final.parsed_arguments == json.loads(call.arguments)
+
+
 def test_stop_strings_logprobs_and_usage(http):
     body = {"prompt": CODE, "max_tokens": 60, "temperature": 0, "guided_regex": "[a-z]{4}[0-9]{4}", "logprobs": 1,
             "return_token_ids": True}
