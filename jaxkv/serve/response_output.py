@@ -128,7 +128,10 @@ class Output:
 
     def score(self, logprobs: list[dict[str, Any]], *, reasoning: bool) -> None:
         """Those of the next tokens. Of reasoning and of calls they are left out."""
-        self._logprobs = [] if reasoning else self._logprobs + logprobs
+        if reasoning:
+            self._logprobs = []
+        else:
+            self._logprobs += logprobs
 
     def say(self, text: str) -> list[Event]:
         """The next text of a message."""
