@@ -68,7 +68,7 @@ def build_app(service: Service, keys: KeyRing | None = None, *, origins: Sequenc
     async def create_chat_completion(request: Request) -> Response:
         body = await service.read(ChatRequest, request)
         tokenizer, dialect = service.engine().tokenizer, service.dialect()
-        talk = await service.aside(chat.size_of(body), lambda: chat.prepare(body, tokenizer, dialect))
+        talk = await service.aside(body.size, lambda: chat.prepare(body, tokenizer, dialect))
         service.check_text(body, talk.prompt)
         ids = await service.encode(talk.prompt, add_special_tokens=bool(body.add_special_tokens))
         tokens = TokenText(tokenizer, body.return_tokens_as_token_ids)

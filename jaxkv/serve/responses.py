@@ -208,12 +208,16 @@ def add_responses(app: FastAPI, service: Service) -> None:
     async def create_response(request: Request) -> Response:
         body = await service.read(ResponsesRequest, request)
         earlier, owner = body.previous_response_id, owner_of(request.scope)
-        before = store.get(earlier, "previous_response_id", owner).messages if earlier else []
-        messages = before + messages_of(body.input)
+        before = store.get(earlier, "previous_response_id", owner) if earlier else None
+        messages = (before.messages if before else []) + messages_of(body.input)
         tokenizer, dialect = service.tokenizer("input"), service.dialect()
-        with _ours():
+
+        def prepare() -> tuple[ChatRequest, chat.Conversation]:
             like = body.chat(messages, service.ignored_fields)
-            talk = await service.aside(chat.size_of(like), lambda: chat.prepare(like, tokenizer, dialect))
+            return like, chat.prepare(like, tokenizer, dialect)
+
+        with _ours():
+            like, talk = await service.aside(body.size + (before.size if before else 0), prepare)
         service.check_text(body, talk.prompt)
         ids = await service.encode(talk.prompt, add_special_tokens=bool(body.add_special_tokens))
         form = ResponseForm(service.model_name(), body, like, TokenText(tokenizer), talk)
