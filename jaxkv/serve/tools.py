@@ -71,7 +71,7 @@ class ToolUse:
     def _call_schema(self, index: int, root: dict[str, Any]) -> dict[str, Any]:
         """One call without its definitions, which go to ``root``."""
         function = self.tools[index].function
-        schema = call_schema(function.name, function.parameters or _EMPTY, "parameters")
+        schema = call_schema(function.name, function.parameters or _EMPTY, "parameters", f"#/items/anyOf/{index}")
         for kind in DEFINITIONS:
             for name, definition in schema.pop(kind, {}).items():
                 if root.setdefault(kind, {}).setdefault(name, definition) != definition:

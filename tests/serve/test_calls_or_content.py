@@ -11,13 +11,14 @@ from serve_fakes import ScriptedEngine, serving
 from test_bad_input import refused
 from test_completions import post
 
-from jaxkv.runtime.structured.grammar import make_matcher
+from jaxkv.runtime.structured.grammar import grammar_of, make_matcher
 from jaxkv.runtime.tokenizer import Tokenizer, load_tokenizer
 from jaxkv.serve.dialect import ChatOptions
 from jaxkv.serve.parsers import TOOL_PARSERS
 from jaxkv.serve.parsers.message import MessageReader
 from jaxkv.serve.parsers.reasoning import ThinkParser
 from jaxkv.serve.thinking import after_reasoning, token_of
+from jaxkv.serve.tools import Tool, tool_use_of
 from jaxkv.types import Structured
 
 FORMATS = ("hermes", "llama3_json", "mistral")
@@ -105,6 +106,28 @@ def test_what_a_model_writes(model, name, good, bad, inside):
     assert takes(good) is (not inside)
     reader = MessageReader(None if inside is None else ThinkParser(inside), TOOL_PARSERS[name]())
     assert len(reader.feed(thought + good, True).calls) == 1
+
+
+TREE = {"type": "object", "properties": {"n": {"type": "integer"}, "m": {"$ref": "#/properties/n"},
+                                         "kids": {"type": "array", "items": {"$ref": "#"}}, "twin": {"$ref": "#/$defs/T"}},
+        "required": ["n"], "additionalProperties": False, "$defs": {"T": {"$ref": "#"}}}
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "required"])
+def test_references_of_arguments_follow_them(model, name):
+    tokenizer, known = model
+    if name == "required":
+        tools = [Tool.model_validate({"type": "function", "function": {"name": "tree", "parameters": TREE}})]
+        rules, form = grammar_of(tool_use_of(tools, name, None).grammar()), '[{"name": "tree", "parameters": %s}]'
+    else:
+        rules = "start: calls\n" + TOOL_PARSERS[name].grammar({"tree": TREE}, False, lambda marker: token_of(marker, tokenizer))
+        form = {"hermes": '<tool_call>{"name": "tree", "arguments": %s}</tool_call>', "mistral":
+                '[TOOL_CALLS][{"name": "tree", "arguments": %s}]', "llama3_json": '{"name": "tree", "parameters": %s}'}[name]
+    for good in (True, False):
+        leaf = {"n": 1} if good else {"name": "tree", "arguments": {"n": 1}, "parameters": {"n": 1}}
+        for tree in ({"n": 2, "m": 1, "kids": [leaf]}, {"n": 2, "twin": {"n": 3, "kids": [leaf]}}):
+            matcher, ids = make_matcher(known, rules), tokenizer.encode(form % json.dumps(tree), add_special_tokens=False)
+            assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) == good
 
 
 def test_other_kinds_of_content(model):

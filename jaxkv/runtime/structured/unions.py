@@ -3,17 +3,19 @@
 It does not look behind references, at numbers, or at what OpenAPI's `discriminator` says. Here a `oneOf` becomes `anyOf`, which
 then means the same, where each branch is an object with a tag: a required property with a const or enum that shares no
 value with another branch's. A property that `discriminator` names is required by that alone, as in OpenAPI and pydantic.
-Whatever else there is stays as it is. Standard library only.
+Whatever else there is stays as it is, also where a proof would take long. Standard library only.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from urllib.parse import unquote
 
 Schema = dict[str, Any]
-MAX_VISITS = 256  # schemas looked at for one oneOf
-MAX_TAGS = 16  # properties tried for one
+MAX_STEPS = 2**16  # of all proofs about a schema: tens of milliseconds, on the event loop at worst
+MAX_REF = 1000  # characters of a reference that is followed
+MAX_TAGS = 16  # properties tried for one oneOf
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _ONES = ("items", "additionalProperties")
@@ -35,15 +37,18 @@ def with_tagged_unions(schema: Schema) -> Schema:
 
 class _Unions:
     def __init__(self, root: Schema) -> None:
-        self.tagged: dict[str, Schema] = {}  # definitions with their tag required, by new name
+        self.tagged: dict[str, Schema] = {}  # definitions of our own, with their tag required, by new name
         self._root = root
-        self._names: dict[tuple[str, str], str] = {}  # (reference, tag) -> new name
-        self._visits = 0
+        self._names: dict[tuple[str, str | None], str] = {}  # (reference, tag) -> new name
+        self._steps = 0
 
     def copy(self, schema: Any) -> Any:
         if not isinstance(schema, dict):
             return schema
         out = {key: self._copied(key, value) for key, value in schema.items()}
+        if isinstance(ref := schema.get("$ref"), str) and "/oneOf/" in ref:  # which is maybe there no longer
+            with contextlib.suppress(_Unknown):
+                out["$ref"] = self._definition(ref)
         tag = None if "anyOf" in schema else self._tag(schema)
         if tag is None:
             return out
@@ -61,23 +66,23 @@ class _Unions:
 
     def _tag(self, schema: Schema) -> str | None:
         """The property that tells the branches of a `oneOf` apart."""
-        self._visits = 0
+        named = _discriminator(schema)
         try:
             found = [self._alternatives(branch, (schema,)) for branch in _branches(schema.get("oneOf"))]
+            tags = [named] if named else _required(found[0][0])[:MAX_TAGS]
+            return next((tag for tag in tags if self._tells(tag, found, named is not None)), None)
         except _Unknown:
             return None
-        named = _discriminator(schema)
-        tags = [named] if named else _required(found[0][0])[:MAX_TAGS]
-        return next((tag for tag in tags if self._tells(tag, found, named is not None)), None)
 
     def _tells(self, tag: str, branches: list[list[tuple[Schema, ...]]], named: bool) -> bool:
         count, values = 0, set[Any]()
         for branch in branches:
             own: set[Any] = set()
             for parts in branch:
-                mine = self._values(parts, tag)
+                mine, required = self._values(parts, tag), _required(parts)
+                self._step(len(required))
                 if mine is None or not any(part.get("type") == "object" for part in parts) \
-                        or not (named or tag in _required(parts)):
+                        or not (named or tag in required):
                     return False
                 own |= mine
             count += len(own)
@@ -86,9 +91,9 @@ class _Unions:
 
     def _alternatives(self, schema: Schema, held: tuple[Schema, ...]) -> list[tuple[Schema, ...]]:
         """Ways to meet a schema: each a set of schemas that then hold all."""
-        self._visits += 1
+        self._step()
         held = (*held, schema)
-        if self._visits > MAX_VISITS or len(held) > 16:
+        if len(held) > 16:
             raise _Unknown
         if "$ref" in schema:
             return self._alternatives(self._target(schema["$ref"]), held)
@@ -98,11 +103,13 @@ class _Unions:
 
     def _target(self, ref: Any) -> Schema:
         """What a reference within the schema refers to."""
-        if not isinstance(ref, str) or not ref.startswith("#/"):
+        if not isinstance(ref, str) or not ref.startswith("#/") or len(ref) > MAX_REF:
             raise _Unknown
         node: Any = self._root
         for step in ref[2:].split("/"):
-            node = node.get(unquote(step).replace("~1", "/").replace("~0", "~")) if isinstance(node, dict) else None
+            step = unquote(step).replace("~1", "/").replace("~0", "~")
+            node = node.get(step) if isinstance(node, dict) else \
+                node[int(step)] if isinstance(node, list) and step.isdecimal() and int(step) < len(node) else None
         if not isinstance(node, dict):
             raise _Unknown
         return node
@@ -111,6 +118,7 @@ class _Unions:
         """Of the tag, in an object for which all ``parts`` hold; None if they may be any."""
         found = None
         for part in parts:
+            self._step()
             properties = part.get("properties")
             values = self._literals(properties.get(tag)) if isinstance(properties, dict) else None
             found = values if found is None else found if values is None else found & values
@@ -122,6 +130,7 @@ class _Unions:
                 return None
             given = [schema["const"]] if "const" in schema else schema.get("enum")
             if isinstance(given, list):
+                self._step(len(given))
                 simple = all(value is None or isinstance(value, str | bool | int) for value in given)
                 return {(type(value), value) for value in given} if simple else None
             try:
@@ -138,15 +147,24 @@ class _Unions:
             return copied | {"required": [*required, tag]}
         ref = branch["$ref"]
         target = self._target(ref)
-        if tag in (required := _required((target,))):
-            return branch
+        return copied if tag in _required((target,)) else {"$ref": self._definition(ref, tag)}
+
+    def _definition(self, ref: str, tag: str | None = None) -> str:
+        """A reference to a copy of what ``ref`` refers to, with the tag required."""
+        target = self._target(ref)
         if (ref, tag) not in self._names:
             name, taken = f"tagged-{len(self._names)}", self._root.get("$defs")
             while isinstance(taken, dict) and name in taken:
                 name += "-"
             self._names[ref, tag] = name  # before its definition, which may refer to it
-            self.tagged[name] = self.copy(target) | {"required": [*required, tag]}
-        return {"$ref": f"#/$defs/{self._names[ref, tag]}"}
+            self.tagged[name] = self.copy(target) | ({"required": [*_required((target,)), tag]} if tag else {})
+        return f"#/$defs/{self._names[ref, tag]}"
+
+    def _step(self, count: int = 1) -> None:
+        """Ends a proof when all of them took too long."""
+        self._steps += count
+        if self._steps > MAX_STEPS:
+            raise _Unknown
 
 
 def _branches(given: Any) -> list[Schema]:

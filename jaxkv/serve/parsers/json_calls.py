@@ -20,11 +20,25 @@ _IN_STRING = re.compile(r'[^"\\]*')
 _BETWEEN = re.compile(r'[^"{}\[\]]*')
 
 
-def call_schema(name: str, parameters: dict[str, Any], key: str) -> dict[str, Any]:
-    """One call, with the arguments under ``key``; definitions move to the root, where their references look for them."""
-    inner = {"type": "object"} | {k: value for k, value in parameters.items() if k not in DEFINITIONS}
-    return {"type": "object", "properties": {"name": {"const": name}, key: inner}, "required": ["name", key],
-            "additionalProperties": False} | {k: parameters[k] for k in DEFINITIONS if parameters.get(k)}
+def call_schema(name: str, parameters: dict[str, Any], key: str, where: str = "#") -> dict[str, Any]:
+    """One call, with the arguments under ``key``; definitions move to the root, where their references look for them, and
+    all other references follow the arguments. ``where`` is the call in the schema that it will be a part of."""
+    schema = _moved({"type": "object"} | parameters, f"{where}/properties/{key}")
+    found = {kind: schema.pop(kind) for kind in DEFINITIONS if kind in schema}
+    return {"type": "object", "properties": {"name": {"const": name}, key: schema}, "required": ["name", key],
+            "additionalProperties": False} | {kind: given for kind, given in found.items() if given}
+
+
+def _moved(schema: Any, where: str) -> Any:
+    """A copy of a schema that will stand at ``where``, without its definitions."""
+    if isinstance(schema, list):
+        return [_moved(item, where) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {key: _moved(value, where) for key, value in schema.items()}
+    if isinstance(ref := out.get("$ref"), str) and (ref == "#" or ref.startswith("#/") and ref.split("/")[1] not in DEFINITIONS):
+        out["$ref"] = where + ref[1:]
+    return out
 
 
 def call_rules(tools: Tools, key: str) -> str:
