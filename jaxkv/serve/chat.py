@@ -16,7 +16,7 @@ from jaxkv.serve.logprobs import TokenText, chat_logprobs, prompt_logprobs
 from jaxkv.serve.messages import messages_of
 from jaxkv.serve.parsers import TOOL_PARSERS
 from jaxkv.serve.parsers.base import CallDelta, ToolParser
-from jaxkv.serve.parsers.forced import NamedParser, RequiredParser
+from jaxkv.serve.parsers.forced import CallsOrContent, NamedParser, RequiredParser
 from jaxkv.serve.parsers.message import MessageReader, Parts, joined
 from jaxkv.serve.parsers.reasoning import BEGIN, END, ThinkParser
 from jaxkv.serve.protocol import ChatRequest
@@ -94,14 +94,14 @@ class Conversation:
 def prepare(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> Conversation:
     """Raises ApiError. Takes time with the length of the messages."""
     params, prompt = _params_of(request, dialect), prompt_of(request, tokenizer, dialect)
-    begun = _begun(request, prompt, dialect)
+    begun, formed = _begun(request, prompt, dialect), params.structured is not None
     if params.structured is not None:
         params = replace(params, structured=_composed(params.structured, request, begun, tokenizer, dialect))
     use, thinks = request.tool_use, dialect.reasoning_parser is not None
 
     def reader() -> MessageReader:
         think = ThinkParser(bool(begun)) if thinks else None
-        return MessageReader(think, _tool_parser(use, dialect), use is None or use.parallel)
+        return MessageReader(think, _tool_parser(use, dialect, formed), use is None or use.parallel)
 
     return Conversation(prompt, params, reader, dialect.tool_parser == "mistral")
 
@@ -125,12 +125,16 @@ def _composed(structured: Structured, request: ChatRequest, begun: bool | None, 
         raise request.api_error(ValueError(f"structured cannot be used {why}: {error}")) from None
 
 
-def _tool_parser(use: ToolUse | None, dialect: Dialect) -> ToolParser | None:
+def _tool_parser(use: ToolUse | None, dialect: Dialect, formed: bool) -> ToolParser | None:
+    """``formed``: a grammar holds for the answer."""
     if use is None or use.mode == "none":
         return None
     if use.mode == "named":
         return NamedParser(use.name or "")
-    return RequiredParser() if use.mode == "required" else TOOL_PARSERS[dialect.tool_parser or ""]()
+    if use.mode == "required":
+        return RequiredParser()
+    parser = TOOL_PARSERS[dialect.tool_parser or ""]()
+    return CallsOrContent(parser, use.schemas()) if formed else parser
 
 
 def _begun(request: ChatRequest, prompt: str, dialect: Dialect) -> bool | None:

@@ -3,19 +3,21 @@
 import json
 import random
 
+import httpx
 import jsonschema
 import llguidance
 import pytest
 from chat_templates import QWEN
 from serve_fakes import ScriptedEngine, serving
 from test_bad_input import refused
-from test_completions import post
+from test_completions import post, stream
 
 from jaxkv.runtime.structured.grammar import grammar_of, make_matcher
 from jaxkv.runtime.tokenizer import Tokenizer, load_tokenizer
 from jaxkv.serve.dialect import ChatOptions
 from jaxkv.serve.parsers import TOOL_PARSERS
-from jaxkv.serve.parsers.message import MessageReader
+from jaxkv.serve.parsers.forced import CallsOrContent
+from jaxkv.serve.parsers.message import MessageReader, joined
 from jaxkv.serve.parsers.reasoning import ThinkParser
 from jaxkv.serve.thinking import after_reasoning, token_of
 from jaxkv.serve.tools import Tool, tool_use_of
@@ -74,7 +76,7 @@ def test_what_the_grammar_lets_through_is_calls_or_content(model, name):
         ids = drawn(model, grammar(name, tokenizer, many=many), seed)
         if ids is None:
             continue
-        reader = MessageReader(None, TOOL_PARSERS[name](), True)
+        reader = MessageReader(None, CallsOrContent(TOOL_PARSERS[name](), TOOLS), True)
         parts = reader.feed(tokenizer.decode(ids, skip_special_tokens=False), True)
         assert bool(parts.calls) != bool(parts.content.strip()) and (many or len(parts.calls) < 2)
         for call in parts.calls:
@@ -150,9 +152,32 @@ def server(tokenizer):
 
 @pytest.fixture(scope="module")
 def http(server):
-    import httpx
     with httpx.Client(base_url=server.url, timeout=20) as http:
         yield http
+
+
+MARKED = "[TOOL_CALLS]paint{<|python_tag|>} <tool_call>{}</tool_call>"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_markers_within_content_are_content(name, size):
+    for text in (json.dumps({"answer": MARKED}), f" So: {MARKED}", '{"name": "Bob", "parameters": {}}', "<", "[TOOL"):
+        reader = MessageReader(None, CallsOrContent(TOOL_PARSERS[name](), TOOLS))
+        pieces = [reader.feed(text[i : i + size], i + size >= len(text)) for i in range(0, len(text), size)]
+        assert joined(pieces).content == text and not reader.called
+
+
+def test_content_with_markers_over_http(tokenizer):
+    text = json.dumps({"answer": MARKED})
+    with serving(lambda: ScriptedEngine(tokenizer, max_model_len=1024), chat=ChatOptions(tool_parser="mistral")) as other, \
+            httpx.Client(base_url=other.url, timeout=20) as http:
+        other.engine.script = text
+        ask = {"messages": HI, "tools": [TOOL], "response_format": FORM}
+        message = post(http, "/v1/chat/completions", **ask)["choices"][0]["message"]
+        assert message["content"] == text and "tool_calls" not in message
+        chunks = stream(http, "/v1/chat/completions", **ask)
+        assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == text
 
 
 def test_over_http(http, server):
@@ -190,6 +215,5 @@ def test_refusals(http, server, tokenizer):
                                                 "tools": [{"type": "function", **odd["function"]}]}, "text")):
         assert "calls of tools" in refused(http.post(url, json=more), param=param)
     with serving(lambda: ScriptedEngine(tokenizer), chat=ChatOptions(tool_parser="pythonic")) as other:
-        import httpx
         message = refused(httpx.post(other.url + path, json={**ask, "response_format": FORM}), param="tool_choice")
     assert "response_format" in message and "pythonic" in message

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,6 +35,8 @@ class ToolParser(ABC):
     """
 
     markers: ClassVar[tuple[str, ...]] = ()  # if one is a special token, special tokens must stay in the text
+    begins: ClassVar[tuple[str, ...]] = ()  # with what an answer of ``grammar`` may begin
+    names: Container[str] | None = None  # of functions, where a call to any other is content
 
     def __init__(self) -> None:
         self.count = 0  # calls begun and done with

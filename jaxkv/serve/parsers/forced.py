@@ -1,6 +1,9 @@
-"""Answers to tool_choice "required" and to a named function, whose form a grammar has fixed; no model format is needed."""
+"""Answers whose form a grammar has fixed: to tool_choice "required" and to a named function, where no model format is needed,
+and calls or else content of a response format."""
 
 from __future__ import annotations
+
+from collections.abc import Container
 
 from jaxkv.serve.parsers.base import CallDelta, ToolParser
 from jaxkv.serve.parsers.json_calls import CallArray, State
@@ -47,3 +50,32 @@ class NamedParser(ToolParser):
         self._pieces.append(CallDelta(0, self._held, self._name))
         self._name, self._held, self.count = None, "", 1
         return False
+
+
+class CallsOrContent(ToolParser):
+    """Calls of a model's format from the first character on, or content, in which the format's markers mean nothing."""
+
+    def __init__(self, calls: ToolParser, names: Container[str]) -> None:
+        super().__init__()
+        calls.names = names
+        self._calls = calls
+        self._called: bool | None = None  # None: it may be either
+
+    def _step(self) -> bool:
+        if self._called is None:
+            text, begins = self._held.lstrip(), self._calls.begins
+            if any(marker.startswith(text) and marker != text for marker in begins):
+                return False
+            self._called = text.startswith(begins)
+        if self._called:
+            self._pieces += self._calls.feed(self._held)
+        else:
+            self._say(self._held)
+        self._held = ""
+        return False
+
+    def _end(self) -> None:
+        if self._called:
+            self._pieces += self._calls.finish()
+        else:
+            self._say(self._held)

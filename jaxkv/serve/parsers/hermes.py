@@ -13,7 +13,7 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 class HermesParser(ToolParser):
     """White space behind a call belongs to the syntax; a missing closing tag is forgiven."""
 
-    markers = (BEGIN, END)
+    markers, begins = (BEGIN, END), (BEGIN,)
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container
 from enum import Enum
 from typing import Any
 
@@ -36,7 +37,8 @@ def _moved(schema: Any, where: str) -> Any:
     if not isinstance(schema, dict):
         return schema
     out = {key: _moved(value, where) for key, value in schema.items()}
-    if isinstance(ref := out.get("$ref"), str) and (ref == "#" or ref.startswith("#/") and ref.split("/")[1] not in DEFINITIONS):
+    ref = out.get("$ref")
+    if isinstance(ref, str) and (ref == "#" or ref.startswith("#/") and ref.split("/")[1] not in DEFINITIONS):
         out["$ref"] = where + ref[1:]
     return out
 
@@ -98,15 +100,15 @@ class JsonValue:
 class CallObject:
     """One call. Nothing goes out before it is certain to be one: it has a name, and arguments or its end.
 
-    ``strict``: it must have arguments, and a key that calls do not have breaks it. ``raw`` is everything so far until
-    the first piece is out: what the owner shows as content if there will be none.
+    ``strict``: it must have arguments, and a key that calls do not have breaks it. So does a name that is none of ``names``.
+    ``raw`` is everything so far until the first piece is out: what the owner shows as content if there will be none.
     """
 
-    def __init__(self, index: int, raw: str = "", strict: bool = False) -> None:
+    def __init__(self, index: int, raw: str = "", strict: bool = False, names: Container[str] | None = None) -> None:
         self.state = State.OPEN
         self.announced = False
         self.raw = raw
-        self._index, self._strict = index, strict
+        self._index, self._strict, self._names = index, strict, names
         self._expect = "{"
         self._key = ""
         self._name: str | None = None
@@ -180,7 +182,7 @@ class CallObject:
         elif self._key == "name" and self._name is None:
             name = self._loads()
             self._name = name if isinstance(name, str) and NAME.fullmatch(name) else None
-            if self._name is None:
+            if self._name is None or self._names is not None and self._name not in self._names:
                 self.state = State.BROKEN
         elif self._key in ARGUMENTS and not self._has_arguments:
             self._odd_arguments()

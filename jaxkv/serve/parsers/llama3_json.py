@@ -14,7 +14,7 @@ class Llama3JsonParser(ToolParser):
     """Several calls stand one behind the other, separated by semicolons, commas or white space. The tag itself is never
     content."""
 
-    markers = (TAG,)
+    markers, begins = (TAG,), (TAG, "{")
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,9 +31,11 @@ class Llama3JsonParser(ToolParser):
             return self._read(self._call)
         if self._may_call:
             return self._begin()
-        found = self._say_until(TAG)
-        self._may_call = found
-        return found
+        self._may_call = self.names is None and self._say_until(TAG)  # behind content no grammar lets a call come
+        if self.names is not None:
+            self._say(self._held)
+            self._held = ""
+        return self._may_call
 
     def _begin(self) -> bool:
         text = self._held.lstrip(" \t\r\n;," if self.count else None)
@@ -43,7 +45,7 @@ class Llama3JsonParser(ToolParser):
         if TAG.startswith(text):
             return False
         if text[0] == "{":
-            self._call = CallObject(self.count, self._held[:len(self._held) - len(text)], strict=True)
+            self._call = CallObject(self.count, self._held[:len(self._held) - len(text)], True, self.names)
             self._held = text
         self._may_call = False
         return True

@@ -19,7 +19,7 @@ _LONGEST_HEAD = 160  # characters
 class MistralParser(ToolParser):
     """The marker itself is never content."""
 
-    markers = (MARKER,)
+    markers = begins = (MARKER,)
 
     def __init__(self) -> None:
         super().__init__()

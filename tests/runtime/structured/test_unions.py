@@ -112,7 +112,8 @@ def test_discriminated_unions_of_pydantic(takes, kind, texts):
 def test_the_grammar_is_the_schema(takes, schema):
     items = [*({"k": k} for k in ("a", "b", "c", 1)), {}, None, "a", {"x": 1}, {"k": "a", "x": 1}]
     validator, found = jsonschema.Draft202012Validator(schema), []
-    for value in [*items, *([item] for item in items), *([{"k": "a"}, item] for item in items), *({"oneOf": item} for item in items)]:
+    for value in [*items, *([item] for item in items), *([{"k": "a"}, item] for item in items),
+                  *({"oneOf": item} for item in items)]:
         found.append(validator.is_valid(value))
         assert takes(schema, json.dumps(value)) == found[-1], value
     assert {True, False} == set(found)
