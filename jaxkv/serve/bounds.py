@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from typing import Annotated, Any, TypeVar
 
 import orjson
@@ -50,12 +49,17 @@ def check_levels(value: Any, name: str, param: str | None = None) -> None:
         raise bad_request(f"{name} may be nested at most {MAX_LEVELS} levels deep, got more", param, "nested_too_deeply")
 
 
-def at_most(count: int) -> BeforeValidator:
-    """Refuses a larger object before its entries are looked at."""
+def at_most(most: int, within: str = "") -> BeforeValidator:
+    """Refuses a larger list or object before its entries are looked at, or a list whose objects hold lists called ``within``
+    that have more entries together."""
     def check(value: Any) -> Any:
-        if isinstance(value, Sized) and len(value) > count:
-            raise PydanticCustomError("too_long", "must hold at most {most} entries, not {count}",
-                                      {"most": count, "count": len(value)})
+        lists = [value]
+        if within:
+            lists = [entry.get(within) for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+        count = sum(len(one) for one in lists if isinstance(one, list | dict))
+        if count > most:
+            raise PydanticCustomError("too_long", "must hold at most {most} {what}, not {count}",
+                                      {"most": most, "count": count, "what": within or "entries"})
         return value
 
     return BeforeValidator(check)

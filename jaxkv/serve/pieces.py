@@ -78,7 +78,7 @@ class Outline:
         start = _BLANK.match(text, start).end()  # type: ignore[union-attr]  # it matches nothing, too
         close = {b"[": b"]", b"{": b"}", b'"': b'"'}.get(text[start : start + 1], b"")
         last = text.rfind(close, start + 1, end)
-        if not close or last < 0 or text[last + 1 : end].strip():
+        if not close or last < 0 or text[last + 1 : end].strip(b" \t\n\r"):
             return self._parse(b"%b", start, end)  # says what is wrong
         if close == b'"':
             return self._string(start + 1, last)

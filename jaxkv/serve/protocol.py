@@ -45,7 +45,7 @@ _INERT = {"metadata", "store", "service_tier", "user", "parallel_tool_calls", "r
           "spaces_between_special_tokens"}
 COMPLETION_TOKENS = 16  # max_tokens of a completion that names none, as in the OpenAI API
 MAX_STOPS = 64  # stop strings of a request: each is looked for after every token
-MAX_MESSAGES = 4096  # of a chat: checking one takes microseconds in which no other thread runs
+MAX_MESSAGES = 4096  # of a chat, and calls in them: checking one takes microseconds in which no other thread runs
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -235,7 +235,7 @@ class ChatRequest(GenerationRequest):
     """/v1/chat/completions."""
 
     model_config = ConfigDict(title="ChatCompletionRequest")
-    messages: Annotated[Items[ChatMessage], at_most(MAX_MESSAGES)] = Field(min_length=1)
+    messages: Annotated[Items[ChatMessage], at_most(MAX_MESSAGES, "tool_calls"), at_most(MAX_MESSAGES)] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

@@ -13,12 +13,17 @@ _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 _CHOICES = ("none", "auto", "required")
 _NESTED = re.compile(r"(\btools\[\d+\]|\btool_choice)\.function\b")
 _NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}  # chat's -> ours
+_WORDS = ((_NESTED, r"\1"), (re.compile(r"^messages\[\d+\](\.tool_calls\[\d+\]\.function)?"), "input[...]"),
+          (re.compile(r"^messages\b"), "input"), (re.compile(r"^max_tokens\b"), "max_output_tokens"),
+          (re.compile(r"\bresponse_format(\.json_schema)?\b"), "text.format"))
 
 
 def our_words(param: str | None, message: str) -> tuple[str | None, str]:
     """Chat's name of a field and its message as ours."""
     param = param and _NESTED.sub(r"\1", param)
-    return _NAMES.get(re.split(r"[\[.]", param or "")[0], param), _NESTED.sub(r"\1", message)
+    for theirs, ours in _WORDS:
+        message = theirs.sub(ours, message, 1)
+    return _NAMES.get(re.split(r"[\[.]", param or "")[0], param), message
 
 
 def messages_of(items: str | Sequence[dict[str, Any]], name: str = "input") -> list[dict[str, Any]]:

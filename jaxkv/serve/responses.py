@@ -25,7 +25,7 @@ from jaxkv.serve.limits import owner_of
 from jaxkv.serve.logprobs import TokenText, chat_logprobs
 from jaxkv.serve.openapi import documented
 from jaxkv.serve.parsers.message import MessageReader
-from jaxkv.serve.protocol import ChatRequest, GenerationRequest, validated
+from jaxkv.serve.protocol import MAX_MESSAGES, ChatRequest, GenerationRequest, validated
 from jaxkv.serve.response_input import chat_choice, chat_format, chat_tool, messages_of, our_words
 from jaxkv.serve.response_output import Event, Output
 from jaxkv.serve.response_store import ResponseStore
@@ -54,7 +54,7 @@ class ResponseText(BaseModel):
 class ResponsesRequest(GenerationRequest):
     """/v1/responses. Sampling fields beyond OpenAI's are those of chat."""
 
-    input: str | Items[dict[str, Any]]
+    input: Annotated[str | Items[dict[str, Any]], at_most(MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: int | None = None
     previous_response_id: str | None = None
@@ -209,15 +209,15 @@ def add_responses(app: FastAPI, service: Service) -> None:
         body = await service.read(ResponsesRequest, request)
         earlier, owner = body.previous_response_id, owner_of(request.scope)
         before = store.get(earlier, "previous_response_id", owner) if earlier else None
-        messages = (before.messages if before else []) + messages_of(body.input)
         tokenizer, dialect = service.tokenizer("input"), service.dialect()
 
-        def prepare() -> tuple[ChatRequest, chat.Conversation]:
+        def prepare() -> tuple[list[dict[str, Any]], ChatRequest, chat.Conversation]:
+            messages = (before.messages if before else []) + messages_of(body.input)
             like = body.chat(messages, service.ignored_fields)
-            return like, chat.prepare(like, tokenizer, dialect)
+            return messages, like, chat.prepare(like, tokenizer, dialect)
 
         with _ours():
-            like, talk = await service.aside(body.size + (before.size if before else 0), prepare)
+            messages, like, talk = await service.aside(body.size + (before.size if before else 0), prepare)
         service.check_text(body, talk.prompt)
         ids = await service.encode(talk.prompt, add_special_tokens=bool(body.add_special_tokens))
         form = ResponseForm(service.model_name(), body, like, TokenText(tokenizer), talk)

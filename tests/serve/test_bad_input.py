@@ -298,3 +298,10 @@ def test_large_bodies_are_read_as_small_ones(http):
     broken = b'{"prompt": ["' + b"a" * 100_000
     assert "not valid JSON" in refused(http.post("/v1/completions", content=broken), code="invalid_json")
     assert "integers from 0" in refused(http.post("/v1/completions", json={"prompt": [5] * 90_000 + [True]}), param="prompt")
+
+
+def test_many_calls_are_refused_before_they_are_looked_at(http):
+    calls = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 2049}
+    message = refused(http.post("/v1/chat/completions", json={"messages": [calls, calls, 1]}), param="messages")
+    assert "at most 4096 tool_calls, not 4098" in message
+    refused(http.post("/v1/chat/completions", json={"messages": [calls, 1]}), param="messages[1]")

@@ -52,10 +52,15 @@ def test_what_is_broken_is_refused(value, data):
     """One byte is put in, left out or changed."""
     text = bytearray(json.dumps([value, value]).encode())
     place = data.draw(st.integers(0, len(text) - 1))
-    other = data.draw(st.sampled_from([b"", *(bytes([c]) for c in b'[]{},:"\\ 1')]))
+    other = data.draw(st.sampled_from([b"", *(bytes([c]) for c in b'[]{},:"\\ 1\v\f')]))
     text[place : place + data.draw(st.integers(0, 1))] = other
     expected, found = either(bytes(text))
     assert found == expected
+
+
+@pytest.mark.parametrize("blank", [b"\v", b"\f"])
+def test_white_space_is_that_of_json(blank):
+    assert either(b'["%b"]%b' % (b"a" * 40, blank)) == [None, None]
 
 
 @settings(max_examples=300, deadline=None)

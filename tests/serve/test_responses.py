@@ -52,6 +52,20 @@ def test_text_format_is_followed(http, fake):
     assert fake.engine.requests[-1].params.structured.kind == "json_object"
 
 
+@pytest.mark.parametrize(("fields", "param", "message"), [
+    ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens must be at least 1"),
+    ({"text": {"format": {"type": "yaml"}}}, "text", "text.format.type: Input should be"),
+    ({"text": {"format": {"type": "json_schema"}}}, "text", "text.format.name: Field required"),
+    ({"text": {"format": {"type": "json_object"}}, "guided_regex": "a"}, "guided_regex", "only one of text.format and guided"),
+    ({"input": []}, "input", "input: List should have"), ({"input": {}}, "input", "input: Input should be a valid string or"),
+    ({"input": [{"role": "user", "content": "a"}] * 4097}, "input", "input: must hold at most 4096 entries, not 4097"),
+    ({"input": [{"type": "function_call", "name": "f", "call_id": "c", "arguments": "{"}]}, "input",
+     "input[...].arguments must be JSON text"),
+])
+def test_errors_are_in_words_of_this_route(http, fields, param, message):
+    assert refused(http.post(PATH, json={"input": "hi", **fields}), param=param).startswith(message)
+
+
 def test_text_is_checked_before_it_is_echoed(http):
     assert post(http, PATH, input="hi", max_output_tokens=1, text={"verbosity": "low"})["text"] == {
         "format": {"type": "text"}, "verbosity": "low"}
