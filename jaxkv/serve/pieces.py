@@ -25,7 +25,8 @@ _STEP = np.zeros(256, np.int8)  # what a byte outside of strings does to the lev
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 _BLANK = re.compile(rb"[ \t\n\r]*")
 _NAME = re.compile(rb'[ \t\n\r]*("(?:[^"\\]|\\.)*+")[ \t\n\r]*:', re.DOTALL)
-_SAFE = re.compile(rb"[^\\]{12}(?=[^\\\x80-\xbf])")  # behind it a string may be cut: no escape and no character goes on there
+# Behind it a string may be cut: no escape and no character goes on there. The second is an escape, but half of a pair.
+_SAFE = re.compile(rb"[^\\]{12}(?=[^\\\x80-\xbf])|[^\\]\\(?:[^u]|u(?![dD][89abAB])[0-9a-fA-F]{4})")
 
 
 class TooMany(ValueError):

@@ -58,6 +58,13 @@ def test_what_is_broken_is_refused(value, data):
     assert found == expected
 
 
+@pytest.mark.parametrize("text", ["中", "🙂", "a\n", '"', "aé"])
+def test_strings_of_escapes_are_cut(monkeypatch, text):
+    sizes, parse = [], Outline._parse
+    monkeypatch.setattr(Outline, "_parse", lambda *given: sizes.append(given[3] - given[2]) or parse(*given))
+    assert whole(json.dumps(text * 1000).encode()) == text * 1000 and max(sizes) < 4 * 32
+
+
 @pytest.mark.parametrize("blank", [b"\v", b"\f"])
 def test_white_space_is_that_of_json(blank):
     assert either(b'["%b"]%b' % (b"a" * 40, blank)) == [None, None]
