@@ -437,7 +437,7 @@ class StepResult:
     logprobs: tuple[tuple[Logprobs, ...], ...] = ()
     prompt_logprobs: tuple[tuple[Logprobs, ...], ...] = ()  # for positions start + 1 .. of a chunk that asked
     hidden: tuple[tuple[float, ...], ...] = ()  # of the last position, where the request is to be embedded
-    failed: bool = False  # the plan's chunks were not run, and nothing else is told
+    failed: bool = False  # the device's memory ran out: HBM's contents are lost, and nothing else is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,6 +463,7 @@ class TokenEvent:
     start: Start | None = None  # with the first token
     hidden: tuple[float, ...] = ()
     cached_below: tuple[int, int] = (0, 0)  # tokens of num_cached that came from host and from disk
+    error: str = ""  # why it ended with "error", if there is more to say
 
 
 class DiskIndex(Protocol):

@@ -17,22 +17,25 @@ TEXTS = ([1] * 60, [1] * 6 + [2] * 54, [1, 2, 3, 4, 5, 6, 7] * 9, list(range(20,
 
 
 class Faulty(SimDevice):
-    """Steps whose plan is in ``lost`` do not run; in steps whose plan is in ``broken`` one sequence computes NaN, which
-    spreads to whoever reads it."""
+    """In steps whose plan is in ``lost`` the memory runs out after some of the moves, and nothing runs until ``restore``; in
+    steps whose plan is in ``broken`` one sequence computes NaN, which spreads to whoever reads it."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.lost: set[int] = set()
         self.broken: set[int] = set()
+        self.void = False
         self.victims: set[str] = set()
         self.touched: set[str] = set()  # read NaN at some time
         self._dead: set[str] = set()  # sampled NaN and were not admitted again
 
     def apply(self, plan: StepPlan) -> StepResult:
         self._dead -= {admit.request_id for admit in plan.admits}
-        if plan.id in self.lost:
-            super().apply(replace(plan, chunks=()))
+        if plan.id in self.lost and not self.void:
+            super().apply(replace(plan, moves=plan.moves[:plan.id % 4], fetches=(), chunks=()))
             self.victims |= {chunk.request_id for chunk in plan.chunks}
+            self.void = True
+        if self.void:
             return StepResult((), failed=True)
         alive = [chunk for chunk in plan.chunks if chunk.request_id not in self._dead]
         self._victim = alive[plan.id % len(alive)].request_id if plan.id in self.broken and alive else None
@@ -40,6 +43,10 @@ class Faulty(SimDevice):
         result = super().apply(replace(plan, chunks=tuple(alive)))
         tokens = dict(zip([chunk.request_id for chunk in alive], result.tokens))
         return StepResult(tuple(tokens.get(chunk.request_id, (-1,) * chunk.num_logits) for chunk in plan.chunks))
+
+    def restore(self, host_pages: set[tuple[int, int]]) -> None:
+        super().restore(host_pages)
+        self.void = False
 
     def _write(self, chunks: tuple[Chunk, ...]) -> None:
         super()._write(chunks)
@@ -79,6 +86,7 @@ def run(seed: int, fault: str) -> Driver:
         policy=rng.choice(["lfu", "lru", "arc"]), groups=rng.choice([FULL, FULL_AND_WINDOW]), max_num_seqs=rng.randint(1, 6),
         budget=rng.choice([8, 16, MODEL_LEN]), overlap=rng.randint(0, 1), fetch_pages=rng.choice([1, 64]),
         delay=rng.randint(1, 4), max_model_len=MODEL_LEN)
+    driver.lost_late = rng.random() < 0.6
     getattr(driver.device, fault).update(rng.sample(range(2, 40), 2))
     aborts = rng.choice([0, 0, 0.1])
     for index in range(14):
