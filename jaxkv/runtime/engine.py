@@ -269,7 +269,8 @@ class Engine:
         return min(params.max_tokens or room, room)
 
     def _grammar(self, params: SamplingParams) -> Grammar | None:
-        """What the answer must follow, compiled; at once if whoever asks compiled it before."""
+        """What the answer must follow, compiled; at once if whoever asks compiled it before, as a server and a batch do.
+        ``LLM`` adds all prompts before the first step, so that nobody waits there."""
         if params.structured is None:
             return None
         if self.grammars is None:
