@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
-from sched_driver import FULL, FULL_AND_WINDOW, Driver, children
+from sched_driver import FULL, FULL_AND_WINDOW, Driver, children, request
 
-from jaxkv.types import Chunk, SamplingParams, StepPlan, StepResult
+from jaxkv.types import Chunk, SamplingParams, StepPlan, StepResult, Tier
 from tests.sim_device import SimDevice
 
 NAN = -7  # content of a position
@@ -113,6 +114,7 @@ def run(seed: int, fault: str) -> Driver:
     late = {name for name, reason in driver.reasons.items() if reason == "error"} - failed
     assert not {name for name in late if name.startswith(f"again {again}")}
     assert all(driver.inner.cache.available(g) == driver.settings.pages for g in range(len(driver.settings.groups)))
+    assert driver.replayed(driver.log) == driver.plans
     return driver
 
 
@@ -139,6 +141,37 @@ def test_who_shares_lost_kv_computes_it_again():
     driver.run()
     assert driver.reasons == {"first.0": "error", "second.0": "length"}
     assert driver.device.computed["second.0"] == len(prompt) + 8
+    driver.check_outputs()
+
+
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_host_pages_below_lost_ones_are_found_again(late, disk):
+    """What prompts share is in HBM, their tails are in the host tier, when HBM is lost. The next one computes what they share,
+    or brings it from the disk; then a tail comes from the host tier as before."""
+    driver = Driver(Faulty, pages=24, host_pages=60, overlap=1, max_num_seqs=1, disk=disk, delay=1)
+    driver.lost_late = late
+    shared = list(range(40))
+    with patch("jaxkv.cache.costs.TRAINED", 10**9):  # what is found is brought
+        for index in range(6):
+            driver.add(request(f"{index}", shared + [50 + index] * 16, 2))
+            driver.run()
+        cache = driver.inner.cache
+        tails = [n for n in cache.trie.nodes() if n.tier is Tier.HOST]
+        kept = sum(map(len, tails))
+        assert tails and all(n.start >= len(shared) for n in tails)
+        driver.device.lost.add(len(driver.plans))
+        driver.add(request("victim", [90] * 8, 8))
+        driver.run()
+        assert driver.reasons["victim"] == "error" and cache.usage()[Tier.HOST] == (kept,)
+        assert all(node.tier is Tier.HOST for node in cache.trie.nodes())
+        tail_token = next(node.data[0] for node in tails if node.start == len(shared))
+        for name, tail in (("one", [3] * 8), ("two", [tail_token] * 16)):
+            driver.add(request(name, shared + tail, 2))
+            driver.run()
+    computed = driver.device.computed
+    assert computed["two"] < 10 and driver.cached_below["two"][0] >= 12
+    assert computed["one"] < 20 if disk else computed["one"] >= len(shared)
     driver.check_outputs()
 
 
