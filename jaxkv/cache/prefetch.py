@@ -44,7 +44,7 @@ class Prefetcher:
         hit = find_hit(store, seq, plan_id, Use.COMING)
         data, keys = self._on_disk(seq, hit)
         hit, keys = self._worth(seq, plan_id, hit, keys)
-        rest = [min(-(-len(seq.tokens) // store.page_size) - hit.pages, n) for n in most]
+        rest = [max(len(keys), min(-(-len(seq.tokens) // store.page_size) - hit.pages, n)) for n in most]
         if any(room - own < others for room, own, others in zip(room_beside(store, hit), rest, spare)):
             store.trie.prune(hit.path[0])
             return None
