@@ -48,8 +48,8 @@ CPU = Setup("peers-small", "float32", 2, (
 GPU = Setup("llama-3-8b", "bfloat16", 1, (
     *(f"decode-{n}x{k}k" for k in (1, 4, 32) for n in (1, 8, 32, 128, 256)), "decode-64-shared-8k",
     *(f"prefill-{k}k" for k in (2, 4, 8, 16, 32)), "mixed-64"),
-    ("decode-32x4k", "decode-128x4k", "decode-8x32k"), ("bfloat16", "int8", "float8_e4m3fn"), ("decode-32x4k", "decode-8x32k"),
-    (64, 8192), (1, 4, 16, 64, 256), 4096, (64, 151936))
+    ("decode-32x4k", "decode-128x4k", "decode-8x32k", "prefill-8k"), ("bfloat16", "int8", "float8_e4m3fn"),
+    ("decode-32x4k", "decode-8x32k"), (64, 8192), (1, 4, 16, 64, 256), 4096, (64, 151936))
 TINY = Setup("default", "float32", 1, ("decode-1",), ("decode-1",), ("bfloat16", "int8"), ("decode-1",), (8,), (2,), 16,
              (2, 64))
 
@@ -160,7 +160,7 @@ class Bench:
         return out | ({"speed_vs_cudnn": times["cudnn"] / seconds} if "cudnn" in times else {})
 
     def quantised(self, shape: str) -> None:
-        """Decode with every KV dtype; the first implementation's output is what the others must give."""
+        """A shape with every KV dtype; the first implementation's output is what the others must give."""
         cases = {kv: self.case(shape, kv, QUANTISED_PAGE) for kv in self.setup.kv_dtypes}
         ready: dict[str, Any] = {}
         errors: dict[str, float] = {}
@@ -177,8 +177,9 @@ class Bench:
                 if timing and base and kv in QUANTISED:
                     more = {"speed_vs_bf16": min(t.median for t in base) / timing.median,
                             "best": {"speed_vs_bf16": min(t.low for t in base) / timing.low}}
-                self.row("decode-quantised", f"{shape} {kv}", name, attention_work(case.batch, case.heads, kv), case=case,
-                         timing=timing, status=refused.get(f"{kv} {name}", "ok"), error=errors.get(f"{kv} {name}"), **more)
+                self.row(f"{kind_of(case.batch)}-quantised", f"{shape} {kv}", name, attention_work(case.batch, case.heads, kv),
+                         case=case, timing=timing, status=refused.get(f"{kv} {name}", "ok"),
+                         error=errors.get(f"{kv} {name}"), **more)
 
     def mass(self, shape: str) -> None:
         """What the attention mass by page costs."""
@@ -240,7 +241,9 @@ def measure_all(bench: Bench, kinds: set[str]) -> None:
         bench.section("moves", lambda: bench.moves(kinds))
     if "sampling" in kinds:
         bench.section("sampling", bench.sampling)
-    for kind, shapes, measure in (("decode-quantised", bench.setup.quantised, bench.quantised),
-                                  ("decode-mass", bench.setup.mass, bench.mass)):
-        for shape in shapes if kind in kinds else ():
-            bench.section(f"{kind} {shape}", lambda s=shape, m=measure: m(s))
+    for what, shapes, measure in (("quantised", bench.setup.quantised, bench.quantised),
+                                  ("mass", bench.setup.mass, bench.mass)):
+        for shape in shapes:
+            kind = f"{kind_of(BATCHES[shape])}-{what}"
+            if kind in kinds:
+                bench.section(f"{kind} {shape}", lambda s=shape, m=measure: m(s))

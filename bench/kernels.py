@@ -19,7 +19,8 @@ from pathlib import Path
 from bench.roofline import judge, losses
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("decode", "shared", "prefill", "mixed", "decode-quantised", "decode-mass", "kv_write", "page_copy", "tier", "sampling")
+KINDS = ("decode", "shared", "prefill", "mixed", "decode-quantised", "prefill-quantised", "decode-mass", "kv_write",
+         "page_copy", "tier", "sampling")
 
 
 def device_tests() -> tuple[bool, str]:

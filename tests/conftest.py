@@ -1,4 +1,5 @@
-"""Strict numerics for every test: four virtual CPU devices, no implicit promotion, warnings are errors.
+"""Strict numerics for every test: five virtual CPU devices (four for meshes, and as many threads as the GPU interpreter
+needs), no implicit promotion, warnings are errors.
 
 JAXKV_TEST_PLATFORM=gpu leaves the GPU in: for the tests marked so, which are skipped without one.
 """
@@ -6,7 +7,7 @@ JAXKV_TEST_PLATFORM=gpu leaves the GPU in: for the tests marked so, which are sk
 import os
 
 os.environ["JAX_PLATFORMS"] = {"gpu": "cuda,cpu"}.get(os.environ.get("JAXKV_TEST_PLATFORM", ""), "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=5"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

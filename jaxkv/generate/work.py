@@ -19,7 +19,7 @@ from jaxkv.runtime.outputs import Delta
 from jaxkv.runtime.structured.compiler import Grammar, GrammarCompiler
 from jaxkv.runtime.tokenizer import Tokenizer
 from jaxkv.serve import chat, completions
-from jaxkv.serve.answer import Choice, Form, best_of
+from jaxkv.serve.answer import Choice, Form, best_of, reasoning_usage
 from jaxkv.serve.dialect import ChatOptions, choose_dialect
 from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request, generation_failed
@@ -49,7 +49,8 @@ class Work:
         self.num_sequences = sum(call.params.n for call in calls)
         self._envelope, self._request, self._form = envelope, request, form
         self._n = calls[0].params.n
-        self._choices = [Choice(call.position * self._n + child, call) for call in calls for child in range(self._n)]
+        self._choices = [Choice(call.position * self._n + child, call, form.reader())
+                         for call in calls for child in range(self._n)]
         self._unfinished = len(self._choices)
 
     def take(self, call: Call, delta: Delta) -> bool:
@@ -75,7 +76,7 @@ class Work:
         if self._envelope.plain:
             return self._envelope.fields | _plain_record(best, self._form.tokens, cached)
         usage = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
-                 "prompt_tokens_details": {"cached_tokens": cached}}
+                 "prompt_tokens_details": {"cached_tokens": cached}} | reasoning_usage(self._choices)
         body = self._form.head | {"choices": [self._form.whole(choice) for choice in best], "usage": usage} \
             | self._form.extras(best)
         return self._envelope.answer(200, body)

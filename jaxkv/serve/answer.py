@@ -23,6 +23,7 @@ from jaxkv.runtime.structured.compiler import CompilerBusy, Grammar, grammar_or_
 from jaxkv.serve.engine_loop import Call, EngineLoop
 from jaxkv.serve.errors import ApiError, generation_failed
 from jaxkv.serve.logprobs import TokenText
+from jaxkv.serve.parsers.message import MessageReader, Parts
 from jaxkv.serve.protocol import GenerationRequest
 from jaxkv.serve.records import RECORD, Record
 from jaxkv.types import Logprobs
@@ -43,6 +44,8 @@ class Choice:
 
     index: int
     call: Call
+    reader: MessageReader | None = None  # of the text, where it is a message
+    parts: list[Parts] = field(default_factory=list)  # what it read, an entry for each delta
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
@@ -61,6 +64,8 @@ class Choice:
         self.logprobs += delta.logprobs or ()
         self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        if self.reader is not None:
+            self.parts.append(self.reader.feed(delta.text, delta.finish_reason is not None, len(delta.token_ids)))
         if delta.num_cached_tokens:
             self.num_cached, self.cached_below = delta.num_cached_tokens, delta.cached_below
 
@@ -77,6 +82,13 @@ def best_of(choices: list[Choice], n: int, keep: int) -> list[Choice]:
     return best
 
 
+def reasoning_usage(choices: Sequence[Choice]) -> dict[str, Any]:
+    """The part of `usage` that says how many tokens were reasoning, of answers that are messages."""
+    readers = [choice.reader for choice in choices if choice.reader is not None]
+    count = sum(reader.reasoning_tokens for reader in readers)
+    return {"completion_tokens_details": {"reasoning_tokens": count}} if readers else {}
+
+
 class Form(ABC):
     """How an endpoint words its answer."""
 
@@ -89,11 +101,15 @@ class Form(ABC):
 
     @abstractmethod
     def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
-        """Entries of `choices` to stream for a delta that ``choice`` has not taken in yet; often one, maybe none."""
+        """Entries of `choices` to stream for the delta that ``choice`` has just taken in; often one, maybe none."""
 
     @abstractmethod
     def whole(self, choice: Choice) -> dict[str, Any]:
         """The entry of `choices` of a finished choice."""
+
+    def reader(self) -> MessageReader | None:
+        """What reads the text of one choice, if that is a message."""
+        return None
 
     def extras(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """Further top-level fields, for a first chunk or the whole answer."""
@@ -109,7 +125,7 @@ class Answer(Response):
         self.loop, self.calls, self.request, self.form = loop, calls, request, form
         self.mailbox = calls[0].mailbox
         n = calls[0].params.n
-        self.choices = [Choice(call.position * n + child, call) for call in calls for child in range(n)]
+        self.choices = [Choice(call.position * n + child, call, form.reader()) for call in calls for child in range(n)]
         self.unfinished = len(self.choices)
         self._n = n
         self.grammar: Grammar | None = None
@@ -202,9 +218,8 @@ class Answer(Response):
         for call, delta in items:
             choice = self.choices[call.position * self._n + delta.index]
             extras = {} if choice.started else self.form.extras([choice])
-            chunks = self.form.chunks(choice, delta)
             self._take(call, delta)
-            for chunk in chunks:
+            for chunk in self.form.chunks(choice, delta):
                 event = head | {"choices": [chunk]} | extras
                 extras = {}
                 if with_usage:
@@ -232,7 +247,8 @@ class Answer(Response):
         host, disk = (sum(choice.cached_below[i] for choice in first) for i in (0, 1))
         tiers = {"hbm": cached - host - disk, "host": host, "disk": disk}  # ours: the other fields are OpenAI's
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
-                "prompt_tokens_details": {"cached_tokens": cached, "cached_tokens_by_tier": tiers}}
+                "prompt_tokens_details": {"cached_tokens": cached, "cached_tokens_by_tier": tiers},
+                **reasoning_usage(self.choices)}
 
 
 async def respond(send: Send, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:

@@ -17,12 +17,13 @@ from jaxkv.serve.messages import messages_of
 from jaxkv.serve.parsers import TOOL_PARSERS
 from jaxkv.serve.parsers.base import CallDelta, ToolParser
 from jaxkv.serve.parsers.forced import NamedParser, RequiredParser
-from jaxkv.serve.parsers.message import MessageReader, Parts
+from jaxkv.serve.parsers.message import MessageReader, Parts, joined
 from jaxkv.serve.parsers.reasoning import BEGIN, END, ThinkParser
 from jaxkv.serve.protocol import ChatRequest
-from jaxkv.serve.thinking import after_reasoning
+from jaxkv.serve.structured import field_of
+from jaxkv.serve.thinking import after_reasoning, token_of
 from jaxkv.serve.tools import ToolUse
-from jaxkv.types import SamplingParams
+from jaxkv.types import SamplingParams, Structured
 
 
 def size_of(request: ChatRequest) -> int:
@@ -64,14 +65,14 @@ def _params_of(request: ChatRequest, dialect: Dialect) -> SamplingParams:
     if dialect.special_reasoning:
         params = replace(params, skip_special_tokens=False)
     use = request.tool_use
-    return params if use is None or use.mode == "none" else _with_tools(params, use, dialect)
+    return params if use is None or use.mode == "none" else _with_tools(request, params, use, dialect)
 
 
-def _with_tools(params: SamplingParams, use: ToolUse, dialect: Dialect) -> SamplingParams:
-    if params.structured is not None:
-        raise bad_request(f"response_format and its like do not go with tool_choice {use.mode!r}: the answer can follow "
-                          "one form only", "tool_choice")
+def _with_tools(request: ChatRequest, params: SamplingParams, use: ToolUse, dialect: Dialect) -> SamplingParams:
     if use.forced:
+        if params.structured is not None and request.response_format is None:  # that is of content, of which there is none
+            raise bad_request(f"{field_of(request)} does not go with tool_choice {use.mode!r}: the answer can follow one form "
+                              "only", "tool_choice")
         try:
             return replace(params, structured=use.grammar())
         except ValueError as error:
@@ -91,18 +92,17 @@ class Conversation:
     reader: Callable[[], MessageReader]
     short_ids: bool = False  # of calls: nine characters
 
+    def call_id(self) -> str:
+        """A new id of a call."""
+        return uuid.uuid4().hex[:9] if self.short_ids else f"call_{uuid.uuid4().hex[:24]}"
+
 
 def prepare(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> Conversation:
     """Raises ApiError. Takes time with the length of the messages."""
     params, prompt = _params_of(request, dialect), prompt_of(request, tokenizer, dialect)
     begun = _begun(request, prompt, dialect)
-    if params.structured is not None and begun is not None:
-        try:
-            params = replace(params, structured=after_reasoning(params.structured, begun, tokenizer))
-        except ValueError as error:
-            raise request.api_error(ValueError(
-                f"structured cannot be used with a model that reasons first: {error}; if its template can turn reasoning off, "
-                "do so: chat_template_kwargs {\"enable_thinking\": false}")) from None
+    if params.structured is not None:
+        params = replace(params, structured=_composed(params.structured, request, begun, tokenizer, dialect))
     use, thinks = request.tool_use, dialect.reasoning_parser is not None
 
     def reader() -> MessageReader:
@@ -110,6 +110,25 @@ def prepare(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> Conversat
         return MessageReader(think, _tool_parser(use, dialect), use is None or use.parallel)
 
     return Conversation(prompt, params, reader, dialect.tool_parser == "mistral")
+
+
+def _composed(structured: Structured, request: ChatRequest, begun: bool | None, tokenizer: Any,
+              dialect: Dialect) -> Structured:
+    """With the reasoning that may come before, and the calls that may come instead. Raises ApiError."""
+    use, calls = request.tool_use, ""
+    may_call = use is not None and use.mode == "auto"
+    try:
+        if use is not None and may_call:
+            calls = TOOL_PARSERS[dialect.tool_parser or ""].grammar(use.schemas(), use.parallel,
+                                                                    lambda marker: token_of(marker, tokenizer))
+            if not calls:
+                raise bad_request(f"{field_of(request)} does not go with tool_choice \"auto\" where calls are written in the "
+                                  f"{dialect.tool_parser} format", "tool_choice")
+        return structured if begun is None and not calls else after_reasoning(structured, begun, tokenizer, calls)
+    except ValueError as error:
+        why = "together with tools" if may_call else ("with a model that reasons first (if its template can turn that off: "
+                                                      "chat_template_kwargs {\"enable_thinking\": false})")
+        raise request.api_error(ValueError(f"structured cannot be used {why}: {error}")) from None
 
 
 def _tool_parser(use: ToolUse | None, dialect: Dialect) -> ToolParser | None:
@@ -140,7 +159,6 @@ class ChatForm(Form):
         super().__init__(request_id, model, request, tokens)
         self.request = request
         self._conversation = conversation
-        self._readers: dict[int, MessageReader] = {}  # by choice
         self._named = isinstance(request.tool_choice, dict)
 
     def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
@@ -149,7 +167,7 @@ class ChatForm(Form):
         if not choice.started:
             choice.started = True
             rows.append(self._entry(choice, {"role": "assistant", "content": ""}, None, None))
-        fields = self._fields(self._read(choice, delta.text, delta.finish_reason is not None))
+        fields = self._fields(choice.parts[-1])
         shown = delta.token_ids and (request.return_token_ids or request.logprobs)
         if fields or delta.finish_reason or shown:
             row = self._entry(choice, fields, self._finish(choice, delta.finish_reason), delta.stop_reason)
@@ -162,7 +180,7 @@ class ChatForm(Form):
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         request = self.request
-        fields = self._fields(self._read(choice, "".join(choice.text), True))
+        fields = self._fields(joined(choice.parts))
         content = fields.pop("content", None if fields else "")
         for call in fields.get("tool_calls", ()):
             del call["index"]
@@ -186,11 +204,8 @@ class ChatForm(Form):
             fields["prompt_logprobs"] = prompt_logprobs(first.prompt_logprobs, top, self.tokens)
         return fields
 
-    def _read(self, choice: Choice, text: str, last: bool) -> Parts:
-        reader = self._readers.get(choice.index)
-        if reader is None:
-            reader = self._readers[choice.index] = self._conversation.reader()
-        return reader.feed(text, last)
+    def reader(self) -> MessageReader:
+        return self._conversation.reader()
 
     def _fields(self, parts: Parts) -> dict[str, Any]:
         fields: dict[str, Any] = {}
@@ -206,13 +221,12 @@ class ChatForm(Form):
         """Id, type and name come with the first piece of a call only."""
         if call.name is None:
             return {"index": call.index, "function": {"arguments": call.arguments}}
-        name = uuid.uuid4().hex[:9] if self._conversation.short_ids else f"call_{uuid.uuid4().hex[:24]}"
-        return {"index": call.index, "id": name, "type": "function",
+        return {"index": call.index, "id": self._conversation.call_id(), "type": "function",
                 "function": {"name": call.name, "arguments": call.arguments}}
 
     def _finish(self, choice: Choice, reason: str | None) -> str | None:
         """"tool_calls" for an answer that came to its end with calls; to a named function "stop", as OpenAI has it."""
-        called = reason == "stop" and not self._named and self._readers[choice.index].called
+        called = reason == "stop" and not self._named and choice.reader is not None and choice.reader.called
         return "tool_calls" if called else reason
 
     @staticmethod

@@ -192,7 +192,11 @@ class GenerationRequest(PromptRequest):
 
     def api_error(self, error: ValueError) -> ApiError:
         field = field_of(self)
-        return from_value_error(error, {*type(self).model_fields, field}, {"structured": field} | self.renamed())
+        refusal = from_value_error(error, {*type(self).model_fields, field}, {"structured": field} | self.renamed())
+        if str(error).startswith("structured cannot be compiled") and getattr(self, "tools", None) \
+                and getattr(self, "tool_choice", None) in (None, "auto"):
+            refusal.message += " (its grammar is also that of the calls of tools)"
+        return refusal
 
     def renamed(self) -> dict[str, str]:
         return {"n": "best_of"} if self.best_of is not None else {}

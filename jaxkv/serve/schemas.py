@@ -32,11 +32,16 @@ class PromptTokenUsageInfo(BaseModel):
     cached_tokens_by_tier: TierUsageInfo | None = None  # of prompts that were answered
 
 
+class CompletionTokenUsageInfo(BaseModel):
+    reasoning_tokens: int  # up to and including the one that ends the reasoning
+
+
 class UsageInfo(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokenUsageInfo
+    completion_tokens_details: CompletionTokenUsageInfo | None = None  # of chats
 
 
 class CompletionLogProbs(BaseModel):

@@ -15,11 +15,11 @@ from pydantic import BaseModel, Field
 
 from jaxkv.serve.errors import ApiError, bad_request, shown
 from jaxkv.serve.messages import STRICT
+from jaxkv.serve.parsers.json_calls import DEFINITIONS, call_schema
 from jaxkv.types import Structured
 
 MAX_TOOLS = 128
 MAX_TOOL_BYTES = 2**16  # of one tool as JSON
-_DEFINITIONS = ("$defs", "definitions")
 
 
 class FunctionTool(BaseModel):
@@ -53,12 +53,15 @@ class ToolUse:
         """The tools as the client wrote them."""
         return [tool.model_dump(exclude_unset=True) for tool in self.tools]
 
+    def schemas(self) -> dict[str, dict[str, Any]]:
+        """Of the arguments of each tool."""
+        return {tool.function.name: tool.function.parameters or _EMPTY for tool in self.tools}
+
     def grammar(self) -> Structured:
         """What a forced answer follows: the arguments of the named function, or an array of calls. Raises ApiError for
         tools whose shared definitions contradict each other."""
         if self.mode == "named":
-            parameters = next(t.function.parameters for t in self.tools if t.function.name == self.name)
-            return Structured("json_schema", json.dumps(parameters or _EMPTY, ensure_ascii=False))
+            return Structured("json_schema", json.dumps(self.schemas()[self.name or ""], ensure_ascii=False))
         schema: dict[str, Any] = {"type": "array", "minItems": 1}
         if not self.parallel:
             schema["maxItems"] = 1
@@ -66,16 +69,15 @@ class ToolUse:
         return Structured("json_schema", json.dumps(schema, ensure_ascii=False))
 
     def _call_schema(self, index: int, root: dict[str, Any]) -> dict[str, Any]:
-        """One call; definitions move to the root, where their references look for them."""
+        """One call without its definitions, which go to ``root``."""
         function = self.tools[index].function
-        parameters = dict(function.parameters or _EMPTY)
-        for kind in _DEFINITIONS:
-            for name, definition in (parameters.pop(kind, None) or {}).items():
+        schema = call_schema(function.name, function.parameters or _EMPTY, "parameters")
+        for kind in DEFINITIONS:
+            for name, definition in schema.pop(kind, {}).items():
                 if root.setdefault(kind, {}).setdefault(name, definition) != definition:
                     where = f"tools[{index}].function.parameters.{kind}.{name}"
                     raise bad_request(f"{where[:200]} differs from another tool's definition of that name", "tools")
-        return {"type": "object", "properties": {"name": {"const": function.name}, "parameters": parameters},
-                "required": ["name", "parameters"], "additionalProperties": False}
+        return schema
 
 
 _EMPTY = {"type": "object", "properties": {}}
@@ -132,7 +134,7 @@ def _check_size(tool: Tool, where: str) -> ApiError | None:
 def _check_parameters(schema: dict[str, Any] | None, where: str) -> ApiError | None:
     if schema and schema.get("type", "object") != "object":
         return bad_request(f"{where}.type must be \"object\", got {shown(schema['type'])}", f"{where}.type")
-    for kind in _DEFINITIONS:
+    for kind in DEFINITIONS:
         if schema and not isinstance(schema.get(kind) or {}, dict):
             return bad_request(f"{where}.{kind} must be an object, got {shown(schema[kind])}", f"{where}.{kind}")
     return None

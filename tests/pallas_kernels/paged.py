@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.layout import QuantPool
+from pallas_kernels.quant import quantize_rows
 
 CPU_IMPLS = ("xla", "ref")  # the kernels of accelerators run interpreted, in modules of their own, on the same cases
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}  # of the outputs, which are of order 1
@@ -31,6 +35,14 @@ class Case:
     @property
     def real_rows(self) -> int:
         return int(self.cu_q_lens[-1])
+
+
+def quantised(pool: jax.Array, dtype: str) -> QuantPool:
+    """A poisoned pool in int8 or float8: where it is NaN, scales are NaN and values 77 or NaN."""
+    empty = jnp.isnan(pool).any(axis=-1)
+    values, scales = quantize_rows(jnp.nan_to_num(pool), dtype)
+    poison = jnp.float32(77 if dtype == "int8" else np.nan).astype(dtype)
+    return QuantPool(jnp.where(empty[..., None], poison, values), jnp.where(empty, jnp.nan, scales))
 
 
 def make_case(

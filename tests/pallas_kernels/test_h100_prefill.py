@@ -20,6 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pallas_kernels as pk
+from pallas_kernels.layout import QuantPool
 from pallas_kernels.page_copy import mosaic_gpu
 from pallas_kernels.ragged_paged_attention.mosaic_gpu.prefill import prefill_attention
 from pallas_kernels.ragged_paged_attention.params import AttentionParams
@@ -48,13 +49,20 @@ def compile_for_h100(function, *args, donate=()):
         return jax.jit(function, out_shardings=where, donate_argnums=donate).lower(*args).compile()
 
 
-def compile_prefill(head_dim, page_size, groups, *, dtype="bfloat16", window=None, soft_cap=None, num_pages=1024, tokens=512):
+def compile_prefill(head_dim, page_size, groups, *, dtype="bfloat16", kv_dtype=None, window=None, soft_cap=None,
+                    num_pages=1024, tokens=512):
     params = AttentionParams("head_major", 0.1, window, soft_cap, None)
     kv_heads, seqs = 2, 8
-    return compile_for_h100(
-        lambda *args: prefill_attention(*args, params=params), ((tokens, groups * kv_heads, head_dim), dtype),
-        (pk.pool_shape("head_major", num_pages, page_size, kv_heads, head_dim), dtype), ((seqs, 64), jnp.int32),
-        ((seqs,), jnp.int32), ((seqs + 1,), jnp.int32), ((tokens // 128 + seqs, 4), jnp.int32))
+    shape = pk.pool_shape("head_major", num_pages, page_size, kv_heads, head_dim)
+    pool = [(shape, kv_dtype), (shape[:-1], "float32")] if kv_dtype else [(shape, dtype)]
+
+    def attend(*args):
+        q, *pool, page_table, kv_lens, cu_q_lens, tiles = args
+        return prefill_attention(q, QuantPool(*pool) if kv_dtype else pool[0], page_table, kv_lens, cu_q_lens, tiles,
+                                 params=params)
+
+    return compile_for_h100(attend, ((tokens, groups * kv_heads, head_dim), dtype), *pool, ((seqs, 64), jnp.int32),
+                            ((seqs,), jnp.int32), ((seqs + 1,), jnp.int32), ((tokens // 128 + seqs, 4), jnp.int32))
 
 
 def resources(call: str, folder: Path) -> tuple[int, int]:
@@ -76,16 +84,21 @@ def resources(call: str, folder: Path) -> tuple[int, int]:
     (128, 16, 4, dict(window=1000, soft_cap=30.0)),
     (128, 128, 3, dict(dtype="float16")),
     (256, 256, 8, {}),
+    (64, 128, 8, dict(kv_dtype="float8_e4m3fn", dtype="float16")),
+    (96, 32, 2, dict(kv_dtype="int8")),
 ])
 def test_prefill_compiles(head_dim, page_size, groups, options):
     assert "mosaic_gpu" in compile_prefill(head_dim, page_size, groups, **options).as_text()
 
 
-@pytest.mark.parametrize("head_dim, groups, most", [(64, 1, 0), (128, 4, 0), (256, 4, 32)])
-def test_prefill_spills_nothing_and_fits_shared_memory(head_dim, groups, most, tmp_path):
+@pytest.mark.parametrize("head_dim, page_size, groups, most, kv_dtype", [
+    (64, 16, 1, 0, None), (128, 16, 4, 0, None), (256, 16, 4, 32, None), (128, 32, 4, 0, "int8"),
+    (128, 64, 4, 0, "float8_e4m3fn"),
+])
+def test_prefill_spills_nothing_and_fits_shared_memory(head_dim, page_size, groups, most, kv_dtype, tmp_path):
     """At head_dim 256 a few scalars of a job are spilled, outside the loop over unmasked blocks."""
     compile_prefill(64, 16, 1)  # skips without a compiler
-    spills, shared = resources(f"compile_prefill({head_dim}, 16, {groups})", tmp_path)
+    spills, shared = resources(f"compile_prefill({head_dim}, {page_size}, {groups}, kv_dtype={kv_dtype!r})", tmp_path)
     assert spills <= most and 0 < shared <= SHARED_MEMORY
 
 

@@ -15,14 +15,12 @@ pytest.importorskip("absl", reason="Mosaic GPU needs absl-py")
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races, reset_gpu_interpret_mode_state
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas_kernels.layout import QuantPool
-from pallas_kernels.quant import quantize_rows
 from pallas_kernels.ragged_paged_attention import ref
 from pallas_kernels.ragged_paged_attention.mosaic_gpu import entry, plan
 from pallas_kernels.ragged_paged_attention.params import AttentionParams
 from pallas_kernels.ragged_paged_attention.tuning import Chip
 
-from .paged import TOLERANCE, check, make_case
+from .paged import TOLERANCE, check, make_case, quantised
 
 SMALL = Chip("h100", 3, 232_448, 233_472)  # so few multiprocessors that sequences are cut and workers have several items
 
@@ -143,12 +141,7 @@ def test_quantised_pools(kv_dtype, q_dtype, head_dim, page_size, options):
     """Against the definition on the same quantised pool; where nothing may be read, scales are NaN and so is float8."""
     case = make_case([1, 2], [33, 150], heads=(4, 2), head_dim=head_dim, page_size=page_size, window=options.get("window"))
     q, pool, *rest = case.args
-    unknown = jnp.isnan(pool)
-    values, scales = quantize_rows(jnp.where(unknown, 0.0, pool), kv_dtype)
-    scales = jnp.where(unknown[..., 0], jnp.nan, scales)
-    if kv_dtype != "int8":
-        values = jax.lax.bitcast_convert_type(jnp.where(unknown, jnp.array(jnp.nan, kv_dtype), values), jnp.uint8)
-    pool, q, params = QuantPool(values, scales), q.astype(q_dtype), params_of(**options)
+    pool, q, params = quantised(pool, kv_dtype), q.astype(q_dtype), params_of(**options)
     out, lse, _ = entry.ragged_paged_attention(q, pool, *rest, None, None, params=params, chip=SMALL,
                                                interpret=InterpretGPUParams(detect_races=True))
     assert not get_races().races_found and out.dtype == q_dtype

@@ -2,7 +2,7 @@
 
 The interpreter simulates threads, barriers and copies, but does the two matrix products with jnp.dot (see `prefill_kernel`);
 that the real ones compile is shown by test_h100_prefill.py. Every simulated warpgroup that waits holds a thread of XLA:CPU:
-with fewer than four (virtual) devices or cores, which conftest.py provides, the interpreter can come to a standstill.
+with fewer than five (virtual) devices or cores, which conftest.py provides, the interpreter can come to a standstill.
 """
 
 import functools
@@ -19,13 +19,13 @@ pytest.importorskip("absl")  # undeclared dependency of Pallas Mosaic GPU in jax
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races, reset_gpu_interpret_mode_state
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas_kernels.layout import QuantPool
+from pallas_kernels.ragged_paged_attention import ref
 from pallas_kernels.ragged_paged_attention.mosaic_gpu.prefill import prefill_attention
 from pallas_kernels.ragged_paged_attention.mosaic_gpu.prefill_jobs import make_jobs
 from pallas_kernels.ragged_paged_attention.mosaic_gpu.prefill_tuning import PrefillBlocks
 from pallas_kernels.ragged_paged_attention.params import AttentionParams
 
-from .paged import TOLERANCE, make_case, oracle
+from .paged import TOLERANCE, make_case, oracle, quantised
 
 SMALL = PrefillBlocks(keys=64, stages=2, own_output=True, ctas=2)
 
@@ -78,6 +78,28 @@ def test_matches_the_oracle(q_lens, kv_lens, shape, options, blocks):
     tiles = tiles_of(case, 8, least=2)
     params = AttentionParams("head_major", 0.3, options.get("window"), options.get("soft_cap"), None)
     check(case, attend(*case.args, tiles, params=params, blocks=blocks), tiles=tiles, **options)
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "q_dtype", "shape", "options", "blocks"),
+    [
+        ("int8", "bfloat16", dict(head_dim=64, page_size=32), dict(), SMALL),
+        ("float8_e4m3fn", "float16", dict(head_dim=32, page_size=128), dict(window=30, soft_cap=2.0),
+         SMALL._replace(keys=128, own_output=False)),
+    ],
+)
+def test_quantised_pools(kv_dtype, q_dtype, shape, options, blocks):
+    """Against the definition on the same quantised pool; where nothing may be read, scales are NaN and so is float8."""
+    case = make_case([3, 40], [150, 333], heads=(2, 1), window=options.get("window"), **shape)
+    q, pool, *rest = case.args
+    args, tiles = (q.astype(q_dtype), quantised(pool, kv_dtype), *rest), tiles_of(case, 6)
+    params = AttentionParams("head_major", 0.3, options.get("window"), options.get("soft_cap"), None)
+    out, lse = attend(*args, tiles, params=params, blocks=blocks, races=True)
+    assert not get_races().races_found and out.dtype == q_dtype
+    want = ref.ragged_paged_attention(q, *args[1:], None, None, params=params)
+    n = case.real_rows
+    np.testing.assert_allclose(out[:n].astype(jnp.float32), want[0][:n], atol=TOLERANCE[q_dtype], rtol=TOLERANCE[q_dtype])
+    np.testing.assert_allclose(lse[:n], want[1][:n], atol=TOLERANCE[q_dtype], rtol=TOLERANCE[q_dtype])
 
 
 def test_no_races_and_the_same_bits_twice():
@@ -146,7 +168,9 @@ def test_jobs_cover_every_row_once(job_rows, window):
         (dict(head_dim=24), "head_dim=24"),
         (dict(page_size=12), "page_size=12"),
         (dict(page_size=48), "page_size=48"),
-        (dict(quant=True), "quantised pool"),
+        (dict(quant="int8"), "quantised pool with page_size=16, head_dim=128"),
+        (dict(quant="float8_e4m3fn", page_size=32, head_dim=80), "quantised pool with page_size=32, head_dim=80"),
+        (dict(quant="int8", page_size=32, head_dim=256), "no block sizes for head_dim=256 and KV dtype int8"),
     ],
 )
 def test_refusals_name_the_reason(change, message):
@@ -154,7 +178,7 @@ def test_refusals_name_the_reason(change, message):
     case = make_case([4], [4], heads=(2, 1), **{k: shape[k] for k in ("dtype", "layout", "head_dim", "page_size")})
     q, pool, *rest = case.args
     if change.get("quant"):
-        pool = QuantPool(jnp.zeros(pool.shape, jnp.int8), jnp.zeros(pool.shape[:-1], jnp.float32))
+        pool = quantised(pool, change["quant"])
     params = AttentionParams(shape["layout"], shape.get("scale", 1.0), None, None, None, shape.get("mass"))
     with pytest.raises(NotImplementedError, match=message):
         prefill_attention(q.astype(shape.get("q_dtype", q.dtype)), pool, *rest, jnp.zeros((1, 4), jnp.int32), params=params)

@@ -9,13 +9,11 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import QuantPool
-from pallas_kernels.quant import quantize_rows
 from pallas_kernels.ragged_paged_attention import ref
 from pallas_kernels.ragged_paged_attention.mosaic_tpu import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.params import AttentionParams
 
-from .paged import TOLERANCE, check, make_case
+from .paged import TOLERANCE, check, make_case, quantised
 
 MIXED = ([1, 20, 0, 1, 40, 3], [5, 300, 9, 1, 40, 77])
 SCALE = 0.3
@@ -25,12 +23,7 @@ def tpu_args(case, quant=None):
     """The case as the TPU stores it: bfloat16 as such; quantised, with NaN or a number where nothing was written."""
     q, pool, *rest = case.args
     pool = pool if pool.dtype == q.dtype else jax.lax.bitcast_convert_type(pool, q.dtype)
-    if quant:
-        empty = jnp.isnan(pool).any(axis=-1)
-        values, scales = quantize_rows(jnp.nan_to_num(pool), quant)
-        poison = jnp.float32(77 if quant == "int8" else np.nan).astype(quant)
-        pool = QuantPool(jnp.where(empty[..., None], poison, values), jnp.where(empty, jnp.nan, scales))
-    return q, pool, *rest
+    return q, quantised(pool, quant) if quant else pool, *rest
 
 
 def params(window=None, soft_cap=None, max_q_len=None, mass=None, layout="head_major", scale=SCALE):

@@ -130,10 +130,10 @@ def test_store_is_bounded():
 @pytest.mark.parametrize(("field", "value", "param"), [
     ("input", None, "input"), ("input", 5, "input"), ("input", [], "input"), ("input", [{"role": "x", "content": "a"}],
                                                                               "input[0].role"),
-    ("input", [{"type": "function_call", "name": "f"}], "input[0].type"), ("input", [{"role": "user"}], "input[0].content"),
+    ("input", [{"type": "item_reference", "id": "f"}], "input[0].type"), ("input", [{"role": "user"}], "input[0].content"),
     ("input", [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}], "input[0].content[0].type"),
     ("input", "word " * 400, "input"), ("max_output_tokens", 0, "max_output_tokens"), ("temperature", 900, "temperature"),
-    ("tools", [{"type": "web_search"}], "tools"), ("background", True, "background"), ("n", 2, "n"),
+    ("tools", [{"type": "web_search"}], "tools[0].type"), ("background", True, "background"), ("n", 2, "n"),
     ("truncation", "auto", "truncation"), ("include", ["file_search_call.results"], "include[0]"),
     ("previous_response_id", 5, "previous_response_id"), ("store", "yes", "store"), ("metadata", {"a": 5}, "metadata.a"),
     ("text", {"format": {"type": "xml"}}, "text"), ("suffix", "x", "suffix"),

@@ -5,6 +5,7 @@ import enum
 import json
 import re
 import time
+from typing import Literal
 
 import httpx
 import jsonschema
@@ -15,6 +16,7 @@ from serve_fakes import serving
 
 from jaxkv.cli import engine_config
 from jaxkv.runtime.startup import build_engine
+from jaxkv.serve.dialect import ChatOptions
 
 MODEL = "jaxkv-tiny"
 CODE = "def add(first, second):\n    return first +"
@@ -31,6 +33,10 @@ SCHEMAS = {
                                                  "day": {"type": "string", "format": "date"}}, "required": ["id", "day"]},
     "union": {"anyOf": [{"type": "integer", "minimum": 10, "maximum": 99}, {"type": "string", "maxLength": 5},
                         {"const": {"x": [None, True]}}]},
+    "tagged": {"$defs": {kind: {"type": "object", "properties": {"kind": {"const": kind}, "size": {"enum": [1, 2]}},
+                                "required": ["kind", "size"], "additionalProperties": False} for kind in ("box", "bag")},
+               "type": "array", "minItems": 1, "maxItems": 2,
+               "items": {"oneOf": [{"$ref": "#/$defs/box"}, {"$ref": "#/$defs/bag"}]}},
 }
 
 
@@ -38,7 +44,7 @@ SCHEMAS = {
 def server():
     config = engine_config({"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_memory": "8M",
                             "host_kv_memory": 0})
-    with serving(lambda: build_engine(config), start_seconds=280) as running:
+    with serving(lambda: build_engine(config), start_seconds=280, chat=ChatOptions(tool_parser="hermes")) as running:
         yield running
 
 
@@ -109,6 +115,43 @@ def test_the_openai_client_parses(client):
         streamed = "".join(event.delta for event in events if event.type == "content.delta")
         assert events.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
     assert streamed == answer.choices[0].message.content
+
+
+def test_a_format_beside_tools_gives_calls_or_content(client, tokenizer):
+    class Answer(pydantic.BaseModel):
+        size: Literal["small", "large"]
+
+    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": Answer.model_json_schema()}}
+    zone = {"type": "object", "properties": {"zone": {"enum": ["UTC", "CET"]}}, "required": ["zone"],
+            "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "clock", "parameters": zone}}
+    ask = {"model": MODEL, "messages": [{"role": "user", "content": "When?"}], "tools": [tool], "response_format": form, "n": 4,
+           "temperature": 1.5, "max_tokens": 120, "seed": 1, "parallel_tool_calls": False}
+    for first, finish in (("{", "stop"), ("<", "tool_calls")):
+        token, = tokenizer.encode(first, add_special_tokens=False)
+        choices = client.chat.completions.create(**ask, logit_bias={str(token): 100}).choices
+        ended = [choice.message for choice in choices if choice.finish_reason != "length"]
+        assert ended and {choice.finish_reason for choice in choices} <= {finish, "length"}
+        for message in ended:
+            if finish == "stop":
+                assert message.tool_calls is None and Answer.model_validate_json(message.content)
+            else:
+                assert message.content is None
+                assert all(json.loads(call.function.arguments)["zone"] in ("UTC", "CET") for call in message.tool_calls)
+
+
+def test_calls_through_the_responses_api(client):
+    tool = {"type": "function", "name": "resize", "strict": True, "parameters": {
+        "type": "object", "properties": {"size": {"enum": ["S", "M"]}}, "required": ["size"], "additionalProperties": False}}
+    ask = {"model": MODEL, "input": "Smaller?", "tools": [tool], "tool_choice": "required", "temperature": 0,
+           "parallel_tool_calls": False, "max_output_tokens": 150}
+    plain = client.responses.create(**ask)
+    call, = plain.output
+    assert (plain.status, call.name) == ("completed", "resize") and json.loads(call.arguments)["size"] in "SM"
+    with client.responses.stream(**ask) as events:
+        streamed = "".join(event.delta for event in events if event.type == "response.function_call_arguments.delta")
+        final = events.get_final_response().output[0]
+    assert streamed == final.arguments == call.arguments and final.parsed_arguments == json.loads(call.arguments)
 
 
 def test_stop_strings_logprobs_and_usage(http):

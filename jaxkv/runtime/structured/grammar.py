@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from jaxkv.runtime.structured.unions import with_tagged_unions
 from jaxkv.types import Structured
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 # Between two tokens of JSON stands a blank or an indented new line: small models find no end to what may be any length.
 WHITE_SPACE: Any = {"whitespace_pattern": r"[ \t]|\r?\n[ \t]{0,20}"}
 MAX_REASON = 300  # characters of llguidance's message that are passed on
+ONE_OF = ("oneOf is followed only where it is certain that no two branches hold at once: give each a required property with "
+          "a const or enum of its own, or say anyOf")
 _LIMITS: Any = {"max_items_in_row": 500, "initial_lexer_fuel": 500_000, "step_lexer_fuel": 60_000, "step_max_items": 10_000,
                 "max_lexer_states": 20_000, "max_grammar_size": 200_000, "verbose_errors": False}
 
@@ -50,9 +53,7 @@ def grammar_of(structured: Structured) -> str:
     if kind == "json_object":
         return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=WHITE_SPACE)
     if kind == "json_schema":
-        if not isinstance(json.loads(value), dict):
-            raise ValueError("a JSON schema must be an object")
-        return LLMatcher.grammar_from_json_schema(value, defaults=WHITE_SPACE)
+        return LLMatcher.grammar_from_json_schema(json.dumps(followed(json.loads(value))), defaults=WHITE_SPACE)
     if kind == "regex":
         return LLMatcher.grammar_from_regex(value)
     if kind == "choice":
@@ -64,9 +65,25 @@ def grammar_of(structured: Structured) -> str:
     return grammar_from("grammar", value)
 
 
+def followed(schema: Any) -> dict[str, Any]:
+    """A JSON schema that means the same and that llguidance can follow. ValueError."""
+    if not isinstance(schema, dict):
+        raise ValueError("a JSON schema must be an object")
+    try:
+        return with_tagged_unions(schema)
+    except RecursionError:
+        raise ValueError("the JSON schema is nested too deeply") from None
+
+
+def json_rule(schema: Any) -> str:
+    """A JSON schema within a Lark rule. ValueError."""
+    return "%json " + json.dumps({"x-guidance": WHITE_SPACE, **followed(schema)})
+
+
 def reason(matcher: LLMatcher) -> str:
     """Why a matcher is in error, in one short line."""
-    return shorten(matcher.get_error().replace("<non-verbose/>", ""))
+    error = matcher.get_error().replace("<non-verbose/>", "")
+    return ONE_OF if "coerce_one_of" in error else shorten(error)
 
 
 def shorten(text: str) -> str:

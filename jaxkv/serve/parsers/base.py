@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")  # a call to anything else is no call
 
@@ -24,6 +25,7 @@ class CallDelta:
 
 
 Piece = str | CallDelta  # str: content
+Tools = Mapping[str, dict[str, Any]]  # JSON schemas of arguments, by the name of the function
 
 
 class ToolParser(ABC):
@@ -38,6 +40,12 @@ class ToolParser(ABC):
         self.count = 0  # calls begun and done with
         self._held = ""
         self._pieces: list[Piece] = []
+
+    @classmethod
+    def grammar(cls, tools: Tools, many: bool, token: Callable[[str], str]) -> str:
+        """Lark rules of which `calls` is an answer that calls one of the tools, or with ``many`` any number of them;
+        ``token`` writes a marker. Empty for a format that no grammar here can force. ValueError for a schema without one."""
+        return ""
 
     def feed(self, text: str) -> list[Piece]:
         """Content and calls that are certain by now."""

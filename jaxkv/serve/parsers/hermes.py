@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from jaxkv.serve.parsers.base import ToolParser
-from jaxkv.serve.parsers.json_calls import CallObject, State
+from collections.abc import Callable
+
+from jaxkv.serve.parsers.base import ToolParser, Tools
+from jaxkv.serve.parsers.json_calls import CallObject, State, call_rules
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
@@ -18,6 +20,12 @@ class HermesParser(ToolParser):
         self._call: CallObject | None = None
         self._after = False  # behind a call, where only white space and its closing tag have been
         self._unclosed = False  # the closing tag of the latest call has not come
+
+    @classmethod
+    def grammar(cls, tools: Tools, many: bool, token: Callable[[str], str]) -> str:
+        more = r" (/[ \n]{0,2}/ tagged)*" if many else ""
+        return f"calls: tagged{more}\ntagged: {token(BEGIN)} /[ \\n]{{0,2}}/ call /[ \\n]{{0,2}}/ {token(END)}\n" \
+            + call_rules(tools, "arguments")
 
     def _step(self) -> bool:
         if self._call is not None:

@@ -9,12 +9,27 @@ from __future__ import annotations
 import json
 import re
 from enum import Enum
+from typing import Any
 
-from jaxkv.serve.parsers.base import NAME, CallDelta, Piece
+from jaxkv.runtime.structured.grammar import json_rule
+from jaxkv.serve.parsers.base import NAME, CallDelta, Piece, Tools
 
 ARGUMENTS = ("arguments", "parameters")
+DEFINITIONS = ("$defs", "definitions")
 _IN_STRING = re.compile(r'[^"\\]*')
 _BETWEEN = re.compile(r'[^"{}\[\]]*')
+
+
+def call_schema(name: str, parameters: dict[str, Any], key: str) -> dict[str, Any]:
+    """One call, with the arguments under ``key``; definitions move to the root, where their references look for them."""
+    inner = {"type": "object"} | {k: value for k, value in parameters.items() if k not in DEFINITIONS}
+    return {"type": "object", "properties": {"name": {"const": name}, key: inner}, "required": ["name", key],
+            "additionalProperties": False} | {k: parameters[k] for k in DEFINITIONS if parameters.get(k)}
+
+
+def call_rules(tools: Tools, key: str) -> str:
+    """A Lark rule `call`. ValueError for a schema without one."""
+    return "call: " + " | ".join(json_rule(call_schema(name, schema, key)) for name, schema in tools.items()) + "\n"
 
 
 class State(Enum):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from jaxkv.serve.parsers.base import ToolParser
-from jaxkv.serve.parsers.json_calls import CallObject, State
+from collections.abc import Callable
+
+from jaxkv.serve.parsers.base import ToolParser, Tools
+from jaxkv.serve.parsers.json_calls import CallObject, State, call_rules
 
 TAG = "<|python_tag|>"
 
@@ -18,6 +20,11 @@ class Llama3JsonParser(ToolParser):
         super().__init__()
         self._call: CallObject | None = None
         self._may_call = True  # at the beginning, behind the tag or behind a call
+
+    @classmethod
+    def grammar(cls, tools: Tools, many: bool, token: Callable[[str], str]) -> str:
+        more = r" (/[;,]?[ \n]{0,2}/ call)*" if many else ""
+        return f"calls: {token(TAG)}? call{more}\n" + call_rules(tools, "parameters")
 
     def _step(self) -> bool:
         if self._call is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 
-from jaxkv.serve.parsers.base import NAME, CallDelta, ToolParser
-from jaxkv.serve.parsers.json_calls import CallArray, JsonValue, State
+from jaxkv.runtime.structured.grammar import json_rule
+from jaxkv.serve.parsers.base import NAME, CallDelta, ToolParser, Tools
+from jaxkv.serve.parsers.json_calls import CallArray, JsonValue, State, call_rules
 
 MARKER = "[TOOL_CALLS]"
 _HEAD = re.compile(rf"\s*({NAME.pattern})\s*(?:\[CALL_ID\]\w+)?\s*(?:\[ARGS\])?\s*")
@@ -24,6 +27,14 @@ class MistralParser(ToolParser):
         self._arguments: JsonValue | None = None  # of the call under way
         self._head = False  # behind the marker, where either form may follow
         self._after = False  # behind a call
+
+    @classmethod
+    def grammar(cls, tools: Tools, many: bool, token: Callable[[str], str]) -> str:
+        begin, arguments = token(MARKER), token("[ARGS]")
+        named = " | ".join(f"{json.dumps(name)} {arguments}? {json_rule({'type': 'object', **schema})}"
+                           for name, schema in tools.items())
+        array, more = (r' (/,[ \n]?/ call)*', f" ({begin} named)*") if many else ("", "")
+        return f'calls: {begin} (/ ?/ "[" call{array} "]" | named{more})\nnamed: {named}\n' + call_rules(tools, "arguments")
 
     def _step(self) -> bool:
         if self._array is not None:

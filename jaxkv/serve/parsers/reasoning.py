@@ -16,14 +16,14 @@ class ThinkParser:
     markers = (BEGIN, END)
 
     def __init__(self, inside: bool) -> None:
-        self.inside = inside
+        self.inside = self.begun = inside
+        self.done = False  # nothing but the answer follows
         self._fresh = True  # only white space since the beginning, or since the last tag
-        self._done = False  # nothing but the answer follows
         self._held = ""
 
     def feed(self, text: str) -> tuple[str, str]:
         """What is certain by now."""
-        if self._done and not self._fresh:
+        if self.done and not self._fresh:
             return "", text
         self._held += text
         reasoning = ""
@@ -31,32 +31,32 @@ class ThinkParser:
             if self._fresh and not self._begin():
                 return reasoning, ""
             if not self.inside:
-                self._done = True
+                self.done = True
                 return reasoning, self._take(len(self._held))
             at = self._held.find(END)
             if at < 0:
                 return reasoning + self._take(len(self._held) - overlap(self._held, END)), ""
             reasoning += self._take(at)
             self._take(len(END))
-            self.inside, self._fresh, self._done = False, True, True
+            self.inside, self._fresh, self.done = False, True, True
         return reasoning, ""
 
     def finish(self) -> tuple[str, str]:
         """What was held back."""
         held = self._take(len(self._held))
-        if self._fresh and (self._done or self.inside):
+        if self._fresh and (self.done or self.inside):
             held = held.lstrip()
         return (held, "") if self.inside else ("", held)
 
     def _begin(self) -> bool:
         """Whether the first character is there that is neither white space nor a part of the opening tag."""
         text = self._held.lstrip()
-        while not self._done and text.startswith(BEGIN):
-            self.inside = True
+        while not self.done and text.startswith(BEGIN):
+            self.inside = self.begun = True
             self._held = text = text[len(BEGIN):].lstrip()
-        if not text or not self._done and BEGIN.startswith(text):
+        if not text or not self.done and BEGIN.startswith(text):
             return False
-        if self._done or self.inside:
+        if self.done or self.inside:
             self._held = text
         self._fresh = False
         return True

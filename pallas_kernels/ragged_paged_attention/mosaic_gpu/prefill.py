@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...layout import Pool, QuantPool, from_storage, pool_dims
+from ...layout import Pool, QuantPool, from_storage, logical_dtype, pool_dims
 from ..params import AttentionParams
 from .plan import PREFILL_ROWS
 from .prefill_jobs import make_jobs
@@ -40,9 +40,8 @@ def prefill_attention(
     if plan_tiles.shape[0] == 0:
         return jnp.zeros_like(q), jnp.full((tokens, heads), -jnp.inf, jnp.float32)
     jobs = make_jobs(plan_tiles, kv_lens, cu_q_lens, tokens, CONSUMERS * shape.tokens, params.window)
-    assert not isinstance(pool, QuantPool)  # refused above
-    rows = from_storage(pool).reshape(-1, shape.page_size, head_dim)
-    out, lse = prefill_kernel(shape, q[jobs.source], rows, page_table, jobs.total, jobs.fields, interpret)
+    pages = [from_storage(x).reshape(-1, shape.page_size, *x.shape[4:]) for x in jax.tree.leaves(pool)]
+    out, lse = prefill_kernel(shape, q[jobs.source], pages, page_table, jobs.total, jobs.fields, interpret)
     lse = lse.reshape(-1, shape.groups, CONSUMERS, shape.pack, shape.tokens)
     lse = lse[jobs.job, :, jobs.at // shape.tokens, :, jobs.at % shape.tokens]  # [T, Hq / pack, pack]
     return out[jobs.packed], lse.reshape(tokens, heads)
@@ -52,21 +51,22 @@ def _shape(
     q: jax.Array, pool: Pool, params: AttentionParams, blocks: PrefillBlocks | None, interpret: bool
 ) -> PrefillShape:
     """NotImplementedError with the reason if the kernel cannot serve the call."""
-    if isinstance(pool, QuantPool):
-        raise NotImplementedError(f"prefill over a quantised pool ({pool.values.dtype}): wgmma takes keys and values from "
-                                  "shared memory in the dtype of the queries")
+    quantised = isinstance(pool, QuantPool)
     if params.layout != "head_major":
         raise NotImplementedError(f"layout={params.layout!r}: a page of one KV head must be contiguous (head_major)")
     if params.mass is not None:
         raise NotImplementedError(f"mass={params.mass!r}: the weights are not kept")
     if not params.scale > 0:
         raise NotImplementedError(f"scale={params.scale}: the running maximum needs a positive one")
-    dims, dtype = pool_dims(pool, params.layout), from_storage(jnp.zeros((), pool.dtype)).dtype
-    if q.dtype != dtype or q.dtype not in ("bfloat16", "float16"):
+    dims, dtype = pool_dims(pool, params.layout), logical_dtype(jax.tree.leaves(pool)[0].dtype)
+    if q.dtype not in ("bfloat16", "float16") or not (quantised or q.dtype == dtype):
         raise NotImplementedError(f"q {q.dtype} and pool {dtype}: both must be bfloat16 or both float16 (wgmma has no exact "
-                                  "float32)")
+                                  "float32), or the pool quantised")
+    if quantised and (dims.page_size % 32 or dims.head_dim % 32):
+        raise NotImplementedError(f"quantised pool with page_size={dims.page_size}, head_dim={dims.head_dim}: both must be "
+                                  "multiples of 32 (scales come in copies of 128 bytes)")
     if blocks is None:
-        blocks = blocks_for(dims.head_dim, q.dtype.name)
+        blocks = blocks_for(dims.head_dim, dtype.name)
         blocks = blocks._replace(ctas=2) if interpret else blocks  # interpreted one after the other
     sizes = sorted((dims.page_size, blocks.keys))
     if dims.page_size % 8 or sizes[1] % sizes[0]:
@@ -79,4 +79,4 @@ def _shape(
     if columns is None:
         raise NotImplementedError(f"head_dim={dims.head_dim}: must be a multiple of 16")
     return PrefillShape(q.shape[1], dims.kv_heads, dims.head_dim, dims.page_size, dims.num_pages, pack, columns, params.scale,
-                        params.window, params.soft_cap, blocks, interpret)
+                        params.window, params.soft_cap, blocks, quantised, interpret)

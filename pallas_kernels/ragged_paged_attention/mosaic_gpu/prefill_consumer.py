@@ -11,15 +11,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ...lazy import LazyModule
-from .prefill_shape import EMPTY, I32, LOG2E, TILE, Job, PrefillShape
+from .prefill_shape import EMPTY, I32, LOG2E, TILE, Job, PrefillShape, Ring
 
 plgpu = LazyModule("jax.experimental.pallas.mosaic_gpu")
 State = tuple[jax.Array, jax.Array, jax.Array]  # weighted values [64, D], highest score and sum of weights [64]
 
 
 def consume(
-    shape: PrefillShape, wg: jax.Array, mine: jax.Array, job_of: Callable[[jax.Array], Job], q, out, lse, *, q_tiles, lse_rows,
-    q_ready, turn, out_tiles=None, **ring,
+    shape: PrefillShape, wg: jax.Array, mine: jax.Array, job_of: Callable[[jax.Array], Job], q, out, lse, k_ring: Ring,
+    v_ring: Ring, *, q_tiles, lse_rows, q_ready, turn, cleaned, out_tiles=None,
 ) -> None:
     """Attend to the keys of `mine` jobs, one after the other, as warpgroup `wg`."""
     own_output = out_tiles is not None
@@ -37,7 +37,7 @@ def consume(
     def step(i: jax.Array, done: jax.Array) -> jax.Array:
         read = lambda: job_of(i)  # noqa: E731
         plgpu.barrier_wait(q_ready.at[wg])
-        state, done = _attend(shape, read, wg, done, q_tile, turn, **ring)
+        state, done = _attend(shape, read, wg, done, q_tile, turn, (k_ring, v_ring, cleaned))
         if own_output:
             load_queries(i + 1)
             plgpu.wait_smem_to_gmem(0)
@@ -53,7 +53,7 @@ def consume(
 
 
 def _attend(
-    shape: PrefillShape, read: Callable[[], Job], wg, done, q_tile, turn, **ring
+    shape: PrefillShape, read: Callable[[], Job], wg, done, q_tile, turn, rings
 ) -> tuple[State, jax.Array]:
     """One job, after `done` blocks of earlier ones. `read` gives its fields: reading them again where they are rarely
     needed costs fewer registers than keeping them."""
@@ -68,7 +68,7 @@ def _attend(
         plgpu.barrier_wait(turn)
 
     def blocks(masked: bool):
-        return lambda i, state: _block(shape, read, wg, i, i + ahead, position, state, q_tile, take_turn, masked, **ring)
+        return lambda i, state: _block(shape, read, wg, i, i + ahead, position, state, q_tile, take_turn, masked, *rings)
 
     # blocks before `clear` end before the first query, and before kv_len: a tile without queries lies beyond it
     clear = jnp.clip(lax.div(jnp.minimum(position + 1, job.kv_len), keys), job.begin, job.end)
@@ -88,26 +88,27 @@ def _attend(
 
 
 def _block(
-    shape: PrefillShape, read: Callable[[], Job], wg, i, count, position, state: State, q_tile, take_turn, masked: bool, *,
-    k_ring, v_ring, k_ready, v_ready, k_free, v_free, cleaned,
+    shape: PrefillShape, read: Callable[[], Job], wg, i, count, position, state: State, q_tile, take_turn, masked: bool,
+    k_ring: Ring, v_ring: Ring, cleaned,
 ) -> State:
     """One block of keys: number `i` of the sequence, `count` of this thread block."""
     keys = shape.blocks.keys
     acc, top, total = state
     slot = lax.rem(count, shape.blocks.stages)
-    if masked:  # before the scores take their registers
+    cleaning = masked and not shape.quantised
+    if cleaning:  # before the scores take their registers
         job = read()
         dirty = (i * keys < job.first) | ((i + 1) * keys > job.kv_len)
-        plgpu.barrier_wait(v_ready.at[slot])
+        plgpu.barrier_wait(v_ring.ready.at[slot])
 
         @pl.when(dirty & (wg == 0))
         def _():
-            _zero(shape, v_ring.at[slot], job.first - i * keys, job.kv_len - i * keys)
+            _zero(shape, v_ring.values.at[slot], job.first - i * keys, job.kv_len - i * keys)
             plgpu.barrier_arrive(cleaned)
 
-    plgpu.barrier_wait(k_ready.at[slot])
-    scores = _scores(shape, q_tile, k_ring.at[slot], take_turn)
-    plgpu.barrier_arrive(k_free.at[slot])
+    plgpu.barrier_wait(k_ring.ready.at[slot])
+    scores = _scores(shape, q_tile, k_ring.values.at[slot], take_turn)
+    plgpu.barrier_arrive(k_ring.free.at[slot])
 
     to_log2 = shape.scale * LOG2E
     if shape.soft_cap is not None:
@@ -119,21 +120,21 @@ def _block(
     weights = jnp.exp2(scores * to_log2 - lax.broadcast_in_dim(new_top, scores.shape, [0]))
     total = total * shrink + weights.sum(axis=1)
     acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-    weights = weights.astype(v_ring.dtype)
+    weights = weights.astype(v_ring.values.dtype)
     acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
 
-    if masked:
+    if cleaning:
         take_turn()
 
         @pl.when(dirty & (wg == 1))
         def _():
             plgpu.barrier_wait(cleaned)
     else:
-        plgpu.barrier_wait(v_ready.at[slot])
+        plgpu.barrier_wait(v_ring.ready.at[slot])
         take_turn()
 
-    acc = _add_values(shape, acc, weights, v_ring.at[slot])
-    plgpu.barrier_arrive(v_free.at[slot])
+    acc = _add_values(shape, acc, weights, v_ring.values.at[slot])
+    plgpu.barrier_arrive(v_ring.free.at[slot])
     return acc, new_top, total
 
 

@@ -7,8 +7,11 @@ stages, and runs ahead into the next job. Scores live in registers: wgmma, onlin
 as register operand. The consumers take turns ("ping-pong"): one multiplies while the other one exponentiates. Blocks that no
 query sees are skipped; only those on the diagonal and at the window's edge are masked.
 
+Quantised keys and values come into rings of their own; a fourth warpgroup, the widener, writes them times their scales into the
+rings of the consumers, in the dtype of the queries.
+
 Keys and values that do not exist may be NaN, and 0 * NaN is NaN: in the block where a sequence ends (or its window starts)
-the first consumer overwrites such values with zeros in shared memory.
+the first consumer (of quantised KV the widener) overwrites such values with zeros in shared memory.
 
 With `interpret` the two products go through jnp.dot: the interpreter of jax 0.10.2 has neither transposed references
 (TransposeTransform), nor register operands of wgmma, nor run_state. Everything else runs as it is.
@@ -16,6 +19,7 @@ With `interpret` the two products go through jnp.dot: the interpreter of jax 0.1
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,14 +28,17 @@ from jax import lax
 
 from .prefill_consumer import consume
 from .prefill_jobs import FIELDS
-from .prefill_shape import CONSUMER_REGISTERS, CONSUMERS, PRODUCER, PRODUCER_REGISTERS, TILE, Job, PrefillShape
+from .prefill_shape import CONSUMERS, PRODUCER, TILE, WIDENER, Job, PrefillShape, Ring
+from .prefill_widen import widen
+from .shape import tiled
 
 
 def prefill_kernel(
-    shape: PrefillShape, q: jax.Array, pool: jax.Array, page_table: jax.Array, total: jax.Array, jobs: jax.Array,
+    shape: PrefillShape, q: jax.Array, pages: list[jax.Array], page_table: jax.Array, total: jax.Array, jobs: jax.Array,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """q: [R, Hq, D] packed; pool: [N * 2 * Hkv, ps, D]; page_table: [S, P]; total: [1], jobs: [J, 6], see `Jobs`.
+    """q: [R, Hq, D] packed; pages: [N * 2 * Hkv, ps, D] and of a quantised pool the scales [N * 2 * Hkv, ps]; page_table:
+    [S, P]; total: [1], jobs: [J, 6], see `Jobs`.
 
     Returns out [R, Hq, D], defined in the rows of jobs, and lse [J, Hq / pack, 2, 64] float32, whose last axes are a
     job's tiles and their rows, heads before tokens.
@@ -39,33 +46,43 @@ def prefill_kernel(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     dim, (keys, stages, own_output, ctas), dtype = shape.head_dim, shape.blocks, q.dtype
-    layout = (plgpu.TilingTransform((8, shape.columns)), plgpu.SwizzleTransform(shape.columns * dtype.itemsize))
+    layout, copies = tiled(shape.columns, dtype), keys // shape.span
     tiles = plgpu.SMEM((CONSUMERS, TILE, dim), dtype, transforms=layout)
-    ring = plgpu.SMEM((stages, keys, dim), dtype, transforms=layout)
-    ready = plgpu.Barrier(num_arrivals=keys // shape.span, num_barriers=stages)
-    free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
+    ring = Ring(plgpu.SMEM((stages, keys, dim), dtype, transforms=layout), None,
+                plgpu.Barrier(num_arrivals=1 if shape.quantised else copies, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages))
     scratch: dict[str, Any] = dict(
-        q_tiles=tiles, k_ring=ring, v_ring=ring, lse_rows=plgpu.SMEM((CONSUMERS, TILE), jnp.float32),
+        q_tiles=tiles, lse_rows=plgpu.SMEM((CONSUMERS, TILE), jnp.float32),
         q_ready=plgpu.Barrier(num_arrivals=shape.pack, num_barriers=CONSUMERS),
-        k_ready=ready, v_ready=ready, k_free=free, v_free=free,
+        k_ring=ring, v_ring=ring,
         turn=plgpu.Barrier(num_arrivals=CONSUMERS), cleaned=plgpu.Barrier(num_arrivals=1),
     )
     if own_output:
         scratch["out_tiles"] = tiles
+    if shape.quantised:
+        raw = Ring(plgpu.SMEM((stages, keys, dim), pages[0].dtype, transforms=tiled(shape.columns, pages[0].dtype)),
+                   plgpu.SMEM((stages, keys), jnp.float32), plgpu.Barrier(num_arrivals=2 * copies, num_barriers=stages),
+                   plgpu.Barrier(num_barriers=stages))
+        scratch |= dict(k_raw=raw, v_raw=raw)
     return plgpu.kernel(
         lambda *refs, **memory: _body(shape, *refs, **memory),
         out_type=(jax.ShapeDtypeStruct(q.shape, dtype),
                   jax.ShapeDtypeStruct((jobs.shape[0], shape.groups, CONSUMERS, TILE), jnp.float32)),
-        grid=(min(ctas, jobs.shape[0] * shape.groups),), grid_names=("cta",), num_threads=CONSUMERS + 1, thread_name="wg",
+        grid=(min(ctas, jobs.shape[0] * shape.groups),), grid_names=("cta",), num_threads=CONSUMERS + 1 + shape.quantised,
+        thread_name="wg",
         scratch_types=scratch, interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(q, pool, page_table, total, jobs)
+    )(q, page_table, total, jobs, *pages)
 
 
-def _body(shape, q, pool, table, total, jobs, out, lse, **memory) -> None:
+def _body(shape, q, table, total, jobs, *refs, k_ring: Ring, v_ring: Ring, k_raw=None, v_raw=None, **memory) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    *pages, out, lse = refs
+    wide = k_ring, v_ring
+    brought = (k_raw, v_raw) if shape.quantised else wide
+    consumer_registers, producer_registers, widener_registers = shape.registers
     wg = lax.axis_index("wg")
     cta, ctas = lax.axis_index("cta"), min(shape.blocks.ctas, jobs.shape[0] * shape.groups)
 
@@ -83,23 +100,33 @@ def _body(shape, q, pool, table, total, jobs, out, lse, **memory) -> None:
         end = lax.div(position + rows + shape.blocks.keys - 1, shape.blocks.keys)
         return Job(number, lax.rem(work, shape.groups), row, rows, seq, position, first, kv_len, begin, end)
 
-    @pl.when(wg == PRODUCER)
-    def _produce():
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        done = lax.fori_loop(0, mine(), lambda i, done: _bring(shape, job_of(i), done, pool, table, memory), jnp.int32(0))
+    def walk(work: Callable[[Job, jax.Array], jax.Array], rings: tuple[Ring, Ring]) -> None:
+        """`work` on all jobs, given how many blocks went before; then leaves no phase of a barrier unobserved."""
+        done = lax.fori_loop(0, mine(), lambda i, done: work(job_of(i), done), jnp.int32(0))
 
         @pl.loop(jnp.maximum(done - shape.blocks.stages, 0), done)
-        def _(count):  # leave no phase of a barrier unobserved
-            for ring in ("k_free", "v_free"):
-                plgpu.barrier_wait(memory[ring].at[lax.rem(count, shape.blocks.stages)])
+        def _(count):
+            for ring in rings:
+                plgpu.barrier_wait(ring.free.at[lax.rem(count, shape.blocks.stages)])
+
+    @pl.when(wg == PRODUCER)
+    def _produce():
+        plgpu.set_max_registers(producer_registers, action="decrease")
+        walk(lambda job, done: _bring(shape, job, done, pages, table, brought), brought)
+
+    if shape.quantised:
+        @pl.when(wg == WIDENER)
+        def _widen():
+            plgpu.set_max_registers(widener_registers, action="decrease")
+            walk(lambda job, done: widen(shape, job, done, brought, wide), wide)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
-        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-        consume(shape, wg, mine(), job_of, q, out, lse, **memory)
+        plgpu.set_max_registers(consumer_registers, action="increase")
+        consume(shape, wg, mine(), job_of, q, out, lse, *wide, **memory)
 
 
-def _bring(shape: PrefillShape, job: Job, done: jax.Array, pool, table, memory) -> jax.Array:
+def _bring(shape: PrefillShape, job: Job, done: jax.Array, pages, table, rings: tuple[Ring, Ring]) -> jax.Array:
     """Copy the job's blocks into the rings, as stages come free. done: blocks brought before; returns those after."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -119,14 +146,15 @@ def _bring(shape: PrefillShape, job: Job, done: jax.Array, pool, table, memory) 
             row = jnp.clip(page, 0, shape.num_pages - 1) * (2 * shape.kv_heads) + kv_head
             offset = pl.multiple_of(lax.rem(key, shape.page_size), shape.span)
             places.append((row, offset, pl.ds(part * shape.span, shape.span)))
-        for value, ring in enumerate(("k", "v")):
+        for value, ring in enumerate(rings):
             @pl.when(count >= stages)
             def _(ring=ring):
-                plgpu.barrier_wait(memory[f"{ring}_free"].at[slot])
+                plgpu.barrier_wait(ring.free.at[slot])
 
             for row, offset, to in places:
-                source = pool.at[row + value * shape.kv_heads, pl.ds(offset, shape.span)]
-                plgpu.copy_gmem_to_smem(source, memory[f"{ring}_ring"].at[slot, to], memory[f"{ring}_ready"].at[slot])
+                for source, target in zip(pages, (ring.values, ring.scales), strict=False):
+                    plgpu.copy_gmem_to_smem(source.at[row + value * shape.kv_heads, pl.ds(offset, shape.span)],
+                                            target.at[slot, to], ring.ready.at[slot])
 
     lax.fori_loop(job.begin, job.end, block, None)
     return done + job.end - job.begin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from .prefill_tuning import PrefillBlocks
 
 TILE = 64  # rows of a wgmma
-CONSUMERS, PRODUCER = 2, 2
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 32
+CONSUMERS, PRODUCER, WIDENER = 2, 2, 3  # warpgroups; the last one for quantised KV only
 EMPTY = -1e30  # highest score of no scores: finite, so that differences are
 LOG2E = math.log2(math.e)
 I32 = jnp.int32
@@ -32,6 +31,7 @@ class PrefillShape(NamedTuple):
     window: int | None
     soft_cap: float | None
     blocks: PrefillBlocks
+    quantised: bool
     interpret: bool
 
     @property
@@ -48,6 +48,21 @@ class PrefillShape(NamedTuple):
     def span(self) -> int:
         """Keys of one TMA copy."""
         return min(self.page_size, self.blocks.keys)
+
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        """Of a thread of a consumer, of the producer and of the widener, which share 65,536."""
+        return (208, 24, 72) if self.quantised else (240, 32, 0)
+
+
+class Ring(NamedTuple):
+    """Stages of keys or values in shared memory: [stages, keys, D], of quantised ones the scales [stages, keys], and the
+    barriers that say that a stage is there and that it is free again."""
+
+    values: Any
+    scales: Any
+    ready: Any
+    free: Any
 
 
 class Job(NamedTuple):

@@ -1,0 +1,53 @@
+"""The widener of the prefill kernel: quantised keys and values in the dtype of the queries; see `prefill_kernel`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ...lazy import LazyModule
+from .prefill_shape import I32, TILE, Job, PrefillShape, Ring
+
+plgpu = LazyModule("jax.experimental.pallas.mosaic_gpu")
+
+
+def widen(
+    shape: PrefillShape, job: Job, done: jax.Array, raw: tuple[Ring, Ring], wide: tuple[Ring, Ring]
+) -> jax.Array:
+    """Write the blocks of a job from the `raw` rings into the `wide` ones. done: blocks before; returns those after."""
+
+    def block(i: jax.Array, _: None) -> None:
+        count, start = done + i - job.begin, i * shape.blocks.keys
+        slot = lax.rem(count, shape.blocks.stages)
+        for source, target in zip(raw, wide, strict=True):
+            @pl.when(count >= shape.blocks.stages)
+            def _(target=target):
+                plgpu.barrier_wait(target.free.at[slot])
+
+            plgpu.barrier_wait(source.ready.at[slot])
+            _write(shape, source, target, slot, job.first - start, job.kv_len - start)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(source.free.at[slot])
+            plgpu.barrier_arrive(target.ready.at[slot])
+
+    lax.fori_loop(job.begin, job.end, block, None)
+    return done + job.end - job.begin
+
+
+def _write(shape: PrefillShape, source: Ring, target: Ring, slot: jax.Array, first: jax.Array, stop: jax.Array) -> None:
+    """One block, values times scales; zeros in the rows outside first <= row < stop, whose scales may be NaN."""
+    dtype = target.values.dtype
+    for row in range(0, shape.blocks.keys, TILE):
+        rows = pl.ds(row, TILE)
+        scales = source.scales[slot, rows]
+        for column in range(0, shape.head_dim, shape.columns):
+            size = (TILE, shape.columns)
+            values = source.values[slot, rows, pl.ds(column, shape.columns)]
+            if values.dtype == jnp.float8_e4m3fn:
+                values = values.astype(jnp.float16)  # all that the hardware turns float8 into
+            index = row + lax.broadcasted_iota(I32, size, 0)
+            scaled = values.astype(jnp.float32) * lax.broadcast_in_dim(scales, size, [0])
+            kept = jnp.where((index >= first) & (index < stop), scaled, 0.0)
+            target.values[slot, rows, pl.ds(column, shape.columns)] = kept.astype(dtype)
