@@ -95,11 +95,12 @@ def check_run(run, faults, windows):
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["sync", "overlap"])
 @pytest.mark.parametrize("how", [at_dispatch, at_read])
-@pytest.mark.parametrize("devices, windows, host_pages", [(1, False, 0), (1, False, 40), (1, True, 40), (2, False, 40)])
-def test_a_step_without_memory(devices, windows, host_pages, how, overlap, highest_precision, monkeypatch, caplog):
-    run = engine(executor(windows, devices), pages=20, host_pages=host_pages, overlap=overlap)
+@pytest.mark.parametrize("model, host_pages", [((False,), 0), ((False,), 40), ((True,), 40), ((False, 2), 40)],
+                         ids=["one group", "host", "windows and host", "two devices and host"])
+def test_a_step_without_memory(model, host_pages, how, overlap, highest_precision, monkeypatch, caplog):
+    run = engine(executor(*model), pages=20, host_pages=host_pages, overlap=overlap)
     faults = Faults(run, monkeypatch, "step", how, {9, 40})
-    check_run(run, faults, windows)
+    check_run(run, faults, model[0])
     assert run.metrics.lost_steps == 2 and caplog.text.count("memory ran out") == 2
 
 
@@ -109,7 +110,8 @@ def test_moves_without_memory(what, how, highest_precision, monkeypatch):
     run = engine(executor(True), pages=20, host_pages=40)
     faults = Faults(run, monkeypatch, what, how, {2, 6})
     check_run(run, faults, True)
-    assert run.metrics.lost_steps == 2 or what == "gather" and how is at_read  # a host page that nobody asks for
+    if (what, how) != ("gather", at_read):  # then it is a host page that perhaps nobody asks for
+        assert 1 <= run.metrics.lost_steps <= 2, "both may hit one step, or the second one that is void"
 
 
 @pytest.mark.parametrize("how", [at_dispatch, at_read])
