@@ -16,13 +16,17 @@ from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxkv.config import ConfigError
+from jaxkv.runtime.token_bound import characters_per_token
+
+LONG = 4096  # tokens whose text is made without the interpreter's lock
 
 
 class Tokenizer:
     """Wraps a Hugging Face tokenizer, which stays reachable as ``hf``.
 
     ``byte_level``: whether every token id stands for fixed bytes (GPT-2, Llama 3, Qwen and the built-in model), so that
-    text can be decoded token by token without looking back.
+    text can be decoded token by token without looking back. ``characters_per_token``: characters of a text that become one
+    token at most, None where that is not certain.
     """
 
     def __init__(self, hf: PreTrainedTokenizerBase) -> None:
@@ -32,6 +36,7 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder() if self._backend is not None else hf.added_tokens_decoder
         self.special_ids = frozenset(token for token, info in added.items() if info.special)
         self.vocab_size = len(hf)  # ids from here on are padding of the model's embedding and decode to nothing
+        self.characters_per_token = characters_per_token(self._backend) if self._backend is not None else None
         self._bytes: dict[int, bytes] = {}  # filled on demand
         self._characters: dict[int, str | None] = {}  # likewise
         self._codes = _byte_codes()
@@ -52,6 +57,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``; bytes that are not UTF-8 become U+FFFD."""
+        if self._backend is not None and len(token_ids) > LONG:  # as above
+            return str(self._backend.decode_batch([list(token_ids)], skip_special_tokens)[0])
         return str(self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens,
                                   clean_up_tokenization_spaces=False))
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +24,16 @@ from jaxkv.serve.engine_loop import Call, EngineLoop
 from jaxkv.serve.errors import ApiError, generation_failed
 from jaxkv.serve.logprobs import TokenText
 from jaxkv.serve.parsers.message import MessageReader, Parts
+from jaxkv.serve.pieces import PIECE, dumps
 from jaxkv.serve.protocol import GenerationRequest
 from jaxkv.serve.records import RECORD, Record
+from jaxkv.serve.worker import Worker
 from jaxkv.types import Logprobs
 
 log = logging.getLogger("jaxkv.serve")
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no")]
+ENTRY_BYTES = 32  # of a token, about, and of each of the likeliest in its place
 COMPILE_WAIT_S = 15.0  # for a grammar, others that wait before it included
 
 
@@ -121,8 +124,8 @@ class Answer(Response):
 
     background = None
 
-    def __init__(self, loop: EngineLoop, calls: Sequence[Call], request: GenerationRequest, form: Form):
-        self.loop, self.calls, self.request, self.form = loop, calls, request, form
+    def __init__(self, loop: EngineLoop, calls: Sequence[Call], request: GenerationRequest, form: Form, worker: Worker):
+        self.loop, self.calls, self.request, self.form, self.worker = loop, calls, request, form, worker
         self.mailbox = calls[0].mailbox
         n = calls[0].params.n
         self.choices = [Choice(call.position * n + child, call, form.reader()) for call in calls for child in range(n)]
@@ -190,7 +193,15 @@ class Answer(Response):
             if not self.unfinished:
                 break
             items = await self.mailbox.next()
-        await respond(send, 200, orjson.dumps(self._result()))
+        size = self._weight()
+        write: Callable[[Any], bytes | list[bytes]] = dumps if size > PIECE else orjson.dumps
+        await respond(send, 200, await self.worker.run(size, lambda: write(self._result())))
+
+    def _weight(self) -> int:
+        """About how many bytes the whole answer has."""
+        params = self.calls[0].params
+        entries = sum(len(choice.token_ids) + len(choice.prompt_logprobs) for choice in self.choices)
+        return entries * (1 + max(params.logprobs or 0, params.prompt_logprobs or 0)) * ENTRY_BYTES
 
     def _result(self) -> dict[str, Any]:
         """The whole answer, once every choice has finished."""
@@ -206,7 +217,9 @@ class Answer(Response):
         await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS]})
         head = self.form.head | {"object": self.form.chunk_kind}
         while True:
-            await _body(send, b"".join(self._events(items, head)), more=bool(self.unfinished))
+            size = sum(len(delta.prompt_logprobs or ()) for _, delta in items) * ENTRY_BYTES
+            events = await self.worker.run(size, lambda items=items: b"".join(self._events(items, head)))  # type: ignore[misc]
+            await _body(send, events, more=bool(self.unfinished))
             if not self.unfinished:
                 return
             items = await self.mailbox.next()
@@ -251,12 +264,14 @@ class Answer(Response):
                 **reasoning_usage(self.choices)}
 
 
-async def respond(send: Send, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+async def respond(send: Send, status: int, body: bytes | list[bytes], headers: dict[str, str] | None = None) -> None:
     """A whole JSON response."""
-    pairs = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    parts = [body] if isinstance(body, bytes) else body
+    pairs = [(b"content-type", b"application/json"), (b"content-length", str(sum(map(len, parts))).encode())]
     pairs += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
     await send({"type": "http.response.start", "status": status, "headers": pairs})
-    await _body(send, body, more=False)
+    for number, part in enumerate(parts, 1):
+        await _body(send, part, more=number < len(parts))
 
 
 async def _body(send: Send, body: bytes, *, more: bool) -> None:

@@ -54,7 +54,11 @@ def build_app(service: Service, keys: KeyRing | None = None, *, origins: Sequenc
     @app.post("/v1/completions", **documented(CompletionRequest, CompletionResponse, stream=True))
     async def create_completion(request: Request) -> Response:
         body = await service.read(CompletionRequest, request)
-        params, prompts = completions.params_of(body), completions.prompts_of(body)
+        params = completions.params_of(body)
+        prompts = await service.json.run(body.size, lambda: completions.prompts_of(body))
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                service.check_text(body, prompt)
         ids = await service.encode_all(prompts, add_special_tokens=body.add_special_tokens is not False)
         tokens = TokenText(service.engine().tokenizer, body.return_tokens_as_token_ids)
         form = completions.CompletionForm(f"cmpl-{uuid.uuid4().hex}", service.model_name(), body, tokens)
@@ -64,7 +68,8 @@ def build_app(service: Service, keys: KeyRing | None = None, *, origins: Sequenc
     async def create_chat_completion(request: Request) -> Response:
         body = await service.read(ChatRequest, request)
         tokenizer, dialect = service.engine().tokenizer, service.dialect()
-        talk = await service.aside(chat.size_of(body), lambda: chat.prepare(body, tokenizer, dialect))
+        talk = await service.aside(body.size, lambda: chat.prepare(body, tokenizer, dialect))
+        service.check_text(body, talk.prompt)
         ids = await service.encode(talk.prompt, add_special_tokens=bool(body.add_special_tokens))
         tokens = TokenText(tokenizer, body.return_tokens_as_token_ids)
         form = chat.ChatForm(f"chatcmpl-{uuid.uuid4().hex}", service.model_name(), body, tokens, talk)

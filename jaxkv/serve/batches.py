@@ -20,13 +20,16 @@ from fastapi import FastAPI, Request
 from starlette.types import ASGIApp, Message
 
 from jaxkv.generate.envelope import Envelope, envelope_of
-from jaxkv.serve.bounds import Metadata, check_levels
+from jaxkv.serve.bounds import Metadata, check_levels, json_of
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.files import Draft, FileStore, Limit, Records, add_files, page
+from jaxkv.serve.limits import owner_of
 from jaxkv.serve.openapi import documented
+from jaxkv.serve.pieces import PIECE, dumps
 from jaxkv.serve.protocol import ApiRequest
 from jaxkv.serve.schemas import BatchList, BatchObject
 from jaxkv.serve.service import Service
+from jaxkv.serve.worker import Worker
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 LINES_AT_ONCE = 8
@@ -58,8 +61,8 @@ class BatchRequest(ApiRequest):
 class Batches:
     """Runs batches one after the other, in the order they came. Belongs to the event loop's thread."""
 
-    def __init__(self, app: ASGIApp, files: FileStore):
-        self._app, self._files = app, files
+    def __init__(self, app: ASGIApp, files: FileStore, worker: Worker):
+        self._app, self._files, self._json = app, files, worker
         self.records = Records(files.directory, "batch_")
         for batch in self.records.all():
             if batch["status"] not in _ENDED:
@@ -68,9 +71,9 @@ class Batches:
         self._running: tuple[str, asyncio.Task[None]] | None = None  # id of the batch under way
         self._worker: asyncio.Task[None] | None = None
 
-    def create(self, request: BatchRequest) -> dict[str, Any]:
+    def create(self, request: BatchRequest, owner: str) -> dict[str, Any]:
         """A new batch, last in the queue. Raises ApiError."""
-        if self._files.records.get(request.input_file_id, "input_file_id")["purpose"] != "batch":
+        if self._files.records.get(request.input_file_id, owner, "input_file_id")["purpose"] != "batch":
             raise bad_request("input_file_id must be a file of purpose \"batch\"", "input_file_id")
         if len(self.records) >= MAX_BATCHES:
             old = next((b for b in reversed(self.records.all()) if b["status"] in _ENDED), None)
@@ -83,15 +86,15 @@ class Batches:
                  "status": "validating", "output_file_id": None, "error_file_id": None, "errors": None,
                  "created_at": int(time.time()), **dict.fromkeys(_TIMES), "metadata": request.metadata,
                  "request_counts": {"total": 0, "completed": 0, "failed": 0}}
-        self.records.save(batch)
+        self.records.add(batch, owner)
         self._queue[str(batch["id"])] = batch
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return batch
 
-    def cancel(self, name: str) -> dict[str, Any]:
+    def cancel(self, name: str, owner: str) -> dict[str, Any]:
         """Ends a batch; what is answered by then is kept. Raises ApiError if it has ended."""
-        batch = self.records.get(name)
+        batch = self.records.get(name, owner)
         if batch["status"] in _ENDED:
             raise bad_request(f"the batch has ended: its status is {batch['status']}")
         if self._running is not None and self._running[0] == name:
@@ -105,7 +108,7 @@ class Batches:
     async def _work(self) -> None:
         while self._queue:
             batch = self._queue.pop(next(iter(self._queue)))
-            task = asyncio.create_task(_Run(self._app, self._files, self.records, batch).run())
+            task = asyncio.create_task(_Run(self._app, self._files, self.records, batch, self._json).run())
             self._running = batch["id"], task
             try:
                 await task
@@ -138,14 +141,14 @@ def mark(records: Records, batch: dict[str, Any], status: str) -> None:
 class _Run:
     """One batch while it runs: reads lines, hands them to the application, writes their records."""
 
-    def __init__(self, app: ASGIApp, files: FileStore, records: Records, batch: dict[str, Any]):
-        self._app, self._files, self._records, self._batch = app, files, records, batch
-        self._counts = batch["request_counts"]
+    def __init__(self, app: ASGIApp, files: FileStore, records: Records, batch: dict[str, Any], worker: Worker):
+        self._app, self._files, self._records, self._batch, self._worker = app, files, records, batch, worker
+        self._counts, self._owner = batch["request_counts"], records.owner(batch["id"])
         self._drafts: dict[str, Draft] = {}  # "output" and "error", once they have a line
 
     async def run(self) -> None:
         """Until every line has its record. Raises ApiError for a file that is no batch."""
-        path = self._files.path(self._batch["input_file_id"])
+        path = self._files.path(self._batch["input_file_id"], self._owner)
         try:
             self._counts["total"] = total = await asyncio.to_thread(_count, path)
             if not 1 <= total <= MAX_LINES:
@@ -163,16 +166,16 @@ class _Run:
             raise errors.exceptions[0] from None
         finally:
             for kind, draft in self._drafts.items():
-                file_object = draft.keep(f"{self._batch['id']}_{kind}.jsonl", "batch_output")
+                file_object = draft.keep(f"{self._batch['id']}_{kind}.jsonl", "batch_output", self._owner)
                 self._batch[f"{kind}_file_id"] = file_object["id"]
             self._records.save(self._batch)
 
     async def _answer(self, line: bytes) -> None:
         envelope = Envelope(False, {"id": f"batch_req_{uuid.uuid4().hex}"})
         try:
-            data = _parse(line)
+            data = await self._worker.run(len(line), lambda: _parse(line))
             envelope = envelope_of(data, envelope)
-            status, body = await self._ask(self._body_of(data))
+            status, body = await self._ask(await self._worker.run(len(line), lambda: self._body_of(data)))
             record = envelope.answer(status, orjson.Fragment(body))
         except ApiError as error:
             status, record = error.status, envelope.refusal(error)
@@ -193,7 +196,7 @@ class _Run:
             raise bad_request(f"body must be a JSON object, got {type(body).__name__}", "body")
         if body.get("stream"):
             raise bad_request("stream is not available in a batch", "stream")
-        return orjson.dumps(body | {"priority": PRIORITY if body.get("priority") is None else body["priority"]})
+        return b"".join(dumps(body | {"priority": PRIORITY if body.get("priority") is None else body["priority"]}))
 
     async def _ask(self, body: bytes) -> tuple[int, bytes]:
         """Status and answer of the line's request, which waits for room in the queue."""
@@ -212,10 +215,12 @@ class _Run:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        data = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise bad_request(f"the line is not valid JSON: {error}", code="invalid_json_line") from None
-    check_levels(data, "the line")
+        data = json_of(line, "the line")
+    except ApiError as error:
+        error.code = "invalid_json_line"
+        raise
+    if len(line) <= PIECE:
+        check_levels(data, "the line")
     if not isinstance(data, dict) or "custom_id" not in data:
         raise bad_request("the line must be a JSON object with custom_id, method, url and body", code="invalid_request_line")
     return data
@@ -258,21 +263,21 @@ def add_batches(app: FastAPI, service: Service) -> None:
 
     def batches() -> Batches:
         if not made:
-            made.append(Batches(app, files()))
+            made.append(Batches(app, files(), service.json))
         return made[0]
 
     @app.post("/v1/batches", **documented(BatchRequest, BatchObject))
     async def create_batch(request: Request) -> Any:
-        return batches().create(await service.read(BatchRequest, request))
+        return batches().create(await service.read(BatchRequest, request), owner_of(request.scope))
 
     @app.get("/v1/batches", **documented(None, BatchList))
-    async def list_batches(after: str | None = None, limit: Limit = 20) -> Any:
-        return page(batches().records.all(), after, limit)
+    async def list_batches(request: Request, after: str | None = None, limit: Limit = 20) -> Any:
+        return page(batches().records.all(owner_of(request.scope)), after, limit)
 
     @app.get("/v1/batches/{name}", **documented(None, BatchObject))
-    async def get_batch(name: str) -> Any:
-        return batches().records.get(name)
+    async def get_batch(name: str, request: Request) -> Any:
+        return batches().records.get(name, owner_of(request.scope))
 
     @app.post("/v1/batches/{name}/cancel", **documented(None, BatchObject))
-    async def cancel_batch(name: str) -> Any:
-        return batches().cancel(name)
+    async def cancel_batch(name: str, request: Request) -> Any:
+        return batches().cancel(name, owner_of(request.scope))

@@ -5,14 +5,37 @@ from __future__ import annotations
 from collections.abc import Sized
 from typing import Annotated, Any, TypeVar
 
+import orjson
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from jaxkv.serve.errors import bad_request
+from jaxkv.serve.pieces import PIECE, Outline, TooMany
 
 T = TypeVar("T")
 MAX_LEVELS = 100  # of nested lists and objects; a few hundred end orjson, repr and templates
+MAX_CONTAINERS = 100_000  # lists and objects of a body; each is work for the garbage collector, which stops all threads
+MAX_ITEMS = 2**20  # of one list: even to free a million numbers takes milliseconds
 Items = Annotated[list[T], Field(fail_fast=True)]  # one complaint, not one for each element
+
+
+def json_of(body: bytes, name: str = "the body") -> Any:
+    """The JSON in ``body``. Where that is more than a piece, the interpreter's lock is not held for long: what takes time may
+    so run beside the event loop. Raises ApiError."""
+    try:
+        if len(body) <= PIECE:
+            return orjson.loads(body)
+        outline = Outline(body, MAX_ITEMS)
+        if outline.levels > MAX_LEVELS + 1:
+            raise bad_request(f"{name} may be nested at most {MAX_LEVELS} levels deep, got {outline.levels - 1}",
+                              code="nested_too_deeply")
+        if outline.containers > MAX_CONTAINERS:
+            raise bad_request(f"{name} may hold at most {MAX_CONTAINERS} lists and objects, got {outline.containers}")
+        return outline.load()
+    except TooMany as error:
+        raise bad_request(f"{name} holds too much: {error}") from None
+    except orjson.JSONDecodeError as error:
+        raise bad_request(f"{name} is not valid JSON: {error}", code="invalid_json") from None
 
 
 def check_levels(value: Any, name: str, param: str | None = None) -> None:

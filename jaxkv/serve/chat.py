@@ -26,12 +26,6 @@ from jaxkv.serve.tools import ToolUse
 from jaxkv.types import SamplingParams, Structured
 
 
-def size_of(request: ChatRequest) -> int:
-    """About how many characters the template has to handle: the body's length, or that of the messages and tools where there
-    is no body."""
-    return request.size or len(request.model_dump_json(include={"messages", "tools"}))
-
-
 def prompt_of(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> str:
     """The prompt text the template makes of messages and tools. Raises ApiError. Takes time with the length."""
     if tokenizer is None:

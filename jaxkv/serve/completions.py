@@ -12,6 +12,8 @@ from jaxkv.serve.logprobs import TokenText, completion_logprobs, prompt_logprobs
 from jaxkv.serve.protocol import CompletionRequest
 from jaxkv.types import Logprobs, SamplingParams
 
+SCANNED = 2**14  # token ids that are looked at in one go, in which no other thread runs
+
 
 def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
     """The prompts of a request. Raises ApiError."""
@@ -25,7 +27,7 @@ def rows_of(prompt: Any, name: str) -> list[str | list[int]]:
     if not isinstance(prompt, list) or not prompt:
         found = "an empty list" if prompt == [] else "nothing" if prompt is None else type(prompt).__name__
         raise bad_request(f"{name} must be a string, a list of strings, token ids or a list of them, got {found}", name)
-    if all(isinstance(item, str) for item in prompt):
+    if isinstance(prompt[0], str) and all(isinstance(item, str) for item in prompt):
         return prompt
     nested = isinstance(prompt[0], list)
     rows = prompt if nested else [prompt]
@@ -33,10 +35,17 @@ def rows_of(prompt: Any, name: str) -> list[str | list[int]]:
         where = f"{name}[{i}]" if nested else name
         if not isinstance(row, list) or not row:
             raise bad_request(f"{where} must be a list of token ids, got {shown(row)}", name)
-        bad = [t for t in row if type(t) is not int or t < 0]
-        if bad:
-            raise bad_request(f"{where} must hold token ids (integers from 0), got {shown(bad[0])}", name)
+        for start in range(0, len(row), SCANNED):
+            if bad := _no_ids(row[start : start + SCANNED]):
+                raise bad_request(f"{where} must hold token ids (integers from 0), got {shown(bad[0])}", name)
     return rows
+
+
+def _no_ids(row: list[Any]) -> list[Any]:
+    """What of a list is no token id."""
+    if set(map(type, row)) == {int} and min(row) >= 0:  # no step of it is Python's
+        return []
+    return [t for t in row if type(t) is not int or t < 0]
 
 
 def params_of(request: CompletionRequest) -> SamplingParams:

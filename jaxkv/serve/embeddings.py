@@ -27,13 +27,16 @@ from jaxkv.serve.completions import rows_of
 from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.openapi import documented
-from jaxkv.serve.protocol import PromptRequest
+from jaxkv.serve.pieces import dumps
+from jaxkv.serve.protocol import PromptRequest, count_of
 from jaxkv.serve.records import RECORD, Record
 from jaxkv.serve.schemas import EmbeddingResponse, ScoreResponse
 from jaxkv.serve.service import Service
+from jaxkv.serve.worker import Worker
 from jaxkv.types import SamplingParams
 
 MAX_INPUTS = 2048  # texts of one request, as in the OpenAI API
+NUMBER_BYTES = 12  # of one number of a vector, about
 _PARAMS = SamplingParams(max_tokens=1, temperature=0.0, embed=True)
 
 
@@ -45,6 +48,8 @@ class EmbeddingRequest(PromptRequest):
     dimensions: int | None = None
 
     def check(self) -> None:
+        if (count := count_of(self.input)) > MAX_INPUTS:
+            raise bad_request(f"input may hold at most {MAX_INPUTS} texts, got {count}", "input")
         if self.dimensions is not None:
             raise bad_request(f"dimensions is not supported: vectors have the model's size, got {self.dimensions}",
                               "dimensions", "unsupported_parameter")
@@ -78,8 +83,8 @@ class Vectors(Response):
 
     background = None
 
-    def __init__(self, batcher: Batcher, calls: list[Call], head: dict[str, Any], request: PromptRequest):
-        self.batcher, self.calls, self.head, self.request = batcher, calls, head, request
+    def __init__(self, batcher: Batcher, calls: list[Call], head: dict[str, Any], request: PromptRequest, worker: Worker):
+        self.batcher, self.calls, self.head, self.request, self.worker = batcher, calls, head, request, worker
 
     def data(self, vectors: np.ndarray) -> list[dict[str, Any]]:
         """The entries of `data` for vectors [prompts, d_model]."""
@@ -91,7 +96,9 @@ class Vectors(Response):
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
-                await respond(send, 200, self._body(work.result()))
+                deltas = work.result()
+                size = sum(len(delta.hidden) for delta in deltas) * NUMBER_BYTES
+                await respond(send, 200, await self.worker.run(size, lambda: self._body(deltas)))
         except ApiError as error:
             await respond(send, error.status, error.render(), error.headers)
         except ValueError as error:  # from engine.add_request, through the mailbox
@@ -100,13 +107,15 @@ class Vectors(Response):
             work.cancel()
             gone.cancel()
 
-    def _body(self, deltas: Sequence[Delta]) -> bytes:
+    def _body(self, deltas: list[Delta]) -> list[bytes]:
+        """Takes the deltas out of the list one by one: to free their numbers all at once would take long."""
         prompt = sum(len(call.prompt) for call in self.calls)
         usage = {"prompt_tokens": prompt, "total_tokens": prompt, "completion_tokens": 0,
                  "prompt_tokens_details": {"cached_tokens": sum(delta.num_cached_tokens for delta in deltas)}}
-        hidden = np.array([delta.hidden for delta in deltas], np.float32)
+        deltas.reverse()
+        hidden = np.stack([np.array(deltas.pop().hidden, np.float32) for _ in self.calls])
         vectors = hidden / np.maximum(np.linalg.norm(hidden, axis=1, keepdims=True), np.float32(1e-12))
-        return orjson.dumps(self.head | {"data": self.data(vectors), "usage": usage}, option=orjson.OPT_SERIALIZE_NUMPY)
+        return dumps(self.head | {"data": self.data(vectors), "usage": usage}, orjson.OPT_SERIALIZE_NUMPY)
 
 
 class Embeddings(Vectors):
@@ -138,8 +147,9 @@ def add_embeddings(app: FastAPI, service: Service) -> None:
 
     async def calls_of(request: PromptRequest, name: str, prompts: Sequence[tuple[str, Any]]) -> list[Call]:
         param = prompts[-1][0]
-        if len(prompts) > MAX_INPUTS:
-            raise bad_request(f"{param} may hold at most {MAX_INPUTS} texts, got {len(prompts)}", param)
+        for field, prompt in prompts:
+            if isinstance(prompt, str):
+                service.check_text(request, prompt, field)
         texts = list(dict.fromkeys(prompt for _, prompt in prompts if isinstance(prompt, str)))  # each is encoded once
         known = dict(zip(texts, await service.encode_all(texts, param=param,
                                                          add_special_tokens=request.add_special_tokens is not False)))
@@ -155,11 +165,12 @@ def add_embeddings(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings", **documented(EmbeddingRequest, EmbeddingResponse))
     async def create_embedding(request: Request) -> Response:
         body, head = await service.read(EmbeddingRequest, request), head_of("embd")
-        prompts = [("input", prompt) for prompt in rows_of(body.input, "input")]
-        return Embeddings(batcher, await calls_of(body, head["id"], prompts), head, body)
+        rows = await service.json.run(body.size, lambda: rows_of(body.input, "input"))
+        prompts = [("input", row) for row in rows]
+        return Embeddings(batcher, await calls_of(body, head["id"], prompts), head, body, service.json)
 
     @app.post("/score", **documented(ScoreRequest, ScoreResponse))
     @app.post("/v1/score", **documented(ScoreRequest, ScoreResponse))
     async def create_score(request: Request) -> Response:
         body, head = await service.read(ScoreRequest, request), head_of("score")
-        return Scores(batcher, await calls_of(body, head["id"], body.prompts()), head, body)
+        return Scores(batcher, await calls_of(body, head["id"], body.prompts()), head, body, service.json)

@@ -28,6 +28,7 @@ from jaxkv.types import CacheHints, SamplingParams, Start
 
 log = logging.getLogger("jaxkv.serve")
 MAX_QUESTIONS = 8
+ADD_TOKENS = 2**16  # of prompts that come between two steps, and one prompt more: running sequences wait meanwhile
 REPORT_S = 10.0  # between two lines in the log about a busy engine
 IDLE_CHECK_S = 5.0  # idle time after which the engine recomputes its page ownership, once
 
@@ -301,10 +302,7 @@ class EngineLoop:
                 value = error
             self._post(_settle, answer, value)
         refused: list[tuple[str, Exception]] = []
-        gone = set(aborts)
         for call in adds:
-            if call.id in gone:
-                continue
             try:
                 engine.add_request(call.id, call.prompt, call.params, call.hints)
             except Exception as error:  # what one request holds must not end the others
@@ -325,8 +323,8 @@ class EngineLoop:
             engine.check()
             self._wait(engine, None)
         with self._wakeup:
-            adds, self._adds = self._adds, []
             aborts, self._aborts = self._aborts, []
+            adds, self._adds = _first(self._adds, set(aborts))
             questions, self._questions = self._questions, []
         return adds, aborts, questions
 
@@ -335,6 +333,16 @@ class EngineLoop:
         with self._wakeup:
             return self._wakeup.wait_for(
                 lambda: bool(self._adds or self._aborts or self._questions or self._stopping or engine.has_work), timeout)
+
+
+def _first(calls: list[Call], gone: set[str]) -> tuple[list[Call], list[Call]]:
+    """The calls whose prompts the engine takes before its next step, and the others; without those that are gone."""
+    calls = [call for call in calls if call.id not in gone] if gone else calls
+    count = tokens = 0
+    while count < len(calls) and tokens < ADD_TOKENS:
+        tokens += len(calls[count].prompt)
+        count += 1
+    return calls[:count], calls[count:]
 
 
 def _settle(answer: asyncio.Future[Any], value: Any) -> None:

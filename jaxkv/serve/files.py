@@ -1,7 +1,8 @@
 """/v1/files: what batches read and write, in one directory, bounded in number and bytes.
 
-A file is known by an id that the server drew; nothing in a request becomes a path. What the directory holds outlives the
-process, unless it is the one that goes with it. Batches keep their own records here too (``Records``).
+A file is known by an id that the server drew, and to the API key that made it only; nothing in a request becomes a path.
+What the directory holds outlives the process, unless it is the one that goes with it. Batches keep their own records here
+too (``Records``).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from starlette.responses import FileResponse
 
 from jaxkv.config import ConfigError
 from jaxkv.serve.errors import ApiError, bad_request
+from jaxkv.serve.limits import owner_of
 from jaxkv.serve.openapi import documented
 from jaxkv.serve.schemas import Deleted, ErrorResponse, FileList, FileObject
 from jaxkv.serve.service import Service
@@ -36,13 +38,14 @@ Limit = Annotated[int, Query(ge=1, le=10_000)]
 
 
 class Records:
-    """JSON objects by id, each in a file of its own, oldest first."""
+    """JSON objects by id, each in a file of its own, oldest first. Whoever is not its owner does not learn of one."""
 
     def __init__(self, directory: Path, prefix: str):
         self._directory, self._prefix = directory, prefix
         name = re.compile(rf"({prefix}[0-9a-f]{{32}})\.json")
         found = [(orjson.loads(file.read_bytes()), match[1]) for file in directory.iterdir()
                  if (match := name.fullmatch(file.name))]
+        self._owners = {name: record.pop("owner", "") for record, name in found}
         self._items = {name: record for record, name in sorted(found, key=lambda pair: pair[0]["created_at"])}
 
     def __len__(self) -> int:
@@ -55,28 +58,37 @@ class Records:
         """An id nobody can guess."""
         return self._prefix + uuid.uuid4().hex
 
+    def add(self, record: dict[str, Any], owner: str) -> None:
+        """Keeps a new record."""
+        self._owners[record["id"]] = owner
+        self.save(record)
+
     def save(self, record: dict[str, Any]) -> None:
-        """Keeps a record, new or changed, whole or not at all."""
+        """Keeps a record as it is now, whole or not at all."""
         self._items[record["id"]] = record
         target = self._directory / f"{record['id']}.json"
         draft = target.with_suffix(".draft")
-        draft.write_bytes(orjson.dumps(record))
+        draft.write_bytes(orjson.dumps(record | {"owner": self._owners[record["id"]]}))
         draft.replace(target)
 
-    def get(self, name: str, param: str | None = None) -> dict[str, Any]:
-        """Raises ApiError, a 404, for an unknown id."""
-        if name not in self._items:
+    def owner(self, name: str) -> str:
+        """Of a known record."""
+        return self._owners[name]
+
+    def get(self, name: str, owner: str, param: str | None = None) -> dict[str, Any]:
+        """Raises ApiError, a 404, for an id that the owner does not know."""
+        if self._owners.get(name) != owner:
             raise ApiError(404, f"{name[:100]!r} does not exist", param=param, code="not_found")
         return self._items[name]
 
     def drop(self, name: str) -> None:
         """Forgets a record."""
-        del self._items[name]
+        del self._items[name], self._owners[name]
         (self._directory / f"{name}.json").unlink(missing_ok=True)
 
-    def all(self) -> list[dict[str, Any]]:
-        """Every record, newest first."""
-        return list(reversed(self._items.values()))
+    def all(self, owner: str | None = None) -> list[dict[str, Any]]:
+        """Every record, or those of one owner, newest first."""
+        return [record for name, record in reversed(self._items.items()) if owner in (None, self._owners[name])]
 
 
 def page(records: Sequence[dict[str, Any]], after: str | None, limit: int) -> dict[str, Any]:
@@ -120,9 +132,9 @@ class FileStore:
         if self._temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def path(self, name: str) -> Path:
-        """Where the content of a known file is. Raises ApiError, a 404, for an unknown id."""
-        return self.directory / f"{self.records.get(name)['id']}.jsonl"
+    def path(self, name: str, owner: str) -> Path:
+        """Where the content of a file is. Raises ApiError, a 404, for an id that the owner does not know."""
+        return self.directory / f"{self.records.get(name, owner)['id']}.jsonl"
 
     def reserve(self, size: int) -> None:
         """Counts bytes that are about to be written. Raises ApiError, a 413, if there is no room."""
@@ -137,9 +149,9 @@ class FileStore:
             raise ApiError(413, f"there may be at most {self.max_files} files: delete some", code="storage_full")
         return Draft(self)
 
-    def delete(self, name: str) -> None:
-        """Raises ApiError, a 404, for an unknown id."""
-        path, size = self.path(name), self.records.get(name)["bytes"]
+    def delete(self, name: str, owner: str) -> None:
+        """Raises ApiError, a 404, for an id that the owner does not know."""
+        path, size = self.path(name, owner), self.records.get(name, owner)["bytes"]
         self.records.drop(name)
         path.unlink(missing_ok=True)
         self.bytes -= size
@@ -159,12 +171,12 @@ class Draft:
         self.size += len(data)
         self._file.write(data)
 
-    def keep(self, filename: str, purpose: str) -> dict[str, Any]:
+    def keep(self, filename: str, purpose: str, owner: str) -> dict[str, Any]:
         """Ends it; its file object."""
         self._file.close()
         record = {"id": self.id, "object": "file", "bytes": self.size, "created_at": int(time.time()),
                   "filename": filename[:MAX_NAME], "purpose": purpose, "status": "processed"}
-        self._store.records.save(record)
+        self._store.records.add(record, owner)
         return record
 
     def discard(self) -> None:
@@ -223,27 +235,27 @@ def add_files(app: FastAPI, service: Service) -> Callable[[], FileStore]:
             except BaseException:
                 draft.discard()
                 raise
-            return draft.keep(file.filename or "", "batch")
+            return draft.keep(file.filename or "", "batch", owner_of(request.scope))
         finally:
             await form.close()
 
     @app.get("/v1/files", **documented(None, FileList))
-    async def list_files(purpose: str | None = None, after: str | None = None, limit: Limit = 10_000,
+    async def list_files(request: Request, purpose: str | None = None, after: str | None = None, limit: Limit = 10_000,
                          order: Literal["asc", "desc"] = "desc") -> Any:
-        records = [record for record in store().records.all() if purpose in (None, record["purpose"])]
+        records = [r for r in store().records.all(owner_of(request.scope)) if purpose in (None, r["purpose"])]
         return page(records if order == "desc" else records[::-1], after, limit)
 
     @app.get("/v1/files/{name}", **documented(None, FileObject))
-    async def get_file(name: str) -> Any:
-        return store().records.get(name)
+    async def get_file(name: str, request: Request) -> Any:
+        return store().records.get(name, owner_of(request.scope))
 
     @app.get("/v1/files/{name}/content", **documented(None, None), response_class=FileResponse)
-    async def get_content(name: str) -> FileResponse:
-        return FileResponse(store().path(name), media_type="application/octet-stream")
+    async def get_content(name: str, request: Request) -> FileResponse:
+        return FileResponse(store().path(name, owner_of(request.scope)), media_type="application/octet-stream")
 
     @app.delete("/v1/files/{name}", **documented(None, Deleted))
-    async def delete_file(name: str) -> Any:
-        store().delete(name)
+    async def delete_file(name: str, request: Request) -> Any:
+        store().delete(name, owner_of(request.scope))
         return {"id": name, "object": "file", "deleted": True}
 
     return store

@@ -83,6 +83,7 @@ class Gate:
             if key is None:
                 raise ApiError(401, "missing or wrong API key: send \"Authorization: Bearer KEY\"", code="invalid_api_key",
                                headers={"www-authenticate": "Bearer"})
+            self.keys.mark(scope, key)
         if not _works(scope):
             return None
         if self.loop.draining:

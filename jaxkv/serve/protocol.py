@@ -13,13 +13,13 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from jaxkv.serve.bounds import MAX_LEVELS, Items, at_most, check_levels
+from jaxkv.serve.bounds import MAX_LEVELS, Items, at_most, check_levels, json_of
 from jaxkv.serve.errors import ApiError, bad_request, from_validation, from_value_error, shown
 from jaxkv.serve.messages import STRICT as _STRICT
 from jaxkv.serve.messages import ChatMessage
+from jaxkv.serve.pieces import PIECE
 from jaxkv.serve.structured import ResponseFormat, StructuredOutputs, field_of, structured_of
 from jaxkv.serve.tools import MAX_TOOLS, Tool, ToolUse, tool_use_of
 from jaxkv.types import MAX_LOGIT_BIAS, CacheHints, SamplingParams
@@ -45,7 +45,13 @@ _INERT = {"metadata", "store", "service_tier", "user", "parallel_tool_calls", "r
           "spaces_between_special_tokens"}
 COMPLETION_TOKENS = 16  # max_tokens of a completion that names none, as in the OpenAI API
 MAX_STOPS = 64  # stop strings of a request: each is looked for after every token
+MAX_MESSAGES = 4096  # of a chat: checking one takes microseconds in which no other thread runs
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
+
+
+def count_of(prompt: Any) -> int:
+    """How many prompts a field holds, by its first item: a list of token ids is one."""
+    return len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], list | str) else 1
 
 
 class StreamOptions(BaseModel):
@@ -218,8 +224,7 @@ class CompletionRequest(GenerationRequest):
     logprobs: int | None = None
 
     def prompt_count(self) -> int:
-        rows = self.prompt
-        return len(rows) if isinstance(rows, list) and rows and isinstance(rows[0], list | str) else 1
+        return count_of(self.prompt)
 
     def fill(self, defaults: Mapping[str, Any]) -> None:
         limit = min(COMPLETION_TOKENS, defaults.get("max_tokens", COMPLETION_TOKENS))
@@ -230,7 +235,7 @@ class ChatRequest(GenerationRequest):
     """/v1/chat/completions."""
 
     model_config = ConfigDict(title="ChatCompletionRequest")
-    messages: Items[ChatMessage] = Field(min_length=1)
+    messages: Annotated[Items[ChatMessage], at_most(MAX_MESSAGES)] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -261,14 +266,11 @@ _SAMPLING = {"n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "
 
 def parse(model: type[R], body: bytes, ignored: set[str], defaults: Mapping[str, Any] = NO_DEFAULTS) -> R:
     """The request in ``body``; ``ignored`` remembers which unknown fields were logged. ``defaults``: the model's own, for
-    sampling fields that were not given. Raises ApiError."""
-    try:
-        data = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    sampling fields that were not given. Raises ApiError. Takes time with the length."""
+    data = json_of(body)
     if not isinstance(data, dict):
         raise bad_request(f"the body must be a JSON object, got {type(data).__name__}")
-    if body.count(b"[") + body.count(b"{") > MAX_LEVELS:
+    if len(body) <= PIECE and body.count(b"[") + body.count(b"{") > MAX_LEVELS:
         for name, value in data.items():
             check_levels(value, name[:100], name[:100])
     request = validated(model, data, ignored)

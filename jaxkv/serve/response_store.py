@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ class Stored:
     body: dict[str, Any]
     messages: list[dict[str, Any]]
     size: int  # bytes
+    owner: str
 
 
 class ResponseStore:
@@ -30,23 +32,27 @@ class ResponseStore:
         self._max_items, self._max_bytes = max_items, max_bytes
         self._items: OrderedDict[str, Stored] = OrderedDict()
         self._bytes = 0
+        self._lock = threading.Lock()  # long answers are made, and kept, on another thread
 
-    def put(self, body: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    def put(self, body: dict[str, Any], messages: list[dict[str, Any]], owner: str = "") -> None:
         """Keeps an answer as long as there is room."""
         size = len(orjson.dumps([body, messages]))
-        self._items[body["id"]] = Stored(body, messages, size)
-        self._bytes += size
-        while len(self._items) > self._max_items or self._bytes > self._max_bytes:
-            self._bytes -= self._items.popitem(last=False)[1].size
+        with self._lock:
+            self._items[body["id"]] = Stored(body, messages, size, owner)
+            self._bytes += size
+            while len(self._items) > self._max_items or self._bytes > self._max_bytes:
+                self._bytes -= self._items.popitem(last=False)[1].size
 
-    def get(self, name: str, param: str | None = None) -> Stored:
-        """Raises ApiError, a 404, for an id that is unknown or has left."""
-        if name not in self._items:
+    def get(self, name: str, param: str | None = None, owner: str = "") -> Stored:
+        """Raises ApiError, a 404, for an id that the owner does not know or that has left."""
+        found = self._items.get(name)
+        if found is None or found.owner != owner:
             raise ApiError(404, f"response {name[:100]!r} does not exist, or was kept no longer", param=param,
                            code="response_not_found")
-        return self._items[name]
+        return found
 
-    def delete(self, name: str) -> None:
-        """Raises ApiError, a 404, for an id that is unknown or has left."""
-        self._bytes -= self.get(name).size
-        del self._items[name]
+    def delete(self, name: str, owner: str = "") -> None:
+        """Raises ApiError, a 404, for an id that the owner does not know or that has left."""
+        with self._lock:
+            self._bytes -= self.get(name, owner=owner).size
+            del self._items[name]

@@ -21,6 +21,7 @@ from jaxkv.serve.answer import Answer, Choice, Form
 from jaxkv.serve.bounds import Items, Metadata, at_most
 from jaxkv.serve.engine_loop import Call
 from jaxkv.serve.errors import ApiError, bad_request, shown
+from jaxkv.serve.limits import owner_of
 from jaxkv.serve.logprobs import TokenText, chat_logprobs
 from jaxkv.serve.openapi import documented
 from jaxkv.serve.parsers.message import MessageReader
@@ -155,6 +156,7 @@ class ResponsesAnswer(Answer):
 
     messages: list[dict[str, Any]]  # the conversation before the answer
     store: ResponseStore
+    owner: str
     _number = 0
 
     def _result(self) -> dict[str, Any]:
@@ -166,7 +168,7 @@ class ResponsesAnswer(Answer):
                       "output_tokens": usage["completion_tokens"],
                       "output_tokens_details": usage["completion_tokens_details"], "total_tokens": usage["total_tokens"]}}
         if body["store"]:
-            self.store.put(body, self.messages + messages_of(body["output"], "output"))
+            self.store.put(body, self.messages + messages_of(body["output"], "output"), self.owner)
         return body
 
     def _take(self, call: Call, delta: Delta) -> None:
@@ -205,25 +207,30 @@ def add_responses(app: FastAPI, service: Service) -> None:
     @app.post("/v1/responses", **documented(ResponsesRequest, ResponsesResponse, stream=True))
     async def create_response(request: Request) -> Response:
         body = await service.read(ResponsesRequest, request)
-        earlier = body.previous_response_id
-        before = store.get(earlier, "previous_response_id").messages if earlier else []
-        messages = before + messages_of(body.input)
+        earlier, owner = body.previous_response_id, owner_of(request.scope)
+        before = store.get(earlier, "previous_response_id", owner) if earlier else None
+        messages = (before.messages if before else []) + messages_of(body.input)
         tokenizer, dialect = service.tokenizer("input"), service.dialect()
-        with _ours():
+
+        def prepare() -> tuple[ChatRequest, chat.Conversation]:
             like = body.chat(messages, service.ignored_fields)
-            talk = await service.aside(chat.size_of(like), lambda: chat.prepare(like, tokenizer, dialect))
+            return like, chat.prepare(like, tokenizer, dialect)
+
+        with _ours():
+            like, talk = await service.aside(body.size + (before.size if before else 0), prepare)
+        service.check_text(body, talk.prompt)
         ids = await service.encode(talk.prompt, add_special_tokens=bool(body.add_special_tokens))
         form = ResponseForm(service.model_name(), body, like, TokenText(tokenizer), talk)
         answer = service.answer(body, form, talk.params, [(ids, talk.prompt)], ResponsesAnswer)
         assert isinstance(answer, ResponsesAnswer)
-        answer.messages, answer.store = messages, store
+        answer.messages, answer.store, answer.owner = messages, store, owner
         return answer
 
     @app.get("/v1/responses/{name}", **documented(None, ResponsesResponse))
-    async def get_response(name: str) -> Any:
-        return store.get(name).body
+    async def get_response(name: str, request: Request) -> Any:
+        return store.get(name, owner=owner_of(request.scope)).body
 
     @app.delete("/v1/responses/{name}", **documented(None, Deleted))
-    async def delete_response(name: str) -> Any:
-        store.delete(name)
+    async def delete_response(name: str, request: Request) -> Any:
+        store.delete(name, owner_of(request.scope))
         return {"id": name, "object": "response", "deleted": True}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import sys
@@ -78,6 +79,8 @@ class Server:
         serving = asyncio.create_task(self.http.serve([self.sock]))
         await asyncio.wait((ready, dead, serving), return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
+            gc.collect()
+            gc.freeze()  # every thread waits for a collection: what stays for good is no longer looked at
             self._announce()
             await asyncio.wait((dead, serving), return_when=asyncio.FIRST_COMPLETED)
         if dead.done() and not self.signals:

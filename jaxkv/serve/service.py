@@ -10,7 +10,6 @@ import logging
 import re
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,7 +21,9 @@ from jaxkv.serve.dialect import ChatOptions, Dialect, choose_dialect
 from jaxkv.serve.engine_loop import Call, EngineLike, EngineLoop, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.limits import Limits
+from jaxkv.serve.pieces import PIECE
 from jaxkv.serve.protocol import GenerationRequest, PromptRequest, R, parse
+from jaxkv.serve.worker import Worker
 
 T = TypeVar("T")
 log = logging.getLogger("jaxkv.serve")
@@ -43,7 +44,8 @@ class Service:
     ignored_fields: set[str] = field(default_factory=set)
     chat: ChatOptions = ChatOptions()
     cleanup: ExitStack = field(default_factory=ExitStack)  # closed when the server has ended
-    encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+    encoder: Worker = field(default_factory=lambda: Worker("tokenizer", INLINE_CHARS))
+    json: Worker = field(default_factory=lambda: Worker("json", PIECE))  # for bodies and answers; sizes are in bytes
     _dialect: Dialect | None = None  # known once the engine is there
 
     def engine(self) -> EngineLike:
@@ -80,7 +82,8 @@ class Service:
         if not re.fullmatch(r"application/([^\s;/]+\+)?json\s*(;.*)?", kind.strip(), re.IGNORECASE):
             raise ApiError(415, f"content-type must be application/json, got {kind[:80]!r}: send the header "
                                 "\"content-type: application/json\"", param="content-type", code="unsupported_media_type")
-        body = parse(model, await self.body(request), self.ignored_fields, self.engine().default_sampling)
+        data, defaults = await self.body(request), self.engine().default_sampling
+        body = await self.json.run(len(data), lambda: parse(model, data, self.ignored_fields, defaults))
         self.check_model(body.model)
         if isinstance(body, GenerationRequest):
             body.check_count(self.limits.max_open_requests)
@@ -135,7 +138,7 @@ class Service:
 
     async def aside(self, size: int, work: Callable[[], T]) -> T:
         """What ``work`` gives. It runs on another thread if ``size`` characters or tokens would hold the event loop up."""
-        return work() if size <= INLINE_CHARS else await asyncio.get_running_loop().run_in_executor(self.encoder, work)
+        return await self.encoder.run(size, work)
 
     def fit(self, request: PromptRequest, ids: list[int], answer: int, param: str | None = None) -> list[int]:
         """The ids of a prompt, truncated if the request says so. Raises ApiError for none and for more than the window."""
@@ -144,11 +147,27 @@ class Service:
             raise bad_request(f"{name} must not be empty", name)
         most = self.limits.max_prompt_tokens
         kept = request.cut(ids, window, max(answer, window - most) if most else answer)
-        if len(kept) >= window or most and len(kept) > most:
-            bound = f"this server takes {most}" if most and most < window else \
-                f"this model's maximum context length is {window} tokens, prompt and answer together"
-            raise bad_request(f"{name}: {len(kept)} tokens do not fit: {bound}", name, "context_length_exceeded")
+        if len(kept) > self._longest():
+            raise self._too_long(f"{len(kept)} tokens", name)
         return kept
+
+    def check_text(self, request: PromptRequest, text: str, param: str | None = None) -> None:
+        """Raises ApiError for a text that is certain to have too many tokens, in a time that does not grow with it."""
+        tokenizer: Any = self.engine().tokenizer
+        each = tokenizer and tokenizer.characters_per_token
+        if each and request.truncate_prompt_tokens is None and len(text) > each * self._longest():
+            name = param or request.renamed().get("prompt", "prompt")
+            raise self._too_long(f"{len(text)} characters, of which a token holds at most {each},", name)
+
+    def _longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return min(self.engine().max_model_len - 1, self.limits.max_prompt_tokens or 2**62)
+
+    def _too_long(self, what: str, name: str) -> ApiError:
+        window, most = self.engine().max_model_len, self.limits.max_prompt_tokens
+        bound = f"this server takes {most} tokens" if most and most < window else \
+            f"this model's maximum context length is {window} tokens, prompt and answer together"
+        return bad_request(f"{name}: {what} do not fit: {bound}", name, "context_length_exceeded")
 
     def answer(self, request: GenerationRequest, form: Form, params: Any,
                prompts: Sequence[tuple[list[int], str | None]], kind: type[Answer] = Answer) -> Answer:
@@ -164,4 +183,4 @@ class Service:
         for i, (ids, text) in enumerate(prompts):
             kept = self.fit(request, ids, limit)
             calls.append(Call(f"{name}-{i}", kept, params, mailbox, i, text if len(kept) == len(ids) else None, hints))
-        return kind(self.loop, calls, request, form)
+        return kind(self.loop, calls, request, form, self.json)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
+from starlette.types import Receive, Scope, Send
 
 from jaxkv.serve import chat
+from jaxkv.serve.answer import respond
 from jaxkv.serve.bounds import Items
 from jaxkv.serve.errors import bad_request
 from jaxkv.serve.openapi import documented
+from jaxkv.serve.pieces import dumps
 from jaxkv.serve.protocol import ApiRequest, ChatRequest, validated
 from jaxkv.serve.schemas import DetokenizeResponse, TokenizeResponse
 from jaxkv.serve.service import Service
@@ -40,6 +42,18 @@ class DetokenizeRequest(ApiRequest):
     tokens: Items[int]
 
 
+class InParts(Response):
+    """A long answer, already JSON."""
+
+    background = None
+
+    def __init__(self, parts: list[bytes]):
+        self.parts = parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await respond(send, 200, self.parts)
+
+
 def add_tokenize(app: FastAPI, service: Service) -> None:
     """Adds the routes."""
 
@@ -49,25 +63,31 @@ def add_tokenize(app: FastAPI, service: Service) -> None:
         tokenizer, window = service.tokenizer(), service.engine().max_model_len
         text, special = body.prompt or "", body.add_special_tokens is not False
         if body.messages is not None:
-            fields = body.model_dump(exclude={"prompt", "return_token_strs"}, exclude_none=True)
-            conversation = validated(ChatRequest, fields, service.ignored_fields)
-            render = partial(chat.prompt_of, conversation, tokenizer, service.dialect())
+            dialect = service.dialect()
+
+            def render() -> str:
+                fields = body.model_dump(exclude={"prompt", "return_token_strs"}, exclude_none=True)
+                return chat.prompt_of(validated(ChatRequest, fields, service.ignored_fields), tokenizer, dialect)
+
             text, special = await service.aside(body.size, render), bool(body.add_special_tokens)
         ids = await service.encode(text, add_special_tokens=special)
 
-        def answer() -> bytes:
+        def answer() -> list[bytes]:
             strings = [str(token) for token in tokenizer.hf.convert_ids_to_tokens(ids)] if body.return_token_strs else None
-            return orjson.dumps({"count": len(ids), "max_model_len": window, "tokens": ids, "token_strs": strings})
+            return dumps({"count": len(ids), "max_model_len": window, "tokens": ids, "token_strs": strings})
 
-        return Response(await service.aside(len(ids), answer), media_type="application/json")
+        return InParts(await service.aside(len(ids), answer))
 
     @app.post("/detokenize", **documented(DetokenizeRequest, DetokenizeResponse))
     async def detokenize(request: Request) -> Response:
         body = await service.read(DetokenizeRequest, request)
         tokenizer = service.tokenizer("tokens")
         size = tokenizer.vocab_size
-        bad = next((token for token in body.tokens if not 0 <= token < size), None)
-        if bad is not None:
-            raise bad_request(f"tokens holds token id {bad}, outside of the vocabulary of {size}", "tokens")
-        text = await service.aside(len(body.tokens), lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
-        return Response(orjson.dumps({"prompt": text}), media_type="application/json")
+
+        def answer() -> bytes:
+            bad = next((token for token in body.tokens if not 0 <= token < size), None)
+            if bad is not None:
+                raise bad_request(f"tokens holds token id {bad}, outside of the vocabulary of {size}", "tokens")
+            return orjson.dumps({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+        return Response(await service.aside(len(body.tokens), answer), media_type="application/json")

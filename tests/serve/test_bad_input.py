@@ -127,7 +127,7 @@ def test_nesting_within_the_bound(http):
 
 @pytest.mark.parametrize(("path", "field", "item", "param"), [
     ("/v1/completions", "stop", 1, "stop"), ("/v1/completions", "stop_token_ids", "a", "stop_token_ids[0]"),
-    ("/v1/completions", "guided_choice", 1, "guided_choice[0]"), ("/v1/chat/completions", "messages", 1, "messages[0]"),
+    ("/v1/completions", "guided_choice", 1, "guided_choice[0]"), ("/v1/chat/completions", "messages", 1, "messages"),
     ("/v1/chat/completions", "tools", 1, "tools"), ("/v1/responses", "input", 1, "input"),
     ("/detokenize", "tokens", "a", "tokens[0]"), ("/v1/score", "text_2", 1, "text_2"),
 ])
@@ -259,3 +259,42 @@ def test_without_tokenizer():
 
 def test_server_lives_after_all_this(http):
     assert http.post("/v1/completions", json=GOOD).status_code == 200
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised(http, fake, monkeypatch):
+    monkeypatch.setattr(type(fake.engine.tokenizer), "encode", lambda *_, **__: pytest.fail("tokenised"))
+    each = fake.engine.tokenizer.characters_per_token
+    text = "a" * (255 * each + 1)
+    for path, body, param in (("/v1/completions", {"prompt": ["a", text]}, "prompt"),
+                              ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}, "messages"),
+                              ("/v1/embeddings", {"input": text}, "input"),
+                              ("/v1/score", {"text_1": "a", "text_2": ["a", text]}, "text_2")):
+        message = refused(http.post(path, json=body), param=param, code="context_length_exceeded")
+        assert f"characters, of which a token holds at most {each}, do not fit" in message and "256" in message
+    monkeypatch.undo()
+    for prompt in (text[1:], "a b" * 4000):
+        assert "tokens do not fit" in refused(http.post("/v1/completions", json={"prompt": prompt}), param="prompt")
+    assert http.post("/v1/completions", json={"prompt": text, "truncate_prompt_tokens": 9, "max_tokens": 1}).status_code == 200
+
+
+def test_a_body_of_many_lists_is_refused_before_it_is_parsed(http):
+    for item in ("[],", "{},"):
+        message = refused(http.post("/v1/completions", content=f'{{"prompt": [{item * 110_000}[]]}}'.encode()))
+        assert "at most 100000 lists and objects, got 110003" in message
+
+
+def test_a_list_of_more_than_a_million_items_is_refused(tokenizer):
+    with serving(lambda: FakeEngine(tokenizer), max_body=2**22) as server, httpx.Client(base_url=server.url) as http:
+        body = b'{"prompt": [' + b"1," * 2**20 + b"1]}"
+        assert "a list may hold at most 1048576 items" in refused(http.post("/v1/completions", content=body))
+
+
+def test_large_bodies_are_read_as_small_ones(http):
+    padding = {"user": "é\\\"" * 30_000}
+    answer = http.post("/v1/completions", json=GOOD | padding).json()["choices"]
+    assert answer == http.post("/v1/completions", json=GOOD).json()["choices"]
+    assert "nested at most 100" in refused(http.post("/v1/completions", json=padding | {"x": json.loads(nested(120))}),
+                                           code="nested_too_deeply")
+    broken = b'{"prompt": ["' + b"a" * 100_000
+    assert "not valid JSON" in refused(http.post("/v1/completions", content=broken), code="invalid_json")
+    assert "integers from 0" in refused(http.post("/v1/completions", json={"prompt": [5] * 90_000 + [True]}), param="prompt")

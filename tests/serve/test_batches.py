@@ -1,5 +1,6 @@
 """/v1/files and /v1/batches with the openai client, against the fake engine."""
 
+import contextlib
 import json
 import tempfile
 import threading
@@ -84,6 +85,14 @@ def test_batches_of_completions_and_embeddings(client):
     body = records(client, done.output_file_id)["e7"]["response"]["body"]
     assert body["data"][1]["embedding"] == pytest.approx(
         client.embeddings.create(model="fake", input=[7], encoding_format="float").data[0].embedding)
+
+
+def test_long_lines(client):
+    long = {"messages": CHAT["messages"], "max_tokens": 4, "user": "x" * 100_000}
+    done = finish(client, start(client, line("a", **long), line("b", **long)[:-1], line("c", x=[[]] * 100_001, **long)))
+    assert done.request_counts.to_dict() == {"total": 3, "completed": 1, "failed": 2}
+    bad = client.files.content(done.error_file_id).text
+    assert "the line is not valid JSON" in bad and "the line may hold at most 100000 lists and objects" in bad
 
 
 def test_a_nested_line_fails_alone(client):
@@ -174,15 +183,15 @@ def test_store_is_bounded(tmp_path):
     draft.write(b"x" * 60)
     with pytest.raises(ApiError, match="at most 100 bytes"):
         draft.write(b"x" * 41)
-    kept = draft.keep("a", "batch")
+    kept = draft.keep("a", "batch", "")
     other = store.draft()
     other.write(b"y" * 40)
     other.discard()
     assert store.bytes == 60 and len(list(tmp_path.glob("*.jsonl"))) == 1
-    store.draft().keep("b", "batch")
+    store.draft().keep("b", "batch", "")
     with pytest.raises(ApiError, match="at most 2 files"):
         store.draft()
-    store.delete(kept["id"])
+    store.delete(kept["id"], "")
     assert store.bytes == 0
     store.close()
 
@@ -212,6 +221,46 @@ def test_operators_directory_outlives_the_server(tokenizer, tmp_path):
         lost = client.batches.retrieve(cut.id)
         assert lost.status == "failed" and "the server ended" in lost.errors.data[0].message
     assert not (tmp_path / f"file-{'0' * 32}.jsonl").exists()
+
+
+def test_another_key_knows_of_nothing(tokenizer, tmp_path):
+    """Files, batches and responses, and those of files and batches after a restart with the keys in another order."""
+    def clients(server, stack):
+        return [stack.enter_context(openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0))
+                for key in ("open-sesame", "second-key")]
+
+    options = {"service": {"batch_dir": str(tmp_path)}}
+    with serving(lambda: FakeEngine(tokenizer), api_keys=("open-sesame", "second-key"), **options) as server, \
+            contextlib.ExitStack() as stack:
+        mine, other = clients(server, stack)
+        done = finish(mine, start(mine, line("a"), "{broken"))
+        response = mine.responses.create(model="fake", input="hi", max_output_tokens=2)
+        assert mine.responses.retrieve(response.id).id == response.id
+        for ask in (lambda: other.responses.retrieve(response.id), lambda: other.responses.delete(response.id),
+                    lambda: other.responses.create(model="fake", input="a", previous_response_id=response.id)):
+            with pytest.raises(openai.NotFoundError):
+                ask()
+        theirs = finish(other, start(other, line("b")))
+        assert [batch.id for batch in other.batches.list()] == [theirs.id]
+    files = [done.input_file_id, done.output_file_id, done.error_file_id]
+    kept = "".join(file.name + file.read_text() for file in tmp_path.iterdir())
+    assert done.id in kept and not any(key in kept for key in ("sesame", "second-key"))
+    with serving(lambda: FakeEngine(tokenizer), api_keys=("second-key", "open-sesame"), **options) as server, \
+            contextlib.ExitStack() as stack:
+        mine, other = clients(server, stack)
+        assert [batch.id for batch in mine.batches.list()] == [done.id] and mine.batches.retrieve(done.id) == done
+        assert {file.id for file in mine.files.list()} == set(files) and "a" in records(mine, files[1])
+        assert not {file.id for file in other.files.list()} & set(files) and len(other.files.list().data) == 2
+        more = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        for ask in (lambda: other.batches.retrieve(done.id), lambda: other.batches.cancel(done.id),
+                    lambda: other.batches.create(input_file_id=files[0], **more),
+                    *(lambda f=f, name=name: f(name) for name in files for f in (other.files.retrieve, other.files.content,
+                                                                                 other.files.delete))):
+            with pytest.raises(openai.NotFoundError):
+                ask()
+        assert mine.files.delete(files[0]).deleted
+    with serving(lambda: FakeEngine(tokenizer), **options) as server, httpx.Client(base_url=server.url) as http:
+        assert not http.get("/v1/files").json()["data"] and not http.get("/v1/batches").json()["data"]  # nobody's
 
 
 def test_directory_of_its_own_goes_with_the_server(tokenizer, tmp_path, monkeypatch):

@@ -216,3 +216,32 @@ def test_random_disconnects_leave_nothing(slow):
         return [o for o in gc.get_objects() if type(o) in (engine_loop.Mailbox, engine_loop.Call)]
 
     wait_for(lambda: not left())  # the last request's task may still be ending
+
+
+def test_long_prompts_enter_a_few_between_two_steps(tokenizer, monkeypatch):
+    monkeypatch.setattr(engine_loop, "ADD_TOKENS", 10)
+    engine, rounds, go = FakeEngine(tokenizer), [0], threading.Event()
+    add, step = engine.add_request, engine.step
+
+    def counted(*args):
+        rounds[-1] += 1
+        add(*args)
+
+    def held():
+        rounds.append(0)
+        go.wait(10)
+        return step()
+
+    engine.add_request, engine.step = counted, held
+    with serving(lambda: engine) as server:
+        socks = [raw_post(server.url, prompt=[5], max_tokens=5)]
+        wait_for(lambda: len(rounds) == 2)  # the engine is in a step
+        socks += [raw_post(server.url, prompt=[[5] * 4] * 8, max_tokens=5) for _ in range(2)]
+        wait_for(lambda: len(server.loop.calls) == 17)
+        socks.pop().close()  # what has not entered never does
+        wait_for(lambda: len(server.loop.calls) == 9)
+        go.set()
+        assert all(sock.recv(15) == b"HTTP/1.1 200 OK" for sock in socks)
+        for sock in socks:
+            sock.close()
+    assert [count for count in rounds if count] == [1, 3, 3, 2]
