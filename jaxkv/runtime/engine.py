@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxkv.cache.inspect import curve, inspect
 from jaxkv.config import EngineConfig
+from jaxkv.params import MAX_STOP_IDS, CacheHints, SamplingParams
 from jaxkv.runtime.cache_metrics import refresh_cache
 from jaxkv.runtime.executor import JaxExecutor, LostStep
 from jaxkv.runtime.memory import Capacity
@@ -26,7 +27,7 @@ from jaxkv.runtime.report import Reporter
 from jaxkv.runtime.structured.compiler import Grammar, GrammarCompiler
 from jaxkv.runtime.structured.matchers import Matchers
 from jaxkv.sched.scheduler import Scheduler
-from jaxkv.types import MAX_STOP_IDS, CacheHints, Request, SamplingParams, StepHandle, StepPlan, Tier, TokenEvent
+from jaxkv.types import Request, StepHandle, StepPlan, Tier, TokenEvent
 
 NO_HINTS = CacheHints()
 CHECKED_NODES = 20_000  # of the trie, 0.2 s; 10 s were measured with a million

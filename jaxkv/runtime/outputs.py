@@ -10,9 +10,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from jaxkv.params import SamplingParams
 from jaxkv.runtime.detokenizer import StopStrings, make_detokenizer
 from jaxkv.runtime.tokenizer import Tokenizer
-from jaxkv.types import Logprobs, Request, SamplingParams, Start, TokenEvent
+from jaxkv.types import Logprobs, Request, Start, TokenEvent
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxkv.types import SamplingParams
+from jaxkv.params import SamplingParams
 from tests.engine_harness import engine, executor, greedy, run_all
 
 GOOD = [5, 9, 2, 33, 14, 60, 7, 21, 40, 3, 18, 25, 50, 11]

@@ -12,21 +12,10 @@ from typing import Any
 
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import SchedConfig
+from jaxkv.params import SamplingParams
 from jaxkv.sched.replay import RecordedDisk, Recorder, replay
 from jaxkv.sched.scheduler import Scheduler
-from jaxkv.types import (
-    Arrival,
-    DiskIndex,
-    KVGroup,
-    Logprobs,
-    Request,
-    SamplingParams,
-    Sequence,
-    Status,
-    StepPlan,
-    StepResult,
-    TokenEvent,
-)
+from jaxkv.types import Arrival, DiskIndex, KVGroup, Logprobs, Request, Sequence, Status, StepPlan, StepResult, TokenEvent
 from tests.sim_device import SimDevice
 
 FULL = (KVGroup((0, 1), 2, 8, "float32"),)

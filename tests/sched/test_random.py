@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from sched_driver import FULL, FULL_AND_WINDOW, Driver, children
 
 from jaxkv.config import EVICTION_POLICIES
-from jaxkv.types import SamplingParams, StepPlan
+from jaxkv.params import SamplingParams
+from jaxkv.types import StepPlan
 
 MODEL_LEN = 48
 ENGINES = st.fixed_dictionaries({

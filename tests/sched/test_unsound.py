@@ -9,7 +9,8 @@ from unittest.mock import patch
 import pytest
 from sched_driver import FULL, FULL_AND_WINDOW, Driver, children, request
 
-from jaxkv.types import Chunk, SamplingParams, StepPlan, StepResult, Tier
+from jaxkv.params import SamplingParams
+from jaxkv.types import Chunk, StepPlan, StepResult, Tier
 from tests.sim_device import SimDevice
 
 NAN = -7  # content of a position

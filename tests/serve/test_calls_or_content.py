@@ -11,6 +11,7 @@ from serve_fakes import ScriptedEngine, serving
 from test_bad_input import refused
 from test_completions import post
 
+from jaxkv.params import Structured
 from jaxkv.runtime.structured.grammar import make_matcher
 from jaxkv.runtime.tokenizer import Tokenizer, load_tokenizer
 from jaxkv.serve.dialect import ChatOptions
@@ -18,7 +19,6 @@ from jaxkv.serve.parsers import TOOL_PARSERS
 from jaxkv.serve.parsers.message import MessageReader
 from jaxkv.serve.parsers.reasoning import ThinkParser
 from jaxkv.serve.thinking import after_reasoning, token_of
-from jaxkv.types import Structured
 
 FORMATS = ("hermes", "llama3_json", "mistral")
 TOOLS = {"paint": {"type": "object", "properties": {"colour": {"$ref": "#/$defs/C"}, "n": {"enum": [1, 2]}},
