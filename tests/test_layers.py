@@ -16,10 +16,10 @@ MAY_IMPORT = {
     "pallas_kernels": set(),
     "jaxkv.params": set(),
     "jaxkv.types": {"jaxkv.params"},
-    "jaxkv.config": {"jaxkv.types"},
-    "jaxkv.cache": {"jaxkv.types", "jaxkv.config"},
+    "jaxkv.config": {"jaxkv.params", "jaxkv.types"},
+    "jaxkv.cache": {"jaxkv.params", "jaxkv.types", "jaxkv.config"},
     "jaxkv.device": {"jaxkv.params", "jaxkv.types", "jaxkv.config", "pallas_kernels"},
-    "jaxkv.sched": {"jaxkv.types", "jaxkv.config", "jaxkv.cache"},
+    "jaxkv.sched": {"jaxkv.params", "jaxkv.types", "jaxkv.config", "jaxkv.cache"},
     "jaxkv.runtime": CORE,
     **{name: {"jaxkv", *CORE, *TOP} for name in TOP},
 }
