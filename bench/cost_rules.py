@@ -25,8 +25,9 @@ from bench.virtual import Link, Machine, VirtualDisk, VirtualEngine
 from jaxkv.cache.controller import CacheController
 from jaxkv.cache.costs import Costs
 from jaxkv.config import SchedConfig
+from jaxkv.params import SamplingParams
 from jaxkv.sched.scheduler import Scheduler
-from jaxkv.types import KVGroup, Request, SamplingParams, Tier
+from jaxkv.types import KVGroup, Request, Tier
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE_SIZE = 16

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from jaxkv.cache.controller import CacheController
-from jaxkv.types import KVGroup, Request, SamplingParams, Sequence
+from jaxkv.params import SamplingParams
+from jaxkv.types import KVGroup, Request, Sequence
 
 GROUP = KVGroup((0,), 1, 1, "bfloat16")
 PARAMS = SamplingParams()

@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from jaxkv.types import SamplingParams
+from jaxkv.params import SamplingParams
 from tests.sched.sched_driver import FULL, FULL_AND_WINDOW, Driver, children
 
 MODEL_LEN = 64

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxkv.config import CacheConfig, ConfigError, EngineConfig, MeshConfig, ModelConfig, SchedConfig
-from jaxkv.types import SamplingParams, Structured
+from jaxkv.params import SamplingParams, Structured
 
 if TYPE_CHECKING:
     from jaxkv.llm import LLM

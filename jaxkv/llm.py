@@ -18,10 +18,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from jaxkv.cli import EngineOptions, engine_config
+from jaxkv.params import CacheHints, SamplingParams
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.outputs import RequestOutput, RequestState
 from jaxkv.runtime.startup import build_engine
-from jaxkv.types import CacheHints, SamplingParams
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 Message: TypeAlias = Mapping[str, Any]

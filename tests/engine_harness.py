@@ -17,6 +17,7 @@ from jaxkv.device import models
 from jaxkv.device.batch import step_sizes
 from jaxkv.device.sharding import param_shardings
 from jaxkv.device.spec import KVSpec, ModelSpec, kv_groups
+from jaxkv.params import SamplingParams
 from jaxkv.runtime.disk import DiskFormat, DiskStore
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.executor import JaxExecutor
@@ -26,7 +27,6 @@ from jaxkv.runtime.page_ops import PageForm
 from jaxkv.runtime.structured.compiler import GrammarCompiler
 from jaxkv.runtime.tokenizer import Tokenizer
 from jaxkv.sched.scheduler import Scheduler
-from jaxkv.types import SamplingParams
 
 PAGE, WINDOW, MAX_LEN, SEQS, BUDGET, POOL, HOST = 4, 8, 64, 4, 64, 160, 64
 CONFIG = dict(

@@ -100,6 +100,15 @@ class SimDevice:
             self._read(chunk)
         return StepResult(tuple(self._sampled(chunk) for chunk in plan.chunks))
 
+    def restore(self, host_pages: set[tuple[int, int]]) -> None:
+        """HBM holds nothing any more, nothing is under way, and of the host pages these are left."""
+        self.hbm = [[[None] * self.page_size for _ in pages] for pages in self.hbm]
+        self.host = [{page: content for page, content in host.items() if (g, page) in host_pages}
+                     for g, host in enumerate(self.host)]
+        assert {(g, page) for g, host in enumerate(self.host) for page in host} == host_pages, "a host page never came"
+        self.staged.clear()
+        self.started.clear()
+
     def _start(self, fetch: Fetch) -> None:
         """Copy what the fetch reads: pages do not change on the way."""
         contents = []

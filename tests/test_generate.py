@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
@@ -126,6 +127,42 @@ def test_tools(generate):
     call = ChatCompletion.model_validate(records[0]["response"]["body"]).choices[0].message.tool_calls[0]
     assert call.function.name == "clock" and call.id.startswith("call_")
     assert records[1]["response"]["body"]["error"]["param"] == "tools"  # the template shows no format of calls
+
+
+def test_lines_of_a_step_without_memory_are_errors_and_the_others_go_on(generate, llm, monkeypatch):
+    text = jsonl(*({"prompt": f"{i}", "n": 2, "max_tokens": 4} for i in range(12)))
+    _, expected = generate(text)
+    generate.target.unlink()
+    executor, calls = llm.engine.executor, []
+
+    def failing(step):
+        def call(*args):
+            calls.append(step)
+            if len(calls) == 3:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 bytes.")
+            return step(*args)
+        return call
+
+    monkeypatch.setattr(executor, "steps", {shape: failing(step) for shape, step in executor.steps.items()})
+    code, records = generate(text)
+    failed = {line for line, record in records.items() if "error" in record}
+    assert code == 0 and 0 < len(failed) < len(records) == 12
+    assert all("memory ran out" in records[line]["error"]["message"] for line in failed)
+    assert all(records[line]["outputs"] == expected[line]["outputs"] for line in set(records) - failed)
+
+
+def test_no_grammar_is_compiled_on_the_engines_thread(generate, llm, monkeypatch):
+    grammars, ready = llm.engine.grammars, []
+    compile_ = grammars.compile
+
+    def watched(structured):
+        if threading.current_thread() is threading.main_thread():
+            ready.append(grammars.submit(structured).done())
+        return compile_(structured)
+
+    monkeypatch.setattr(grammars, "compile", watched)
+    generate(jsonl(*({"prompt": "x", "guided_regex": f"[a-z]{{{i}}}7", "max_tokens": 9} for i in range(1, 6))))
+    assert ready == [True] * 5
 
 
 def test_lines_that_follow_something(generate):

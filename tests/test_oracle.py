@@ -9,8 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from jaxkv.params import SamplingParams, Structured
 from jaxkv.runtime.tokenizer import load_tokenizer
-from jaxkv.types import SamplingParams, Structured, Tier
+from jaxkv.types import Tier
 from tests.engine_harness import POOL, engine, executor, greedy, model, run_all
 from tests.oracle import DenseOracle
 from tests.text_models import write_characters

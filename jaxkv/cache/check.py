@@ -32,6 +32,7 @@ def _check_tree(trie: Trie) -> None:
     for node in [*trie.roots.values(), *trie.nodes()]:
         assert node.order == sorted(node.children), f"{node.start}: children out of order"
         assert node.hot == sum(child.tier is Tier.HBM for child in node.children.values())
+        assert node.below == len(node) + sum(child.below for child in node.children.values())
         for first, child in node.children.items():
             assert child.parent is node and child.data[:trie.page_bytes] == first
             assert child.start == node.end
@@ -90,7 +91,7 @@ def _check_pages(store: PageStore, group: int, sequences: list[Sequence], loads:
     owner: dict[Tier, dict[int, Node]] = {tier: {} for tier in Tier}
     for node in store.trie.nodes():
         for page in node.pages[group]:
-            assert page >= 0 or isinstance(pool, WindowPool), "a hole in a full-attention group"
+            assert page >= 0 or isinstance(pool, WindowPool) or store.lost(node), "a hole in a full-attention group"
             if page >= 0:
                 assert page not in owner[node.tier], f"group {group}: {node.tier.name} page {page} has two owners"
                 owner[node.tier][page] = node

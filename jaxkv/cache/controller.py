@@ -123,6 +123,11 @@ class CacheController:
         """Whether the step of the plan under construction waits for host pages."""
         return any(move.src[0] is Tier.HOST and move.dst is not None and move.dst[0] is Tier.HBM for move in self.store.moves)
 
+    @property
+    def plans_ended(self) -> int:
+        """How often ``take_transfers`` was called."""
+        return self.store.plan
+
     def take_transfers(self) -> Transfers:
         """What the plan under construction does to pages, each kind in the order it must run. Ends the plan."""
         self._tiering.offload(self._watermark)
@@ -216,14 +221,24 @@ class CacheController:
         if self.disk is not None:
             self.disk.forget(names)
 
-    def forget_all(self, seqs: list[tuple[Sequence, int]]) -> None:
-        """Drop everything from HBM and host, and from the disk what the sequences have there from a position on. Nobody uses
-        anything or waits for pages."""
-        for node in [node for root in self.trie.roots.values() for node in root.children.values()]:
-            self.store.discard(node)
+    # ---- HBM was lost
+
+    def lose_hbm(self, since: int, seqs: list[tuple[Sequence, int]]) -> None:
+        """Forget what HBM held, the host pages that were to be made of it since so many plans had ended, every transfer under
+        way, and what the disk has of the sequences from a position on. Nobody uses anything or waits for pages. The other
+        host pages stay (``host_pages``) and are found again, those below HBM nodes once these are computed anew."""
+        self._tiering.lose(since)
+        self._loader.clear()
+        self.store.moves.clear()
+        self.store.saves.clear()
         if self.disk is not None:
             self.disk.forget([name for seq, start in seqs for name in
                               self.trie.page_names(seq.request.namespace, seq.tokens)[start // self.page_size:]])
+
+    def host_pages(self) -> set[tuple[int, int]]:
+        """(group, page) of all that the host tier holds, while nothing is under way."""
+        return {(g, page) for node in self.trie.nodes() if node.tier is Tier.HOST
+                for g, pages in enumerate(node.pages) for page in pages if page >= 0}
 
     # ---- a sequence enters
 

@@ -43,7 +43,7 @@ def find_hit(store: PageStore, seq: Sequence, plan_id: int, use: Use, most: int 
     root = store.trie.root(seq.request.namespace)
     path, pages, sources = store.trie.match(root, encode(seq.tokens[:seq.match_limit]))
     for node in path[1:]:
-        if use is not Use.COMING and node.load is not None or use is Use.HOT and node.tier is not Tier.HBM:
+        if use is not Use.COMING and node.load is not None or use is Use.HOT and node.tier is not Tier.HBM or store.lost(node):
             pages, sources = store.first_page(node), []
             break
     if pages > most:

@@ -146,6 +146,12 @@ class Loader:
             if not load.failed and (load.host_pages or (load.end and load.end.tier is Tier.HOST)):
                 self._fail(load)
 
+    def clear(self) -> None:
+        """Forget every fetch; there are no loads any more."""
+        assert not self.loads and not self._queue
+        self._flying.clear()
+        self._landings.clear()
+
     def cancel(self) -> bool:
         """Give up the load that was begun last of those under way; False if there is none. Its pages are free after
         ``bury``, its KV is lost unless the disk has it."""

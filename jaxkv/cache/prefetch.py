@@ -11,7 +11,7 @@ from jaxkv.cache.hit import Hit, Use, cold_runs, find_hit, room_beside
 from jaxkv.cache.loads import Load, Loader
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
-from jaxkv.cache.trie import Node, encode
+from jaxkv.cache.trie import Node, common_tokens, encode
 from jaxkv.types import DiskIndex, Kind, PageKey, PageMove, Request, Sequence, Tier
 
 DISK_RUN = 16  # pages: how finely a run on disk may be cut
@@ -44,7 +44,7 @@ class Prefetcher:
         hit = find_hit(store, seq, plan_id, Use.COMING)
         data, keys = self._on_disk(seq, hit)
         hit, keys = self._worth(seq, plan_id, hit, keys)
-        rest = [min(-(-len(seq.tokens) // store.page_size) - hit.pages, n) for n in most]
+        rest = [max(len(keys), min(-(-len(seq.tokens) // store.page_size) - hit.pages, n)) for n in most]
         if any(room - own < others for room, own, others in zip(room_beside(store, hit), rest, spare)):
             store.trie.prune(hit.path[0])
             return None
@@ -105,9 +105,11 @@ class Prefetcher:
             return b"", []
         data = encode(seq.tokens[:seq.match_limit])[at:]
         data = data[:len(data) // size * size]
-        known = end.data[keep * size:(keep + 1) * size] == data[:size] if keep < len(end) else data[:size] in end.children
-        if not data or known:  # the hit was cut short
-            return b"", []
+        child = end.children.get(data[:size])
+        if keep == len(end) and child is not None and store.lost(child):
+            data = data[:common_tokens(child.data, data) // store.page_size * size]
+        elif not data or (end.data[keep * size:(keep + 1) * size] == data[:size] if keep < len(end) else child is not None):
+            return b"", []  # the hit was cut short
         keys = store.trie.digest(end.digests[keep - 1], data)
         count = self.disk.match(keys)
         return data[:count * size], keys[:count]
@@ -131,7 +133,11 @@ class Prefetcher:
         size, page_size = store.trie.page_bytes, store.page_size
         pages = [pool.take_many(len(keys)) for pool in store.hbm]
         inside = parent.kind is Kind.PROMPT and parent.end + len(keys) * page_size <= len(request.prompt)
-        node = store.attach(parent, data, Kind.PROMPT if inside else Kind.ANSWER, pages, hints.session_of(request))
+        if (node := parent.children.get(data[:size])) is None:
+            node = store.attach(parent, data, Kind.PROMPT if inside else Kind.ANSWER, pages, hints.session_of(request))
+        else:  # its pages were lost
+            node = store.split(node, len(keys)) if len(keys) < len(node) else node
+            self._tiering.refill(node, pages)
         node.load, node.saved = load, len(keys)
         load.nodes.append(node)
         load.shared += [(g, page) for g in store.windows for page in pages[g]]

@@ -156,6 +156,10 @@ class PageStore:
                 self.stats.claims += 1
             node = node.parent
 
+    def lost(self, node: Node) -> bool:
+        """Whether a HOST node has no pages: they were lost with HBM, and whoever computes them makes it whole."""
+        return bool(self.full) and node.pages[self.full[0]][0] < 0
+
     def take_back(self, node: Node) -> None:
         """Make a leaf's pages private to its only user again."""
         assert node.refs == 1 and node.tier is Tier.HBM
@@ -183,10 +187,7 @@ class PageStore:
                 self.idle -= len(node)
                 self.free_hbm(node)
             else:
-                for g, pages in enumerate(node.pages):
-                    for page in pages:
-                        if page >= 0:
-                            self.free_host(g, page)
+                self.drop_host(node)
             self._forget(node)
         return [digest for node in doomed for digest in node.digests]
 
@@ -198,6 +199,14 @@ class PageStore:
                     if isinstance(pool, WindowPool):
                         pool.disown(page)
                     pool.give(page)
+
+    def drop_host(self, node: Node) -> None:
+        """Drop the pages of a HOST node unread."""
+        for g, pages in enumerate(node.pages):
+            for i, page in enumerate(pages):
+                if page >= 0:
+                    self.free_host(g, page)
+                    pages[i] = -1
 
     def free_host(self, group: int, page: int) -> None:
         """Drop a host page unread."""

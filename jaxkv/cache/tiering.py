@@ -136,8 +136,8 @@ class Tiering:
             self._drop(victim)
         return True
 
-    def _demote(self, node: Node) -> None:
-        """Move an unused node without HBM children to the host tier, which has room."""
+    def _demote(self, node: Node, lost: bool = False) -> None:
+        """Move an unused node without HBM children to the host tier, which has room; ``lost``: without its pages."""
         store = self._store
         parent, key = node.parent, node.key
         assert parent is not None and not node.refs and not node.hot
@@ -146,15 +146,31 @@ class Tiering:
         store.free_hbm(node)
         for g, pages in enumerate(node.pages):
             for i, page in enumerate(pages):
-                if page >= 0:
+                if page >= 0 and not lost:
                     pages[i] = store.host[g].take()
                     store.moves.append(PageMove(g, (Tier.HBM, page), (Tier.HOST, pages[i])))
+                else:
+                    pages[i] = -1
         node.tier, node.moved = Tier.HOST, store.plan
         parent.hot -= 1
         store.policies[Tier.HOST].arrive(key, entry)
         store.settle(node)
         store.settle(parent)
-        store.stats.demotions += len(node)
+        store.stats.demotions += 0 if lost else len(node)
+
+    def lose(self, since: int) -> None:
+        """HBM's contents are gone, and those of nodes that became HOST nodes since so many plans had ended. What is above a
+        node that is left stays, as a HOST node without pages."""
+        store = self._store
+        for node in reversed(list(store.trie.nodes())):  # children before parents
+            if node.tier is Tier.HOST and node.moved < since:
+                continue
+            if not node.children:
+                store.discard(node)
+            elif node.tier is Tier.HBM:
+                self._demote(node, lost=True)
+            else:
+                store.drop_host(node)
 
     def _reclaim(self, group: int) -> None:
         """Free the page of a window group that nobody has seen for longest."""
@@ -212,10 +228,7 @@ class Tiering:
         """Give a HOST node the HBM pages of a sequence that computed the same tokens; it gets one more user."""
         store = self._store
         store.costs.used(node.start, node.end, store.host_held)
-        for g, old in enumerate(node.pages):
-            for page in old:
-                if page >= 0:
-                    store.free_host(g, page)
+        store.drop_host(node)
         node.pages = pages
         node.refs += 1
         self._to_hbm(node)

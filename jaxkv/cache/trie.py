@@ -48,7 +48,7 @@ class Node:
     """A run of pages that share a fate: kind, tier and users."""
 
     __slots__ = ("parent", "data", "digests", "start", "kind", "tier", "pages", "refs", "born", "settled", "hot",
-                 "children", "order", "load", "saved", "moved", "session", "hits")
+                 "children", "order", "load", "saved", "moved", "session", "hits", "below")
 
     def __init__(self, parent: Node | None, data: bytes, digests: list[bytes], start: int, kind: Kind, tier: Tier,
                  pages: list[list[int]]) -> None:
@@ -70,6 +70,7 @@ class Node:
         self.moved = -1000  # plans that had ended when its tier changed last
         self.session: str | None = None  # the one session that used the node; None: several did
         self.hits = 0  # uses after the one that made it
+        self.below = 0  # pages of the node and of all nodes below it
 
     def __len__(self) -> int:
         """Pages."""
@@ -97,6 +98,13 @@ class Root(Node):
 
     def __len__(self) -> int:
         return 0
+
+
+def _count(node: Node | None, pages: int) -> None:
+    """So many pages more below a node, itself included."""
+    while node is not None:
+        node.below += pages
+        node = node.parent
 
 
 class Source(NamedTuple):
@@ -221,6 +229,7 @@ class Trie:
         parent.children[first] = node
         insort(parent.order, first)
         parent.hot += 1
+        _count(node, len(node))
         return node
 
     def extend(self, node: Node, data: bytes, pages: list[list[int]]) -> None:
@@ -229,6 +238,7 @@ class Trie:
         node.data += data
         for mine, new in zip(node.pages, pages, strict=True):
             mine += new
+        _count(node, len(data) // self.page_bytes)
 
     def detach(self, node: Node) -> None:
         """Take a node without children out of the tree."""
@@ -238,6 +248,7 @@ class Trie:
         del parent.order[bisect_left(parent.order, first)]
         parent.hot -= node.tier is Tier.HBM
         node.parent = None
+        _count(parent, -len(node))
 
     def split(self, node: Node, count: int) -> Node:
         """Cut a run after ``count`` pages. The new node is the upper part; ``node`` stays the end of its path."""
@@ -255,6 +266,8 @@ class Trie:
         upper.refs = node.refs
         upper.session, upper.hits = node.session, node.hits
         upper.hot = int(node.tier is Tier.HBM)
+        upper.below = node.below
+        node.below -= count
         parent.children[node.data[:size]] = upper
         node.parent = upper
         node.data = node.data[at:]

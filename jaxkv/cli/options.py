@@ -25,7 +25,7 @@ from jaxkv.config import (
     SchedConfig,
     parse_size,
 )
-from jaxkv.types import SamplingParams
+from jaxkv.params import SamplingParams
 
 
 class EngineOptions(TypedDict, total=False):

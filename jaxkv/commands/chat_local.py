@@ -8,8 +8,8 @@ from typing import Any
 
 from jaxkv.config import ConfigError, EngineConfig
 from jaxkv.llm import whole_steps
+from jaxkv.params import SamplingParams
 from jaxkv.runtime.startup import build_engine
-from jaxkv.types import SamplingParams
 
 
 class Local:

@@ -76,7 +76,8 @@ def show_cache(found: dict[str, Any]) -> str:
         rows.append(("  " * level + node["digest"][:12], node["start"], node["tokens"], node["pages"], node["pages_below"],
                      node["kind"].lower(), node["tier"].lower(), node["users"]))
     if rows:
-        head = (f"prefix ({len(rows)} of {found['nodes_total']})", "start", "tokens", "pages", "below", "kind", "tier", "users")
+        shown = f"prefix ({len(rows)} of {found['nodes_total']}{', from a sample' if found['sampled'] else ''})"
+        head = (shown, "start", "tokens", "pages", "below", "kind", "tier", "users")
         parts.append(table(head, rows))
     return "\n\n".join(parts)
 

@@ -6,6 +6,7 @@ Pools are per layer, in groups: a layer's pool is updated in place, where one st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -59,11 +60,11 @@ def state_shardings(kv: KVSpec, mesh: Mesh) -> Any:
     return EngineState(pools, last_tokens, sampler)
 
 
-def init_state(kv: KVSpec, slots: int, vocab: int, mesh: Mesh) -> EngineState:
-    """Zeroed pools and sampler state, allocated sharded: no device ever holds more than its part."""
+def compile_zero_state(kv: KVSpec, slots: int, vocab: int, mesh: Mesh) -> Callable[[], EngineState]:
+    """What makes zeroed pools and sampler state, allocated sharded: no device ever holds more than its part."""
     platform = mesh.devices.flat[0].platform
 
     def zeros() -> EngineState:
         return EngineState(zero_pools(kv, platform), jnp.zeros((slots,), jnp.int32), init_sampler_state(slots, vocab))
 
-    return jax.jit(zeros, out_shardings=state_shardings(kv, mesh))()
+    return jax.jit(zeros, out_shardings=state_shardings(kv, mesh)).lower().compile()

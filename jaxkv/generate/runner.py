@@ -45,7 +45,7 @@ def run(config: EngineConfig, input_path: Path, output_path: Path, *, shard: tup
             engine = build_engine(config, show_progress=show_progress)
             signals.running = True
             preparer = Preparer(engine.model_name, engine.tokenizer, overrides or {}, config.seed, engine.default_sampling,
-                                engine.max_model_len)
+                                engine.max_model_len, engine.grammars)
             work = pipeline(lines, todo, preparer, ahead=config.sched.max_num_seqs)
             with _Progress(len(numbers), journal, show_progress) as progress:
                 _Batch(engine, journal, work, 2 * config.sched.max_num_seqs, progress).run(signals)
@@ -80,8 +80,13 @@ class _Batch:
     def _step(self) -> None:
         for delta in self._engine.step():
             self._progress.count(len(delta.token_ids))
+            if delta.request_id not in self._open:  # another call of its line has failed
+                continue
             work, call = self._open[delta.request_id]
-            if work.take(call, delta):
+            if delta.finish_reason == "error":
+                self._drop(work)
+                self._write(work, work.fail(delta.error).record, error=True)
+            elif work.take(call, delta):
                 self._close(work)
                 self._write(work, work.record(), error=False)
 
@@ -99,11 +104,15 @@ class _Batch:
             for call in work.calls:
                 self._engine.add_request(call.id, call.prompt, call.params, call.hints)
         except ValueError as error:
-            for call in work.calls:
-                self._engine.abort(call.id)
-            self._close(work)
+            self._drop(work)
             return work.refuse(error)
         return None
+
+    def _drop(self, work: Work) -> None:
+        """Forgets a line, in the engine too."""
+        for call in work.calls:
+            self._engine.abort(call.id)
+        self._close(work)
 
     def _close(self, work: Work) -> None:
         for call in work.calls:

@@ -16,12 +16,13 @@ import orjson
 from jaxkv.generate.envelope import Envelope, envelope_of
 from jaxkv.generate.lines import digest
 from jaxkv.runtime.outputs import Delta
+from jaxkv.runtime.structured.compiler import Grammar, GrammarCompiler
 from jaxkv.runtime.tokenizer import Tokenizer
 from jaxkv.serve import chat, completions
 from jaxkv.serve.answer import Choice, Form, best_of, reasoning_usage
 from jaxkv.serve.dialect import ChatOptions, choose_dialect
 from jaxkv.serve.engine_loop import Call, Mailbox
-from jaxkv.serve.errors import ApiError, bad_request
+from jaxkv.serve.errors import ApiError, bad_request, generation_failed
 from jaxkv.serve.logprobs import TokenText, completion_logprobs
 from jaxkv.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
 
@@ -42,8 +43,9 @@ class Work:
     """A line that is being answered: ``calls`` go to the engine, their deltas come back through ``take``."""
 
     def __init__(self, number: int, line: bytes, envelope: Envelope, request: GenerationRequest, form: Form,
-                 calls: list[Call]) -> None:
+                 calls: list[Call], grammar: Grammar | None) -> None:
         self.number, self.digest, self.calls = number, digest(line), calls
+        self.grammar = grammar  # kept for the engine, which asks for it when it takes the calls
         self.num_sequences = sum(call.params.n for call in calls)
         self._envelope, self._request, self._form = envelope, request, form
         self._n = calls[0].params.n
@@ -60,6 +62,10 @@ class Work:
     def refuse(self, error: ValueError) -> Refused:
         """The engine would not have one of the calls."""
         return Refused(self.number, self.digest, self._envelope.refusal(self._request.api_error(error)))
+
+    def fail(self, why: str) -> Refused:
+        """The engine ended one of the calls."""
+        return Refused(self.number, self.digest, self._envelope.refusal(generation_failed(why)))
 
     def record(self) -> dict[str, Any]:
         """The output record, "line" and "digest" left to the journal."""
@@ -81,13 +87,14 @@ class Preparer:
 
     ``overrides``: sampling fields that win over what a line says. A line without a seed gets one made from ``seed`` and
     its number, so that its answer does not depend on what ran before, be it in another process. ``defaults``: the model's
-    sampling defaults; ``window``: its tokens.
+    sampling defaults; ``window``: its tokens. ``grammars`` compiles what answers must follow here, as steps would wait for it
+    on the engine's thread.
     """
 
     def __init__(self, model_name: str, tokenizer: Tokenizer | None, overrides: Mapping[str, Any], seed: int,
-                 defaults: Mapping[str, Any], window: int) -> None:
+                 defaults: Mapping[str, Any], window: int, grammars: GrammarCompiler | None) -> None:
         self._model_name, self._tokenizer = model_name, tokenizer
-        self._defaults, self._window = defaults, window
+        self._defaults, self._window, self._grammars = defaults, window, grammars
         self._overrides, self._seed = dict(overrides), seed
         self._dialect = choose_dialect(ChatOptions(), tokenizer)
         self._ignored: set[str] = set()  # unknown fields that were logged
@@ -132,8 +139,11 @@ class Preparer:
         if request.stream:
             raise bad_request("stream is not available in a batch", "stream")
         hints = request.cache_hints()
+        grammar = None
         try:
             params = replace(params, **self._overrides)
+            if params.structured is not None and self._grammars is not None:
+                grammar = self._grammars.compile(params.structured)
         except ValueError as error:
             raise request.api_error(error) from None
         cut = [(request.cut(ids, self._window, params.max_tokens or 1), ids, text) for ids, text in prompts]
@@ -141,7 +151,7 @@ class Preparer:
                       params if params.seed is not None else replace(params, seed=self._draw_seed(number, index)),
                       Mailbox(), index, text if len(kept) == len(ids) else None, hints)
                  for index, (kept, ids, text) in enumerate(cut)]
-        return Work(number, line, envelope, request, form, calls)
+        return Work(number, line, envelope, request, form, calls, grammar)
 
     def _encode(self, text: str, add_special_tokens: bool) -> tuple[list[int], str | None]:
         if self._tokenizer is None:

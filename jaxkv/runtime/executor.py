@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
@@ -22,7 +22,7 @@ from jaxkv.device import sampling
 from jaxkv.device.batch import FIELDS, BatchLayout, BatchShape, batch_shapes, choose_shape
 from jaxkv.device.sampling.sampler import BAN_STOP_IDS, MASKED
 from jaxkv.device.spec import KVSpec, ModelSpec
-from jaxkv.device.state import EngineState, init_state, state_shardings
+from jaxkv.device.state import EngineState, compile_zero_state, state_shardings
 from jaxkv.device.step import StepOutput, build_step
 from jaxkv.runtime.disk import DiskStore
 from jaxkv.runtime.page_ops import PageForm
@@ -56,7 +56,8 @@ class JaxExecutor:
         self._logprobs = [False] * max_num_seqs
         self._embed = [False] * max_num_seqs
         self.tiers = Tiers(kv, mesh, host_bytes, form or PageForm(kv, mesh), disk)
-        self.state = init_state(kv, max_num_seqs, spec.vocab_size, mesh)
+        self._zero_state = compile_zero_state(kv, max_num_seqs, spec.vocab_size, mesh)
+        self.state = self._zero_state()
         self._planners = {s: _planner(spec, kv, s, mesh.size, attention_impl) for s in self.shapes}
         self._layouts = {s: BatchLayout(s, len(kv.groups), self._pages_per_seq, p.size) for s, p in self._planners.items()}
         self.steps = _compile_steps(spec, kv, mesh, params, self.state, self._layouts, attention_impl, progress)
@@ -67,8 +68,26 @@ class JaxExecutor:
                           for r in {s.rows for s in self.shapes}}
 
     def submit(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepHandle:
-        """Enqueues the plan's transfers, admissions and step, in this order. ``masks``: what some rows may choose. A step that
-        the device has no memory for is lost, and nothing else; JaxRuntimeError when the device state is lost with it."""
+        """Enqueues the plan's transfers, admissions and step, in this order. ``masks``: what some rows may choose. Where the
+        device has no memory for one of them, here or later, the result is ``failed``, whatever was submitted after it is void,
+        and ``restore`` comes next. JaxRuntimeError for anything else."""
+        try:
+            return self._submit(plan, masks)
+        except jax.errors.JaxRuntimeError as error:
+            return LostStep(plan, error)
+
+    def restore(self, host_pages: Collection[tuple[int, int]]) -> None:
+        """After a step without memory: forget all transfers under way and all host pages but these, (group, page), and where
+        the step took the state along make a new one, zeroed. JaxRuntimeError if there is no memory for that either."""
+        self.tiers.keep(host_pages)
+        try:
+            jax.block_until_ready(self.state)
+        except jax.errors.JaxRuntimeError:  # donated to what failed, or the output of it
+            for leaf in jax.tree.leaves(self.state):
+                leaf.delete()
+            self.state = self._zero_state()
+
+    def _submit(self, plan: StepPlan, masks: TokenMasks | None) -> StepHandle:
         t0 = time.thread_time()
         if plan.moves or plan.landings or plan.fetches:
             self.state = self.state._replace(pools=self.tiers.apply(self.state.pools, plan))
@@ -82,13 +101,7 @@ class JaxExecutor:
             buffer = self._pack(plan.chunks, shape, masks)
             words = self._no_masks[shape.rows] if masks is None else masks.padded(shape.rows)
             t2 = time.thread_time()
-            try:
-                self.state, output = self.steps[shape](self.params, self.state, buffer, words)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) or any(x.is_deleted() for x in jax.tree.leaves(self.state)):
-                    raise
-                log.error("a step of %d tokens did not fit into the device's memory", plan.num_tokens)
-                return LostStep()
+            self.state, output = self.steps[shape](self.params, self.state, buffer, words)
             self.stage_seconds["pack"] += t2 - t1
             self.stage_seconds["dispatch"] += time.thread_time() - t2
         self.stage_seconds["moves"] += t1 - t0
@@ -187,13 +200,24 @@ class Handle:
         self._plan, self._output, self._stage_seconds = plan, output, stage_seconds
         self._logprobs, self._embed = logprobs, embed  # by chunk
         if output is not None:
-            output.tokens.copy_to_host_async()
+            wanted = [output.tokens]
+            wanted += output.logprobs if any(logprobs) else ()
+            wanted += output.prompt_logprobs if any(c.prompt_logprobs for c in plan.chunks) else ()
+            wanted += [output.hidden] if any(embed) else ()
+            for array in wanted:
+                array.copy_to_host_async()
 
     def read(self) -> StepResult:
         """Waits for the step and gives its tokens by chunk, log-probabilities where the request asked for them."""
-        chunks, output = self._plan.chunks, self._output
-        if output is None:
+        if self._output is None:
             return StepResult(())
+        try:
+            return self._read(self._output)
+        except jax.errors.JaxRuntimeError as error:
+            return LostStep(self._plan, error).read()
+
+    def _read(self, output: StepOutput) -> StepResult:
+        chunks = self._plan.chunks
         t0 = time.perf_counter()
         sampled = np.asarray(output.tokens).tolist()
         self._stage_seconds["wait"] += time.perf_counter() - t0
@@ -218,7 +242,18 @@ class Handle:
 
 
 class LostStep:
-    """A step that was not run."""
+    """A step that the device had no memory for, which goes to the log. JaxRuntimeError if it was another error.
+
+    Buffers that were donated to such a step are gone, whether it failed at dispatch or later, and so is the output of every
+    step after it, whose error then says "Out of memory" without its code (seen with jax 0.10.2 on a CPU).
+    """
+
+    def __init__(self, plan: StepPlan, error: jax.errors.JaxRuntimeError) -> None:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+            raise error
+        log.error("the device's memory ran out in a step of %d tokens of %d sequences: %s", plan.num_tokens, len(plan.chunks),
+                  text.partition("\n")[0])
 
     def read(self) -> StepResult:
         return StepResult((), failed=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.config import ConfigError
+from jaxkv.params import SamplingParams
 from jaxkv.runtime.tokenizer import Tokenizer
-from jaxkv.types import SamplingParams
 
 _FIELDS = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float,
            "max_new_tokens": int}

@@ -73,6 +73,7 @@ class EngineMetrics:
     curve: tuple[tuple[float, float], ...] = ()  # (bytes of device and host KV together, page hit rate they would give)
     # steps
     steps: int = 0
+    lost_steps: int = 0  # the device had no memory for: their requests ended, all others went back to waiting
     computed_tokens: int = 0  # positions run through the model
     stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))  # keys never change
     # facts fixed at start: e.g. kv_layout, dtype, platform, eviction_policy

@@ -10,9 +10,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from jaxkv.params import SamplingParams
 from jaxkv.runtime.detokenizer import StopStrings, make_detokenizer
 from jaxkv.runtime.tokenizer import Tokenizer
-from jaxkv.types import Logprobs, Request, SamplingParams, Start, TokenEvent
+from jaxkv.types import Logprobs, Request, Start, TokenEvent
 
 
 @dataclass(slots=True)
@@ -31,6 +32,7 @@ class Delta:
     start: Start | None = None  # with the first tokens
     hidden: tuple[float, ...] = ()  # final-norm state of the last prompt token, if the request is to be embedded
     cached_below: tuple[int, int] = (0, 0)  # of the cached tokens, from host and from disk
+    error: str = ""  # why it ended with "error", if there is more to say
 
 
 class OutputProcessor:
@@ -53,7 +55,8 @@ class OutputProcessor:
         request, reason = self._request, event.finish_reason
         if request.params.embed:
             return Delta(request.parent or request.id, request.child, finish_reason=reason,
-                         num_cached_tokens=event.num_cached, start=event.start, hidden=event.hidden), None
+                         num_cached_tokens=event.num_cached, start=event.start, hidden=event.hidden,
+                         error=event.error), None
         tokens, text, stop = event.tokens, "", None
         if self._text is not None:
             tokens, text, stop = self._decode(event)
@@ -65,7 +68,7 @@ class OutputProcessor:
             stop_reason = event.stop_token
         logprobs = event.logprobs[:len(tokens)] if request.params.logprobs is not None else ()
         delta = Delta(request.parent or request.id, request.child, tokens, text, logprobs, (), reason, stop_reason,
-                      event.num_cached, event.start, cached_below=event.cached_below)
+                      event.num_cached, event.start, cached_below=event.cached_below, error=event.error)
         if event.prompt_logprobs or self._prompt_logprobs:
             self._prompt_logprobs += event.prompt_logprobs
             if tokens or reason is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -57,14 +57,24 @@ class Tiers:
         """Bytes of host memory with pages on their way to or from the disk: at most two fetches and the writer's queue."""
         return self.fetches.host_bytes_held() + (self.disk.queued_bytes if self.disk else 0)
 
-    def clear(self) -> None:
-        """Forget every host page."""
-        self.host.clear()
+    def keep(self, pages: Collection[tuple[int, int]]) -> None:
+        """Forget every transfer under way and all host pages but these."""
+        self.host = {at: page for at, page in self.host.items() if at in pages}
+        self._held = sum(self._page_bytes[g] for g, _ in self.host)
         self._copies.clear()
         self._leaving.clear()
+        self._saving.clear()
         self.fetches.clear()
+        try:
+            jax.block_until_ready(list(self.host.values()))
+        except jax.errors.JaxRuntimeError as error:  # the move that made one failed
+            log.error("a page of the host KV tier never came (%s): going on without the tier", str(error).partition("\n")[0])
+            self.host_lost = True
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.keep(())
         self.host_lost = False
-        self._held = 0
         self.bytes_moved = dict.fromkeys(self.bytes_moved, 0)
 
     def apply(self, pools: Pools, plan: StepPlan) -> Pools:

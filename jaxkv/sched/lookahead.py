@@ -62,14 +62,18 @@ class Lookahead:
 
     def enter(self, seq: Sequence) -> None:
         """The sequence enters a slot."""
-        seq.looked_up = seq.kept = False
-        seq.brought = {}
+        self.start_over(seq)
         seq.admitted = seq.admitted or self._now
         if seq.asked is not None:
             self._cache.stats.page_waits += 1
             self._cache.stats.page_wait_seconds += self._now - seq.asked
             seq.page_wait += self._now - seq.asked
             seq.asked = None
+
+    def start_over(self, seq: Sequence) -> None:
+        """Nothing is known of what was kept or brought for the sequence."""
+        seq.looked_up = seq.kept = False
+        seq.brought = {}
 
     def leave(self, seq: Sequence) -> None:
         """The sequence holds its prefix itself, or goes on without what was brought for it."""

@@ -23,8 +23,9 @@ from collections import deque
 from heapq import heappop, heappush
 from itertools import pairwise
 from operator import attrgetter
+from typing import NamedTuple
 
-from jaxkv.cache.controller import CacheController
+from jaxkv.cache.controller import CacheController, Transfers
 from jaxkv.config import SchedConfig
 from jaxkv.sched.capacity import check_capacity, fits_beside
 from jaxkv.sched.chunking import append_tokens, chunk_length, excess_tokens, take_chunk
@@ -32,9 +33,17 @@ from jaxkv.sched.lookahead import LOOKAHEAD, Lookahead
 from jaxkv.sched.policy import FCFS, SchedulerPolicy
 from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Start, Status, StepPlan, StepResult, Tier, TokenEvent
 
+NO_MEMORY = "the device's memory ran out in a step of this request"
 MEASURED_TOKENS = 64  # besides decodes, for a step to tell what prefill takes
 _RUNNING, _FINISHED = Status.RUNNING, Status.FINISHED
 _key = attrgetter("key")
+
+
+class _Pending(NamedTuple):
+    plan: StepPlan
+    planned: float  # when
+    seqs: list[Sequence]  # of each chunk
+    plans_ended: int  # of the cache, before this one
 
 
 class Scheduler:
@@ -60,7 +69,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # by key
         self._num_slots = config.max_num_seqs
         self._slots = list(range(config.max_num_seqs))  # free ones, a heap
-        self._pending: deque[tuple[int, float, list[Sequence]]] = deque()  # not committed: id, time, seq of each chunk
+        self._pending: deque[_Pending] = deque()  # plans that are not committed
         self._committed = 0.0  # time of the latest commit
         self._next_plan = 0
         self._num_added = 0
@@ -135,9 +144,7 @@ class Scheduler:
             if self._waiting and not self._running and not self._pending and not self.cache.loading:
                 raise RuntimeError(f"request {self._waiting[0].request.id!r} does not fit into an idle KV pool")
             return None
-        self._next_plan += 1
-        self._pending.append((plan_id, now, seqs))
-        return StepPlan(plan_id, *transfers, tuple(admits), tuple(chunks))
+        return self._plan(now, seqs, transfers, tuple(admits), tuple(chunks))
 
     def plan_saves(self, pages: int, now: float) -> StepPlan | None:
         """A plan that only hands up to ``pages`` pages to the disk tier; None when it has all that memory has. For the
@@ -146,9 +153,14 @@ class Scheduler:
         transfers = self.cache.take_transfers()
         if not transfers.saves:
             return None
+        return self._plan(now, [], transfers)
+
+    def _plan(self, now: float, seqs: list[Sequence], transfers: Transfers, admits: tuple[Admit, ...] = (),
+              chunks: tuple[Chunk, ...] = ()) -> StepPlan:
+        plan = StepPlan(self._next_plan, *transfers, admits, chunks)
         self._next_plan += 1
-        self._pending.append((self._next_plan - 1, now, []))
-        return StepPlan(self._next_plan - 1, *transfers)
+        self._pending.append(_Pending(plan, now, seqs, self.cache.plans_ended - 1))
+        return plan
 
     def lose_host_tier(self) -> None:
         """Go on without the host tier, whose pages are lost."""
@@ -276,14 +288,14 @@ class Scheduler:
         """Learn what a step sampled; plans are committed in order, each once. ``now`` is the injected clock.
 
         Tokens after a stop id and tokens of sequences that ended meanwhile are discarded. A sequence with NaN among its
-        logits, and every one of a step that failed, ends with "error". A failed step is committed before another is planned:
-        it leaves pages without contents, which no plan may use.
+        logits, and every one of a step that failed, ends with "error". A failed step takes HBM's contents along: plans
+        submitted after it are void and never committed, and what they computed is computed again.
         """
-        plan_id, planned, seqs = self._pending.popleft()
-        assert plan_id == plan.id, f"commit of plan {plan.id}, expected {plan_id}"
-        since, self._committed = max(planned, self._committed), now
+        pending = self._pending.popleft()
+        assert pending.plan.id == plan.id, f"commit of plan {plan.id}, expected {pending.plan.id}"
+        since, seqs, self._committed = max(pending.planned, self._committed), pending.seqs, now
         if result.failed:
-            return self._lose(plan, seqs)
+            return self._lose(pending)
         self._measure(plan, now - since)
         events: list[TokenEvent] = []
         sampled, logprobs, prompt_logprobs = result.tokens, result.logprobs, result.prompt_logprobs
@@ -341,21 +353,30 @@ class Scheduler:
             self.cache.forget(seq)
         return events
 
-    def _lose(self, plan: StepPlan, seqs: list[Sequence]) -> list[TokenEvent]:
-        """End the sequences of a step that did not run; all others compute everything anew: this is rare."""
-        assert not self._pending, "planned after a step that was lost"
-        events = [self._fail(seq) for seq in seqs if seq.status is not _FINISHED]
+    def _lose(self, failed: _Pending) -> list[TokenEvent]:
+        """End the sequences of a step that took HBM's contents along; all others compute again what host and disk lack."""
+        events = [self._fail(seq, NO_MEMORY) for seq in failed.seqs if seq.status is not _FINISHED]
+        for void in self._pending:
+            for seq, chunk in zip(void.seqs, void.plan.chunks, strict=True):
+                if chunk.prompt_logprobs:
+                    seq.num_reported = min(seq.num_reported, chunk.start)
+        self._pending.clear()
         while self._lookahead.give_way() or self._lookahead.cancel():
             pass
         for seq in list(self._running):
             self._preempt(seq)
-        self.cache.forget_all([(seq, chunk.start) for seq, chunk in zip(seqs, plan.chunks, strict=True)])
+        for seq in self._waiting:
+            seq.in_flight = seq.void = 0
+            self._lookahead.start_over(seq)
+        chunks = zip(failed.seqs, failed.plan.chunks, strict=True)
+        self.cache.lose_hbm(failed.plans_ended, [(seq, chunk.start) for seq, chunk in chunks])
+        self._unblock()
         return events
 
-    def _fail(self, seq: Sequence) -> TokenEvent:
+    def _fail(self, seq: Sequence, why: str = "") -> TokenEvent:
         seq.sound = False
         self._end(seq, "error")
-        return TokenEvent(seq.request.id, finish_reason="error", num_cached=seq.num_cached)
+        return TokenEvent(seq.request.id, finish_reason="error", num_cached=seq.num_cached, error=why)
 
     # ---- leaving
 

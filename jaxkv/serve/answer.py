@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from jaxkv.runtime.outputs import Delta
 from jaxkv.runtime.structured.compiler import CompilerBusy, Grammar, grammar_or_error
 from jaxkv.serve.engine_loop import Call, EngineLoop
-from jaxkv.serve.errors import ApiError
+from jaxkv.serve.errors import ApiError, generation_failed
 from jaxkv.serve.logprobs import TokenText
 from jaxkv.serve.parsers.message import MessageReader, Parts
 from jaxkv.serve.pieces import PIECE, dumps
@@ -246,7 +246,7 @@ class Answer(Response):
 
     def _take(self, call: Call, delta: Delta) -> None:
         if delta.finish_reason == "error":
-            raise ApiError(500, "the model could not go on with this request", code="generation_failed")
+            raise generation_failed(delta.error)
         self.choices[call.position * self._n + delta.index].add(delta)
         if delta.finish_reason is not None:
             self.unfinished -= 1

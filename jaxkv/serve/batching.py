@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.engine_loop import Call, EngineLoop
-from jaxkv.serve.errors import ApiError
+from jaxkv.serve.errors import ApiError, generation_failed
 
 T = TypeVar("T")
 
@@ -70,8 +70,9 @@ class Batcher:
                     self._close()
                 while len(done) < min(start + size, len(calls)):
                     done |= {call: delta for call, delta in await calls[0].mailbox.next() if delta.finish_reason}
-                if any(delta.finish_reason == "error" for delta in done.values()):
-                    raise ApiError(500, "the model could not go on with this request", code="generation_failed")
+                for delta in done.values():
+                    if delta.finish_reason == "error":
+                        raise generation_failed(delta.error)
         finally:
             for call in calls:
                 self._window.remove(call)

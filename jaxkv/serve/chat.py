@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxkv.params import SamplingParams, Structured
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.answer import Choice, Form
 from jaxkv.serve.dialect import Dialect
@@ -23,7 +24,6 @@ from jaxkv.serve.protocol import ChatRequest
 from jaxkv.serve.structured import field_of
 from jaxkv.serve.thinking import after_reasoning, token_of
 from jaxkv.serve.tools import ToolUse
-from jaxkv.types import SamplingParams, Structured
 
 
 def prompt_of(request: ChatRequest, tokenizer: Any, dialect: Dialect) -> str:

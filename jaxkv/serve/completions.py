@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jaxkv.params import SamplingParams
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.answer import Choice, Form
 from jaxkv.serve.errors import bad_request, shown
 from jaxkv.serve.logprobs import TokenText, completion_logprobs, prompt_logprobs
 from jaxkv.serve.protocol import CompletionRequest
-from jaxkv.types import Logprobs, SamplingParams
+from jaxkv.types import Logprobs
 
 SCANNED = 2**14  # token ids that are looked at in one go, in which no other thread runs
 

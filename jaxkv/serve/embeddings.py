@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from jaxkv.params import SamplingParams
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.answer import respond
 from jaxkv.serve.batching import Batcher
@@ -33,7 +34,6 @@ from jaxkv.serve.records import RECORD, Record
 from jaxkv.serve.schemas import EmbeddingResponse, ScoreResponse
 from jaxkv.serve.service import Service
 from jaxkv.serve.worker import Worker
-from jaxkv.types import SamplingParams
 
 MAX_INPUTS = 2048  # texts of one request, as in the OpenAI API
 NUMBER_BYTES = 12  # of one number of a vector, about

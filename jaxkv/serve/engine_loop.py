@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jaxkv.config import ConfigError
+from jaxkv.params import CacheHints, SamplingParams
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta
 from jaxkv.runtime.structured.compiler import GrammarCompiler
 from jaxkv.serve.errors import ApiError, shutting_down
 from jaxkv.serve.metrics import Latencies
-from jaxkv.types import CacheHints, SamplingParams, Start
+from jaxkv.types import Start
 
 log = logging.getLogger("jaxkv.serve")
 MAX_QUESTIONS = 8

@@ -55,6 +55,11 @@ def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down")
 
 
+def generation_failed(why: str) -> ApiError:
+    """The 500 of a request that the engine ended."""
+    return ApiError(500, why or "the model could not go on with this request", code="generation_failed")
+
+
 def from_validation(error: ValidationError) -> ApiError:
     """The first complaint of pydantic as a 400 whose param is the path of the field."""
     errors = error.errors(include_url=False, include_context=False)

@@ -112,6 +112,7 @@ class EngineCollector(Collector):
         yield self._by("jaxkv:disk_faults", "what went wrong with the disk tier", "kind", m.disk_faults)
         yield self._gauge("jaxkv:disk_staging_bytes", "host memory with pages to or from the disk", m.disk_staging_bytes)
         yield self._counter("jaxkv:steps", "steps submitted", m.steps)
+        yield self._counter("jaxkv:lost_steps", "steps that the device had no memory for", m.lost_steps)
         yield self._counter("jaxkv:computed_tokens", "positions run through the model", m.computed_tokens)
         yield self._by("jaxkv:step_host_seconds", "host time of steps by stage", "stage", m.stage_seconds)
         yield InfoMetricFamily("jaxkv:engine", "facts fixed at start", {"model_name": self.model, **m.info})

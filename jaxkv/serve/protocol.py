@@ -1,7 +1,7 @@
 """The JSON of requests: which fields there are, their types, and the ``SamplingParams`` they mean.
 
 Owns the request models and the list of known fields that this version refuses. Limits on values are those of
-``jaxkv.types.SamplingParams``; a field this file does not know is ignored with one log line, as vLLM does.
+``jaxkv.params.SamplingParams``; a field this file does not know is ignored with one log line, as vLLM does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from jaxkv.params import MAX_LOGIT_BIAS, CacheHints, SamplingParams
 from jaxkv.serve.bounds import MAX_LEVELS, Items, at_most, check_levels, json_of
 from jaxkv.serve.errors import ApiError, bad_request, from_validation, from_value_error, shown
 from jaxkv.serve.messages import STRICT as _STRICT
@@ -22,7 +23,6 @@ from jaxkv.serve.messages import ChatMessage
 from jaxkv.serve.pieces import PIECE
 from jaxkv.serve.structured import ResponseFormat, StructuredOutputs, field_of, structured_of
 from jaxkv.serve.tools import MAX_TOOLS, Tool, ToolUse, tool_use_of
-from jaxkv.types import MAX_LOGIT_BIAS, CacheHints, SamplingParams
 
 R = TypeVar("R", bound="ApiRequest")
 log = logging.getLogger("jaxkv.serve")

@@ -10,9 +10,9 @@ from typing import Any, Literal, Protocol
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
+from jaxkv.params import Structured
 from jaxkv.serve.bounds import Items
 from jaxkv.serve.errors import bad_request, shown
-from jaxkv.types import Structured
 
 
 class JsonSchema(BaseModel):

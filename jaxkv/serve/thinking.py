@@ -9,9 +9,9 @@ import json
 import re
 from typing import Any
 
+from jaxkv.params import Structured
 from jaxkv.runtime.structured.grammar import json_rule
 from jaxkv.serve.parsers.reasoning import BEGIN, END
-from jaxkv.types import Structured
 
 
 def after_reasoning(structured: Structured, inside: bool | None, tokenizer: Any, calls: str = "") -> Structured:

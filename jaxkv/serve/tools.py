@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, Field
 
+from jaxkv.params import Structured
 from jaxkv.serve.errors import ApiError, bad_request, shown
 from jaxkv.serve.messages import STRICT
 from jaxkv.serve.parsers.json_calls import DEFINITIONS, call_schema
-from jaxkv.types import Structured
 
 MAX_TOOLS = 128
 MAX_TOOL_BYTES = 2**16  # of one tool as JSON

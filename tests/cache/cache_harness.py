@@ -7,7 +7,8 @@ every call, and compares what was matched with a dict of prefixes.
 from __future__ import annotations
 
 from jaxkv.cache.controller import CacheController
-from jaxkv.types import Admit, Chunk, KVGroup, Request, SamplingParams, Sequence, StepPlan, Tier
+from jaxkv.params import SamplingParams
+from jaxkv.types import Admit, Chunk, KVGroup, Request, Sequence, StepPlan, Tier
 from tests.sim_device import SimDevice
 
 

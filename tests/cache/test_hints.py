@@ -5,7 +5,8 @@ from cache_harness import Harness
 
 from jaxkv.cache.controller import CacheController
 from jaxkv.cache.trie import encode
-from jaxkv.types import Kind, Request, SamplingParams, Sequence
+from jaxkv.params import SamplingParams
+from jaxkv.types import Kind, Request, Sequence
 
 A, B, C = (list(range(n, n + 16)) for n in (100, 200, 300))
 

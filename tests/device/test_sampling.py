@@ -9,7 +9,8 @@ from jaxkv.device import sampling
 from jaxkv.device.sampling import SamplingColumns, columns_for
 from jaxkv.device.sampling.noise import exponential, row_keys, token_bits
 from jaxkv.device.sampling.sampler import NO_TOKEN
-from jaxkv.types import MAX_LOGPROBS, Admit, SamplingParams
+from jaxkv.params import MAX_LOGPROBS, SamplingParams
+from jaxkv.types import Admit
 
 B = 4  # slots
 FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxkv.device import models
-from jaxkv.types import SamplingParams
+from jaxkv.params import SamplingParams
 from tests.engine_harness import engine, executor, greedy, model, run_all
 from tests.oracle import dense_attention
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxkv.types import SamplingParams
+from jaxkv.params import SamplingParams
 from tests.engine_harness import BUDGET, POOL, engine, executor, greedy, model, run_all
 from tests.oracle import DenseOracle
 

@@ -1,10 +1,10 @@
-"""One sequence's NaN, one lost step, one crash of the detokenizer: nobody else notices. A lost device state is the end."""
+"""One sequence's NaN, one lost step, one crash of the detokenizer: nobody else notices."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxkv.types import SamplingParams
+from jaxkv.params import SamplingParams
 from tests.engine_harness import engine, executor, greedy, run_all
 
 GOOD = [5, 9, 2, 33, 14, 60, 7, 21, 40, 3, 18, 25, 50, 11]
@@ -57,17 +57,14 @@ def test_nan_in_mid_answer_and_in_a_long_prompt(cursed):
     assert len(healed.tokens) == 3 and healed.deltas[0].num_cached_tokens == 0
 
 
-def lose(run, monkeypatch, times, delete=False):
-    """The next ``times`` steps fail as XLA does when memory is out."""
+def lose(run, monkeypatch, times):
+    """The next ``times`` steps find no memory before they take the state."""
     left = [times]
 
     def failing(step):
         def call(params, state, *inputs):
             if left[0]:
                 left[0] -= 1
-                if delete:
-                    for leaf in jax.tree.leaves(state):
-                        leaf.delete()
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 bytes.")
             return step(params, state, *inputs)
         return call
@@ -97,19 +94,8 @@ def test_a_step_without_memory_fails_its_requests_only(run, monkeypatch, caplog)
                 reasons[delta.request_id] = delta.finish_reason
         run.check()
     assert reasons == {"early": "error", "late": "error", "next": "length"} and tokens == alone
-    assert "did not fit" in caplog.text
+    assert caplog.text.count("memory ran out") == 1
     assert run_all(run, {"again": (GOOD, greedy(8))})["again"].tokens == alone
-
-
-def test_lost_device_state_is_an_error(run, monkeypatch):
-    state = jax.tree.map(jnp.copy, run.executor.state)
-    try:
-        lose(run, monkeypatch, 1, delete=True)
-        run.add_request("r", GOOD, greedy(3))
-        with pytest.raises(jax.errors.JaxRuntimeError):
-            run.step()
-    finally:
-        run.executor.state = state
 
 
 def test_a_crash_of_the_detokenizer_ends_its_sequence_only(run, caplog):

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxkv.params import SamplingParams
 from jaxkv.runtime.detokenizer import ByteDetokenizer, StopStrings, WindowDetokenizer, make_detokenizer
 from jaxkv.runtime.outputs import Delta, OutputProcessor, RequestState, logprob_dict
 from jaxkv.runtime.tokenizer import Tokenizer, load_tokenizer
-from jaxkv.types import Logprobs, Request, SamplingParams, TokenEvent
+from jaxkv.types import Logprobs, Request, TokenEvent
 from tests.text_models import write_byte_level, write_sentencepiece_like
 
 

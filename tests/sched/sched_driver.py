@@ -12,21 +12,10 @@ from typing import Any
 
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import SchedConfig
+from jaxkv.params import SamplingParams
 from jaxkv.sched.replay import RecordedDisk, Recorder, replay
 from jaxkv.sched.scheduler import Scheduler
-from jaxkv.types import (
-    Arrival,
-    DiskIndex,
-    KVGroup,
-    Logprobs,
-    Request,
-    SamplingParams,
-    Sequence,
-    Status,
-    StepPlan,
-    StepResult,
-    TokenEvent,
-)
+from jaxkv.types import Arrival, DiskIndex, KVGroup, Logprobs, Request, Sequence, Status, StepPlan, StepResult, TokenEvent
 from tests.sim_device import SimDevice
 
 FULL = (KVGroup((0, 1), 2, 8, "float32"),)
@@ -90,6 +79,7 @@ class Driver:
         self.cached: dict[str, int] = {}
         self.cached_below: dict[str, tuple[int, int]] = {}
         self.submitted_before_read = 0
+        self.lost_late = False  # that a step failed is known when it is read, not when it is submitted
         self.holes = 0  # pages of window groups seen out of the window
         self.preemptions_while_in_flight = 0
         self._unread: deque[tuple[StepPlan, StepResult]] = deque()
@@ -127,7 +117,8 @@ class Driver:
             self.plans.append(plan)
             self.decodes_while_fetching += bool(self._due) and any(len(c.tokens) == 1 for c in plan.chunks)
             self._due.extend((fetch.id, self.clock + self.settings.delay) for fetch in plan.fetches)
-        keep = self.settings.overlap if plan is not None and not self._unread[-1][1].failed else 0
+        noticed = bool(self._unread) and self._unread[-1][1].failed and not self.lost_late
+        keep = self.settings.overlap if plan is not None and not noticed else 0
         while len(self._unread) > keep:
             self.read()
         return plan
@@ -152,6 +143,10 @@ class Driver:
             assert min(event.cached_below) >= 0 and sum(event.cached_below) <= event.num_cached
             if event.finish_reason:
                 self.reasons[event.request_id] = event.finish_reason
+        if result.failed:
+            self._unread.clear()
+            self._due.clear()
+            self.device.restore(self.inner.cache.host_pages())
         self.check()
 
     def replayed(self, log: list[dict[str, Any]]) -> list[StepPlan]:
@@ -207,3 +202,5 @@ class Driver:
             else:
                 assert self.tokens[name] == want, name
                 assert self.reasons[name] == ("stop" if want[-1] in one.stop_ids else "length")
+                reported = [item.rank for e in self.events if e.request_id == name for item in e.prompt_logprobs]
+                assert reported == ([] if one.params.prompt_logprobs is None else list(range(1, len(one.prompt))))

@@ -4,8 +4,9 @@ import pytest
 from sched_driver import FULL_AND_WINDOW, Driver, children, request
 
 from jaxkv.config import ConfigError, SchedConfig
+from jaxkv.params import SamplingParams
 from jaxkv.sched.scheduler import Scheduler
-from jaxkv.types import SamplingParams, Tier
+from jaxkv.types import Tier
 
 
 def scheduled(driver: Driver, name: str) -> int:

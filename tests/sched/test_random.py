@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from sched_driver import FULL, FULL_AND_WINDOW, Driver, children
 
 from jaxkv.config import EVICTION_POLICIES
-from jaxkv.types import SamplingParams, StepPlan
+from jaxkv.params import SamplingParams
+from jaxkv.types import StepPlan
 
 MODEL_LEN = 48
 ENGINES = st.fixed_dictionaries({
@@ -62,12 +63,6 @@ def check_run(engine: dict, whole: bool, actions: list) -> None:
     play(driver, actions)
     driver.run()
     driver.check_outputs()
-    for name, one in driver.requests.items():
-        reported = [x.rank for e in driver.events if e.request_id == name for x in e.prompt_logprobs]
-        if one.params.prompt_logprobs is None:
-            assert reported == []
-        elif driver.reasons[name] != "abort":
-            assert reported == list(range(1, len(one.prompt)))
     assert driver.inner.num_running == driver.inner.num_waiting == 0
     assert [driver.inner.cache.available(g) for g in range(len(engine["groups"]))] == \
         [engine["pages"]] * len(engine["groups"])

@@ -5,8 +5,9 @@ import json
 import pytest
 from sched_driver import FULL_AND_WINDOW, Driver, children, request
 
+from jaxkv.params import SamplingParams, Structured
 from jaxkv.sched.replay import replay
-from jaxkv.types import Request, SamplingParams, StepPlan, Structured
+from jaxkv.types import Request, StepPlan
 
 FULL_OF_FEATURES = SamplingParams(n=2, temperature=0.5, top_k=3, logit_bias=((3, 1.5), (4, -2.0)), logprobs=2, seed=7,
                                   stop=("x", "yz"), stop_token_ids=(1, 2), min_tokens=2, presence_penalty=0.5,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
-from sched_driver import FULL, FULL_AND_WINDOW, Driver, children
+from sched_driver import FULL, FULL_AND_WINDOW, Driver, children, request
 
-from jaxkv.types import Chunk, SamplingParams, StepPlan, StepResult
+from jaxkv.params import SamplingParams
+from jaxkv.types import Chunk, StepPlan, StepResult, Tier
 from tests.sim_device import SimDevice
 
 NAN = -7  # content of a position
@@ -17,22 +19,25 @@ TEXTS = ([1] * 60, [1] * 6 + [2] * 54, [1, 2, 3, 4, 5, 6, 7] * 9, list(range(20,
 
 
 class Faulty(SimDevice):
-    """Steps whose plan is in ``lost`` do not run; in steps whose plan is in ``broken`` one sequence computes NaN, which
-    spreads to whoever reads it."""
+    """In steps whose plan is in ``lost`` the memory runs out after some of the moves, and nothing runs until ``restore``; in
+    steps whose plan is in ``broken`` one sequence computes NaN, which spreads to whoever reads it."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.lost: set[int] = set()
         self.broken: set[int] = set()
+        self.void = False
         self.victims: set[str] = set()
         self.touched: set[str] = set()  # read NaN at some time
         self._dead: set[str] = set()  # sampled NaN and were not admitted again
 
     def apply(self, plan: StepPlan) -> StepResult:
         self._dead -= {admit.request_id for admit in plan.admits}
-        if plan.id in self.lost:
-            super().apply(replace(plan, chunks=()))
+        if plan.id in self.lost and not self.void:
+            super().apply(replace(plan, moves=plan.moves[:plan.id % 4], fetches=(), chunks=()))
             self.victims |= {chunk.request_id for chunk in plan.chunks}
+            self.void = True
+        if self.void:
             return StepResult((), failed=True)
         alive = [chunk for chunk in plan.chunks if chunk.request_id not in self._dead]
         self._victim = alive[plan.id % len(alive)].request_id if plan.id in self.broken and alive else None
@@ -40,6 +45,10 @@ class Faulty(SimDevice):
         result = super().apply(replace(plan, chunks=tuple(alive)))
         tokens = dict(zip([chunk.request_id for chunk in alive], result.tokens))
         return StepResult(tuple(tokens.get(chunk.request_id, (-1,) * chunk.num_logits) for chunk in plan.chunks))
+
+    def restore(self, host_pages: set[tuple[int, int]]) -> None:
+        super().restore(host_pages)
+        self.void = False
 
     def _write(self, chunks: tuple[Chunk, ...]) -> None:
         super()._write(chunks)
@@ -79,6 +88,7 @@ def run(seed: int, fault: str) -> Driver:
         policy=rng.choice(["lfu", "lru", "arc"]), groups=rng.choice([FULL, FULL_AND_WINDOW]), max_num_seqs=rng.randint(1, 6),
         budget=rng.choice([8, 16, MODEL_LEN]), overlap=rng.randint(0, 1), fetch_pages=rng.choice([1, 64]),
         delay=rng.randint(1, 4), max_model_len=MODEL_LEN)
+    driver.lost_late = rng.random() < 0.6
     getattr(driver.device, fault).update(rng.sample(range(2, 40), 2))
     aborts = rng.choice([0, 0, 0.1])
     for index in range(14):
@@ -105,6 +115,7 @@ def run(seed: int, fault: str) -> Driver:
     late = {name for name, reason in driver.reasons.items() if reason == "error"} - failed
     assert not {name for name in late if name.startswith(f"again {again}")}
     assert all(driver.inner.cache.available(g) == driver.settings.pages for g in range(len(driver.settings.groups)))
+    assert driver.replayed(driver.log) == driver.plans
     return driver
 
 
@@ -131,6 +142,37 @@ def test_who_shares_lost_kv_computes_it_again():
     driver.run()
     assert driver.reasons == {"first.0": "error", "second.0": "length"}
     assert driver.device.computed["second.0"] == len(prompt) + 8
+    driver.check_outputs()
+
+
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_host_pages_below_lost_ones_are_found_again(late, disk):
+    """What prompts share is in HBM, their tails are in the host tier, when HBM is lost. The next one computes what they share,
+    or brings it from the disk; then a tail comes from the host tier as before."""
+    driver = Driver(Faulty, pages=24, host_pages=60, overlap=1, max_num_seqs=1, disk=disk, delay=1)
+    driver.lost_late = late
+    shared = list(range(40))
+    with patch("jaxkv.cache.costs.TRAINED", 10**9):  # what is found is brought
+        for index in range(6):
+            driver.add(request(f"{index}", shared + [50 + index] * 16, 2))
+            driver.run()
+        cache = driver.inner.cache
+        tails = [n for n in cache.trie.nodes() if n.tier is Tier.HOST]
+        kept = sum(map(len, tails))
+        assert tails and all(n.start >= len(shared) for n in tails)
+        driver.device.lost.add(len(driver.plans))
+        driver.add(request("victim", [90] * 8, 8))
+        driver.run()
+        assert driver.reasons["victim"] == "error" and cache.usage()[Tier.HOST] == (kept,)
+        assert all(node.tier is Tier.HOST for node in cache.trie.nodes())
+        tail_token = next(node.data[0] for node in tails if node.start == len(shared))
+        for name, tail in (("one", [3] * 8), ("two", [tail_token] * 16)):
+            driver.add(request(name, shared + tail, 2))
+            driver.run()
+    computed = driver.device.computed
+    assert computed["two"] < 10 and driver.cached_below["two"][0] >= 12
+    assert computed["one"] < 20 if disk else computed["one"] >= len(shared)
     driver.check_outputs()
 
 

@@ -12,6 +12,7 @@ from serve_fakes import ScriptedEngine, serving
 from test_bad_input import refused
 from test_completions import post, stream
 
+from jaxkv.params import Structured
 from jaxkv.runtime.structured.grammar import grammar_of, make_matcher
 from jaxkv.runtime.tokenizer import Tokenizer, load_tokenizer
 from jaxkv.serve.dialect import ChatOptions
@@ -21,7 +22,6 @@ from jaxkv.serve.parsers.message import MessageReader, joined
 from jaxkv.serve.parsers.reasoning import ThinkParser
 from jaxkv.serve.thinking import after_reasoning, token_of
 from jaxkv.serve.tools import Tool, tool_use_of
-from jaxkv.types import Structured
 
 FORMATS = ("hermes", "llama3_json", "mistral")
 TOOLS = {"paint": {"type": "object", "properties": {"colour": {"$ref": "#/$defs/C"}, "n": {"enum": [1, 2]}},

@@ -24,6 +24,26 @@ def test_the_trie_as_json():
     assert seen["stats"]["demotions"] > 0 and orjson.loads(orjson.dumps(seen)) == seen
 
 
+def test_an_answer_looks_at_a_part_of_a_large_trie(monkeypatch):
+    """Pages below a node are counted as they come and go; the best of the nodes looked at are shown, and that it is a part."""
+    driver = Driver(pages=400, max_model_len=96)
+    for base in range(30):
+        driver.add(*(request(f"r{base}.{i}", [base] * 8 + [i] * (4 + 4 * i), 1, arrival=driver.clock) for i in range(3)))
+        driver.run()
+    cache = driver.inner.cache
+    whole = inspect(cache, 1000)
+    assert not whole["sampled"] and len(whole["nodes"]) == whole["nodes_total"] == len(list(cache.trie.nodes()))
+    order = [node["digest"] for node in whole["nodes"]]
+    assert all(node["parent"] is None or node["parent"] in order[:i] for i, node in enumerate(whole["nodes"]))
+    assert [node["pages_below"] for node in inspect(cache, 30)["nodes"] if node["parent"] is None] == [8] * 30
+    monkeypatch.setattr("jaxkv.cache.inspect.SEEN_CHILDREN", 10)
+    part = inspect(cache, 1000)
+    assert part["sampled"] and 0 < len(part["nodes"]) < len(order) and {node["digest"] for node in part["nodes"]} < set(order)
+    assert len([node for node in part["nodes"] if node["parent"] is None]) == 10
+    monkeypatch.setattr("jaxkv.cache.inspect.SEEN_NODES", 12)
+    assert len(inspect(cache, 1000)["nodes"]) <= 12
+
+
 def test_hits_are_uses_by_others_and_salted_tokens_stay_private():
     driver = Driver()
     for name, salt in (("a", ""), ("b", ""), ("c", ""), ("private", "secret"), ("again", "secret")):

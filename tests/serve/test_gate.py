@@ -307,7 +307,7 @@ def test_a_sequence_that_ends_with_an_error_fails_one_request(tokenizer, stream)
             request, _, count = engine.children.get(f"{delta.request_id}#{delta.index}", (None, None, 0))
             if request and len(request.prompt) == 3 and count == 3 and not delta.index:
                 del engine.children[request.id]
-                delta.token_ids, delta.text, delta.finish_reason = (), "", "error"
+                delta.token_ids, delta.text, delta.finish_reason, delta.error = (), "", "error", "no memory"
         return deltas
 
     engine.step = failing
@@ -316,7 +316,9 @@ def test_a_sequence_that_ends_with_an_error_fails_one_request(tokenizer, stream)
         bad = http.post("/v1/completions", json={"prompt": [5, 6, 7], "max_tokens": 20, "n": 2, "stream": stream})
         if stream:
             *_, error, done = [line[6:] for line in bad.text.splitlines() if line]
-            assert bad.status_code == 200 and done == "[DONE]" and json.loads(error)["error"]["code"] == "generation_failed"
+            error = json.loads(error)["error"]
+            assert bad.status_code == 200 and done == "[DONE]"
+            assert (error["code"], error["message"]) == ("generation_failed", "no memory")
         else:
             refused(bad, 500, code="generation_failed")
         wait_for(lambda: len(engine.children) == 1 and len(server.loop.calls) == 1)  # the other one goes on

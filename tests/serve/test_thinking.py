@@ -5,9 +5,9 @@ import json
 import llguidance
 import pytest
 
+from jaxkv.params import Structured
 from jaxkv.runtime.tokenizer import Tokenizer, load_tokenizer
 from jaxkv.serve.thinking import after_reasoning
-from jaxkv.types import Structured
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
 

@@ -12,10 +12,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from serve_fakes import ROOT, FakeEngine, serving, wait_for
 
+from jaxkv.params import SamplingParams
 from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.records import Record
 from jaxkv.serve.traces import Traces, connect
-from jaxkv.types import SamplingParams, Start
+from jaxkv.types import Start
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

@@ -150,6 +150,11 @@ class EvictionPolicy(ABC):
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries
 
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the tier."""
+        return len(self._entries)
+
     def add(self, key: bytes, digests: Sequence[bytes], depth: int, worth: int = 0) -> None:
         """New KV enters the tier: a node of one page per digest. ``worth``: log2 of what this use counts."""
         entry = self._entries[key] = Entry(len(digests), depth, worth)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxkv.types import MAX_LOGPROBS
+from jaxkv.params import MAX_LOGPROBS
 from pallas_kernels.sampling.rows import largest_rows, sum_rows
 
 

@@ -19,7 +19,7 @@ from jaxkv.device.sampling.logprobs import TokenLogprobs, empty_logprobs, token_
 from jaxkv.device.sampling.masks import mask_logits
 from jaxkv.device.sampling.noise import exponential, row_keys
 from jaxkv.device.sampling.slots import SamplerState, adjust_logits, count_outputs
-from jaxkv.types import SamplingParams
+from jaxkv.params import SamplingParams
 from pallas_kernels.sampling.api import truncated_argmax
 from pallas_kernels.sampling.rows import any_of, argmax_rows
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxkv.types import MAX_LOGIT_BIAS, MAX_STOP_IDS, Admit
+from jaxkv.params import MAX_LOGIT_BIAS, MAX_STOP_IDS
+from jaxkv.types import Admit
 
 _IN_PROMPT = 1 << 30
 _HEADER = 3  # slot, first, how many of the piece's tokens belong to the prompt

@@ -109,7 +109,7 @@ class BackgroundWriter:
             return
         try:
             self._write(batch)
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, RuntimeError) as error:  # the last: the device never gave the page
             self._counters.add(lost=sum(record.key not in self._index for record in batch))  # sealing may be what failed
             self._fail(error)
             return

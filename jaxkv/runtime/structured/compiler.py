@@ -14,10 +14,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+from jaxkv.params import Structured
 from jaxkv.runtime.structured.grammar import make_matcher, make_tokenizer
 from jaxkv.runtime.structured.trial import Trial
 from jaxkv.runtime.tokenizer import Tokenizer
-from jaxkv.types import Structured
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from jaxkv.params import Structured
 from jaxkv.runtime.structured.unions import with_tagged_unions
-from jaxkv.types import Structured
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

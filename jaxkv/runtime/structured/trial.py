@@ -20,8 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jaxkv.params import Structured
 from jaxkv.runtime.structured.grammar import grammar_of, make_matcher, make_tokenizer, reason, shorten
-from jaxkv.types import Structured
 
 SECONDS = 5.0  # for one compile
 MEMORY = 2**31  # bytes of address space

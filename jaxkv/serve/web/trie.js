@@ -78,7 +78,7 @@ export class Trie {
   }
 
   update(answer) {
-    $("#shown", this.element).textContent = `${number(answer.nodes.length)} of ${number(answer.nodes_total)} nodes`;
+    $("#shown", this.element).textContent = `${number(answer.nodes.length)} of ${number(answer.nodes_total)} nodes${answer.sampled ? ", from a sample" : ""}`;
     const seen = JSON.stringify(answer.nodes);
     if (this.#seen === seen) return; // what is pointed at stays the same element
     this.#seen = seen;

@@ -9,11 +9,11 @@ from concurrent.futures import Future
 
 import pytest
 
+from jaxkv.params import Structured
 from jaxkv.runtime.structured import compiler as module
 from jaxkv.runtime.structured import trial
 from jaxkv.runtime.structured.compiler import CompilerBusy, GrammarCompiler
 from jaxkv.runtime.tokenizer import load_tokenizer
-from jaxkv.types import Structured
 from tests.text_models import write_byte_level, write_sentencepiece_like
 
 DEEP = Structured("grammar", "start: r0\n" + "".join(f"r{i}: r{i + 1} \"x\"\n" for i in range(3000)) + "r3000: \"y\"\n")

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxkv.params import SamplingParams, Structured
 from jaxkv.runtime.structured.compiler import GrammarCompiler
 from jaxkv.runtime.tokenizer import load_tokenizer
-from jaxkv.types import SamplingParams, Structured
 from tests.engine_harness import CONFIG, POOL, engine, executor, greedy, run_all
 from tests.text_models import write_characters
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxkv.params import Structured
 from jaxkv.runtime.structured.grammar import ONE_OF, grammar_of, make_matcher
 from jaxkv.runtime.structured.unions import with_tagged_unions
 from jaxkv.runtime.tokenizer import load_tokenizer
-from jaxkv.types import Structured
 from tests.text_models import write_byte_level
 
 A, B = ({"type": "object", "properties": {"k": {"const": k}, "x": {"type": "integer"}}, "required": ["k"],
