@@ -207,14 +207,16 @@ class CacheController:
     # ---- KV that turned out wrong
 
     def forget(self, seq: Sequence) -> None:
-        """Drop, from every tier, what holds a sequence's tokens or a page that it copied, and all below. What others use
-        stays until they forget it."""
+        """Drop, from every tier, what holds a sequence's tokens or a page that it copied, and all below. What others see
+        stays until they forget it; what is out of their windows they would never find wrong."""
         names: list[bytes] = []
         for tokens in (seq.tokens, *(seq.tokens[:at] + page for at, page in seq.copied)):
             used: set[bytes] = set()
             for node in self.trie.holders(seq.request.namespace, tokens):
                 if node.refs:
-                    used.update(node.digests)
+                    unseen = self.store.discard_unseen(node)
+                    names += unseen
+                    used.update(set(node.digests).difference(unseen))
                 else:
                     names += self.store.discard(node)
             names += [name for name in self.trie.page_names(seq.request.namespace, tokens) if name not in used]

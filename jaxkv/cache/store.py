@@ -191,6 +191,24 @@ class PageStore:
             self._forget(node)
         return [digest for node in doomed for digest in node.digests]
 
+    def leave_hole(self, node: Node, group: int, page: int) -> None:
+        """Free a page of a window group that nobody sees."""
+        pages, pool = node.pages[group], self.window_pool(group)
+        pages[pages.index(page)] = -1
+        pool.disown(page)
+        pool.give(page)
+        self.stats.holes += 1
+
+    def discard_unseen(self, node: Node) -> list[bytes]:
+        """Drop of a node in use the pages of window groups that nobody sees; their digests."""
+        if node.tier is not Tier.HBM:
+            return []
+        unseen = [(g, i, page) for g in self.windows for i, page in enumerate(node.pages[g])
+                  if page in self.window_pool(g).idle]
+        for g, _, page in unseen:
+            self.leave_hole(node, g, page)
+        return [node.digests[i] for _, i, _ in unseen]
+
     def free_hbm(self, node: Node) -> None:
         for g, pages in enumerate(node.pages):
             pool = self.hbm[g]

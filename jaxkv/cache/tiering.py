@@ -180,12 +180,8 @@ class Tiering:
         node = pool.owner[page]
         if not store.full and not node.refs:
             self._evict(1)
-            return
-        pages = node.pages[group]
-        pages[pages.index(page)] = -1
-        pool.disown(page)
-        pool.give(page)
-        store.stats.holes += 1
+        else:
+            store.leave_hole(node, group, page)
 
     # ---- back to HBM
 

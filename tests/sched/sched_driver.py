@@ -20,6 +20,7 @@ from tests.sim_device import SimDevice
 
 FULL = (KVGroup((0, 1), 2, 8, "float32"),)
 FULL_AND_WINDOW = (KVGroup((0,), 2, 8, "float32"), KVGroup((1,), 2, 8, "float32", window=10))
+WINDOWS = (KVGroup((0, 1), 2, 8, "float32", window=10), KVGroup((2,), 2, 8, "float32", window=6))
 
 
 def request(name: str, prompt: Iterable[int], max_tokens: int = 4, **fields: Any) -> Request:
