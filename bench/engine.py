@@ -7,7 +7,8 @@
                                                             and other engines on the same workloads in the same run
 
 Offline: all requests of a workload at once (conversations turn by turn). Online: Poisson arrivals at ``--rate``.
-Every figure is the median over ``--repeat`` runs with new token ids each; JSON holds all of them.
+Every figure is the median over ``--repeat`` runs with new token ids each; JSON holds all of them. Products: what the matrix
+products of a run's steps take by themselves (``bench.products``), the limit that it works against.
 """
 
 from __future__ import annotations
@@ -162,11 +163,13 @@ def decode_host_work(engine: Any, vocab: int) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = ("workload", "wall s", "min-max", "out tok/s", "TTFT p50/p99 ms", "TPOT p50 ms", "hit rate", "host us/step")
+    head = ("workload", "wall s", "min-max", "products s", "out tok/s", "TTFT p50/p99 ms", "TPOT p50 ms", "hit rate",
+            "host us/step")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         m = r["median"]
-        lines.append(f"| {r['workload']} | {m['wall_s']:.3f} | {r['min_s']:.3f}-{r['max_s']:.3f} | {m['output_tok_s']:.0f} "
+        lines.append(f"| {r['workload']} | {m['wall_s']:.3f} | {r['min_s']:.3f}-{r['max_s']:.3f} "
+                     f"| {r['products_s']:.3f} | {m['output_tok_s']:.0f} "
                      f"| {m['ttft_p50_ms']:.1f}/{m['ttft_p99_ms']:.1f} | {m['tpot_p50_ms']:.2f} | {m['hit_rate']:.2f} "
                      f"| {m['host_us_per_step']:.0f} |")
     return "\n".join(lines)
@@ -215,6 +218,7 @@ def run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
 
     import jax
 
+    from bench.products import count_steps, product_seconds
     from jaxkv.runtime.startup import build_engine
 
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -224,13 +228,15 @@ def run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     drive(engine, [Job("first", [1], 1)], None, 0)
     first_token = time.perf_counter() - start
     print("\n".join(engine.describe()), flush=True)
-    rows = []
+    rows, counts = [], count_steps(engine.executor)
     for name in args.workloads.split(","):
         for kind, rate in [("offline", None)] + ([] if args.quick or name == "a" else [("online", args.rate)]):
+            counts.clear()
             runs = [measure(engine, name, vocab, seed, rate) for seed in range(args.repeat)]
             median = sorted(runs, key=lambda r: r["wall_s"])[len(runs) // 2]
             rows.append({"workload": f"{name} {kind}", "median": median, "min_s": min(r["wall_s"] for r in runs),
-                         "max_s": max(r["wall_s"] for r in runs), "runs": runs})
+                         "max_s": max(r["wall_s"] for r in runs), "runs": runs, "products_s": product_seconds(
+                             engine.executor, config.model.model, engine.metrics.info["dtype"], counts) / args.repeat})
     report = {"command": " ".join([Path(sys.executable).name, "-m", "bench.engine", *sys.argv[1:]]),
               "device": jax.devices()[0].device_kind, "cpus": os.cpu_count(), "python": platform.python_version(),
               "jax": jax.__version__, "commit": commit(), "workloads": rows,
