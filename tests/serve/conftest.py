@@ -7,10 +7,12 @@ import httpx
 import openai
 import pytest
 from browsing import FLAGS
+from chat_templates import QWEN
 from playwright.sync_api import sync_playwright
-from serve_fakes import FakeEngine, serving
+from serve_fakes import FakeEngine, ScriptedEngine, serving
 
 from jaxkv.runtime.tokenizer import load_tokenizer
+from jaxkv.serve.dialect import ChatOptions
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "default"
 
@@ -23,6 +25,13 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def fake(tokenizer):
     with serving(lambda: FakeEngine(tokenizer)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer):
+    """Around an engine that says what a test tells it to, with tools and reasoning as Qwen writes them."""
+    with serving(lambda: ScriptedEngine(tokenizer, max_model_len=1024), chat=ChatOptions(QWEN)) as server:
         yield server
 
 

@@ -7,7 +7,6 @@ import httpx
 import jsonschema
 import llguidance
 import pytest
-from chat_templates import QWEN
 from serve_fakes import ScriptedEngine, serving
 from test_bad_input import refused
 from test_completions import post, stream
@@ -142,12 +141,6 @@ def test_other_kinds_of_content(model):
             assert matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting(), content
     with pytest.raises(ValueError, match="part of another"):
         grammar("hermes", tokenizer, structured=Structured("grammar", "start: /a/"))
-
-
-@pytest.fixture(scope="module")
-def server(tokenizer):
-    with serving(lambda: ScriptedEngine(tokenizer, max_model_len=1024), chat=ChatOptions(QWEN)) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

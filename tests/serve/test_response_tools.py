@@ -4,13 +4,9 @@ import json
 
 import openai
 import pytest
-from chat_templates import QWEN
 from openai.types.responses import Response
-from serve_fakes import ScriptedEngine, serving
 from test_bad_input import refused
 from test_completions import post
-
-from jaxkv.serve.dialect import ChatOptions
 
 PATH = "/v1/responses"
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -20,12 +16,6 @@ ARGUMENTS = '{"city": "Kö\\"ln 日本 {}"}'
 ONE = f'<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
 TWO = f'I look. \n{ONE}\n<tool_call>\n{{"name": "clock", "arguments": {{}}}}\n</tool_call>'
 THOUGHT = "<think>\nWhat <tool_call> is 日本?\n</think>\n\n"
-
-
-@pytest.fixture(scope="module")
-def server(tokenizer):
-    with serving(lambda: ScriptedEngine(tokenizer, max_model_len=1024), chat=ChatOptions(QWEN)) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

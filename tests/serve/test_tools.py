@@ -4,7 +4,7 @@ import json
 
 import openai
 import pytest
-from chat_templates import QWEN, R1
+from chat_templates import R1
 from serve_fakes import ScriptedEngine, serving
 from test_bad_input import refused
 from test_completions import post, stream
@@ -22,12 +22,6 @@ ONE = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Kö\\"ln 日�
 TWO = 'I look. \n' + ONE + '\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 ARGUMENTS = '{"city": "Kö\\"ln 日本 {}"}'
-
-
-@pytest.fixture(scope="module")
-def server(tokenizer):
-    with serving(lambda: ScriptedEngine(tokenizer, max_model_len=1024), chat=ChatOptions(QWEN)) as server:
-        yield server
 
 
 @pytest.fixture
