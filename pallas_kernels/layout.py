@@ -8,16 +8,20 @@ moves as it is stored. `to_canonical` and `from_canonical` translate. Owns no me
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 LAYOUTS = ("token_major", "head_major")
 KV_DTYPES = ("float32", "bfloat16", "float16")
 QUANT_DTYPES = ("int8", "float8_e4m3fn")
 SCALE_BYTES = 4
+TPU_LANES, TPU_SUBLANES = 128, 8  # of the tiles that TPU memory is made of
 
 _BITS = {"bfloat16": jnp.dtype(jnp.uint16), "float8_e4m3fn": jnp.dtype(jnp.uint8)}  # how CPU stores them
 # axes of the page (after the page number) in canonical order (kv, ps, Hkv, D)
@@ -82,6 +86,30 @@ def zero_pool(
     shape = pool_shape(layout, num_pages, page_size, kv_heads, head_dim)
     values = jnp.zeros(shape, storage_dtype(dtype, platform))
     return QuantPool(values, jnp.zeros(shape[:-1], jnp.float32)) if jnp.dtype(dtype).name in QUANT_DTYPES else values
+
+
+def pool_format(ndim: int, sharding: Sharding, platform: str) -> Format | Sharding:
+    """Where an array of a pool lies and, on TPU, in which order: row by row, as the kernels address it, its last axis padded
+    to whole tiles. XLA would make pages the last axis of rows that are no multiple of 128 lanes (head_dim 64, scales), which
+    pads nothing, and copy the whole pool around every kernel."""
+    return Format(Layout(tuple(range(ndim))), sharding) if platform == "tpu" else sharding
+
+
+def pool_page_bytes(
+    layout: str, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike, platform: str
+) -> int:
+    """What one page of one layer with these heads takes in the memory of a device, padding of TPU tiles included."""
+    page = jax.eval_shape(lambda: zero_pool(layout, 1, page_size, kv_heads, head_dim, dtype, platform))
+    return sum(_device_bytes(x.shape, x.dtype, platform) for x in jax.tree.leaves(page))
+
+
+def _device_bytes(shape: tuple[int, ...], dtype: jnp.dtype, platform: str) -> int:
+    """On TPU tiles are as many sublanes high as they need be, a power of two, but at least 32 bits and at most eight rows."""
+    *lead, rows, lanes = shape
+    if platform == "tpu":
+        tile = min(TPU_SUBLANES, max(4 // dtype.itemsize, 1 << (rows - 1).bit_length()))
+        rows, lanes = -(-rows // tile) * tile, -(-lanes // TPU_LANES) * TPU_LANES
+    return math.prod(lead) * rows * lanes * dtype.itemsize
 
 
 def pool_shape(layout: str, num_pages: int, page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
