@@ -45,10 +45,6 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     impl, platform = config.model.attention_impl, mesh.devices.flat[0].platform
     if impl.startswith("mosaic_") and impl != f"mosaic_{platform}":
         raise ConfigError(f"attention_impl {impl} needs a {impl[-3:].upper()}, but the devices are {platform}")
-    try:
-        layout = ops.resolve_layout(config.cache.kv_layout)
-    except ValueError as error:
-        raise ConfigError(f"kv_layout: {error}") from None
     model = load_model(config.model.model, mesh, dtype=config.model.dtype, load_format=config.model.load_format,
                        seed=config.seed, show_progress=show_progress)
     tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
@@ -57,6 +53,10 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     cache, sched = config.cache, config.sched
     kv_dtype = {"auto": model.spec.dtype, "fp8_e4m3": "float8_e4m3fn"}.get(cache.kv_cache_dtype, cache.kv_cache_dtype)
     groups = kv_groups(model.spec, mesh.size, kv_dtype)
+    try:
+        layout = ops.resolve_layout(cache.kv_layout, model.spec.head_dim, platform)
+    except ValueError as error:
+        raise ConfigError(f"kv_layout: {error}") from None
     kv = KVSpec(groups, (0,) * len(groups), cache.page_size, layout)  # without pages, until their memory is shared out
     form = _page_form(kv, mesh, cache.kv_codec)
     disk = open_disk(cache, form, model.fingerprint, groups[0].kv_heads // model.spec.num_kv_heads)

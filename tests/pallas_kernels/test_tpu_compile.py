@@ -31,7 +31,7 @@ from jaxkv.runtime.page_ops import PageForm, compile_page_ops
 from jaxkv.types import KVGroup
 from pallas_kernels.kv_write import api as kv_write_api
 from pallas_kernels.kv_write.mosaic_tpu import kv_write
-from pallas_kernels.layout import QUANT_DTYPES, QuantPool
+from pallas_kernels.layout import QUANT_DTYPES
 from pallas_kernels.page_copy import api as page_copy_api
 from pallas_kernels.page_copy.mosaic_tpu import copy_pages, gather_pages, scatter_pages
 from pallas_kernels.ragged_paged_attention import api as attention_api
@@ -79,6 +79,7 @@ class Shapes:
     kv_dtype: str = "bfloat16"
     columns: int = 512
     pages: int = 4096
+    kv_layout: str = "auto"
 
     @property
     def mesh(self) -> Mesh:
@@ -86,23 +87,23 @@ class Shapes:
 
     @property
     def ops(self) -> ops.MeshOps:
-        return ops.MeshOps(self.mesh, "head_major")
+        return ops.MeshOps(self.mesh, self.layout)
+
+    @property
+    def layout(self) -> str:
+        return ops.resolve_layout(self.kv_layout, self.head_dim, "tpu")
 
     def array(self, shape, dtype, *spec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(self.mesh, PartitionSpec(*spec)))
 
-    def formats(self):
-        """Of a pool."""
-        of = lambda n: ops.pool_format(n, NamedSharding(self.mesh, self.ops.pool_spec), "tpu")  # noqa: E731
-        return QuantPool(of(5), of(4)) if self.kv_dtype in QUANT_DTYPES else of(5)
-
     def pool(self):
-        shape = ops.pool_shape("head_major", self.pages, self.page_size, self.heads[1], self.head_dim)
-        as_shape = lambda s, d, f: jax.ShapeDtypeStruct(s, jnp.dtype(d), sharding=f)  # noqa: E731
-        formats = self.formats()
-        if isinstance(formats, QuantPool):
-            return QuantPool(as_shape(shape, self.kv_dtype, formats.values), as_shape(shape[:-1], "float32", formats.scales))
-        return as_shape(shape, self.kv_dtype, formats)
+        sharding, page = NamedSharding(self.mesh, self.ops.pool_spec), (self.page_size, self.heads[1], self.head_dim)
+        arrays = jax.eval_shape(lambda: ops.zero_pool(self.layout, self.pages, *page, self.kv_dtype, "tpu"))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=ops.pool_format(x.ndim, sharding, "tpu")), arrays)
+
+    def formats(self):
+        return jax.tree.map(lambda x: x.format, self.pool())
 
     def rows(self, heads: int) -> jax.ShapeDtypeStruct:
         return self.array((self.tokens, heads, self.head_dim), self.dtype, None, "tp")
@@ -160,8 +161,9 @@ def test_attention(chip, page_size, tokens, options, calls):
 
 @pytest.mark.parametrize("shape", [
     dict(page_size=256), dict(page_size=48, columns=64), dict(head_dim=64), dict(head_dim=80), dict(head_dim=96),
-    dict(head_dim=256, page_size=32), dict(heads=(28, 4), page_size=32), dict(heads=(32, 32)),
-    dict(dtype="float32", kv_dtype="float32"), dict(dtype="float32")], ids=str)
+    dict(head_dim=64, kv_layout="head_major"), dict(head_dim=64, heads=(14, 2), page_size=32),
+    dict(head_dim=64, heads=(12, 12)), dict(head_dim=256, page_size=32), dict(heads=(28, 4), page_size=32),
+    dict(heads=(32, 32)), dict(dtype="float32", kv_dtype="float32"), dict(dtype="float32")], ids=str)
 def test_attention_of_other_shapes_copies_no_pool(shape):
     s = Shapes(**dict(tokens=256, seqs=8, columns=128) | shape)
     compiled = compile_attention(s, window=1000, soft_cap=30.0, sinks=True)
@@ -171,9 +173,9 @@ def test_attention_of_other_shapes_copies_no_pool(shape):
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("kv_dtype", QUANT_DTYPES)
-@pytest.mark.parametrize("page_size", [16, 64])
-def test_attention_over_quantised_pools_with_mass(chip, kv_dtype, page_size):
-    s = Shapes(chip=chip, tokens=256, seqs=8, columns=128, page_size=page_size, kv_dtype=kv_dtype)
+@pytest.mark.parametrize("page_size,head_dim", [(16, 128), (64, 128), (16, 64), (64, 96)])
+def test_attention_over_quantised_pools_with_mass(chip, kv_dtype, page_size, head_dim):
+    s = Shapes(chip=chip, tokens=256, seqs=8, columns=128, page_size=page_size, kv_dtype=kv_dtype, head_dim=head_dim)
     compiled = compile_attention(s, return_mass="page")
     assert kernels(compiled) == 3
     assert temporaries(compiled) < bytes_of(s.pool()) / 8
@@ -182,7 +184,8 @@ def test_attention_over_quantised_pools_with_mass(chip, kv_dtype, page_size):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("shape", [
     dict(), dict(page_size=64, tokens=2048), dict(kv_dtype="float32"), dict(kv_dtype="int8"),
-    dict(kv_dtype="int8", page_size=64), dict(kv_dtype="float8_e4m3fn", page_size=64), dict(head_dim=80)], ids=str)
+    dict(kv_dtype="int8", page_size=64), dict(kv_dtype="float8_e4m3fn", page_size=64), dict(head_dim=80), dict(head_dim=64),
+    dict(head_dim=64, kv_dtype="int8"), dict(head_dim=96, kv_dtype="float8_e4m3fn")], ids=str)
 def test_write_in_place(chip, shape):
     s = Shapes(chip=chip, **shape)
     compiled = compile_write(s)
@@ -192,9 +195,9 @@ def test_write_in_place(chip, shape):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
-def test_page_moves(chip, kv_dtype):
-    s = Shapes(chip=chip, kv_dtype=kv_dtype, pages=1024)
+@pytest.mark.parametrize("kv_dtype,head_dim", [("bfloat16", 128), ("int8", 128), ("bfloat16", 64), ("int8", 80)])
+def test_page_moves(chip, kv_dtype, head_dim):
+    s = Shapes(chip=chip, kv_dtype=kv_dtype, head_dim=head_dim, pages=1024)
     pools, formats, n = (s.pool(),) * 32, (s.formats(),) * 32, 16
     width, dtype = ops.canonical_row(kv_dtype, s.head_dim)
     data = s.array((n, 32, 2, s.page_size, 8, width), dtype)
@@ -249,9 +252,10 @@ def test_engine_step(config, topology, shape, pages, kv_dtype):
     assert collectives(entry).count("all-reduce") >= 2 * layers + 1
 
 
-@pytest.mark.parametrize("chip,kv_dtype", [("v5e", "bfloat16"), ("v6e", "int8")])
-def test_executables_agree_on_the_format_and_size_of_the_pools(chip, kv_dtype):
-    kv = KVSpec((KVGroup((0, 1), 8, 64, kv_dtype),), (512,), 16, "head_major")
+@pytest.mark.parametrize("chip,kv_dtype,layout", [
+    ("v5e", "bfloat16", "paired"), ("v5e", "bfloat16", "head_major"), ("v6e", "int8", "paired")])
+def test_executables_agree_on_the_format_and_size_of_the_pools(chip, kv_dtype, layout):
+    kv = KVSpec((KVGroup((0, 1), 8, 64, kv_dtype),), (512,), 16, layout)
     mesh = tpu_mesh(f"{chip}:2x2", 2)
     zeros = compile_zero_state(kv, 8, 64, mesh)
     formats = zeros.output_formats.pools[0]
@@ -280,7 +284,7 @@ def compile_step(config: dict, mesh: Mesh, shape: BatchShape, pages: int, kv_dty
     page_size, columns, slots, tp = 16, 512, 64, mesh.size
     spec = models.spec_from_config(config, "bfloat16", tp=tp, out_first=False)
     groups = kv_groups(spec, tp, kv_dtype)
-    kv = KVSpec(groups, (pages,) * len(groups), page_size, "head_major")
+    kv = KVSpec(groups, (pages,) * len(groups), page_size, ops.resolve_layout("auto", spec.head_dim, "tpu"))
     layout = BatchLayout(shape, len(groups), columns, 0)
     whole, shardings = NamedSharding(mesh, PartitionSpec()), state_shardings(kv, mesh)
     params = tuple(jax.ShapeDtypeStruct(d.shape, d.dtype, sharding=s)
