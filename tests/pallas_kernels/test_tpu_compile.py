@@ -245,6 +245,8 @@ def test_engine_step(config, topology, shape, pages, kv_dtype):
     pool, weights = page_bytes(kv, mesh)[0] * pages // mesh.size, bytes_of(params, mesh.size)
     assert kernels(compiled) == layers * ((1 if shape.decode else 2) + (2 if kv_dtype in QUANT_DTYPES else 1))
     assert memory.alias_size_in_bytes >= pool, "the pools are updated in place"
+    formats = compile_zero_state(kv, 8, 64, mesh).output_formats.pools
+    assert formats == compiled.input_formats[0][1].pools == compiled.output_formats[0].pools
     assert memory.temp_size_in_bytes < pool / layers + weights / layers + 32 * MIB * (shape.tokens // 64)
     # Conditional computations other than the entry belong to sampling and prompt log-probabilities.
     entry = text[text.index("\nENTRY "):]
