@@ -31,8 +31,7 @@ _PAGE_AXES = {"token_major": (1, 0, 2, 3), "head_major": (0, 2, 1, 3), "paired":
 
 class QuantPool(NamedTuple):
     """Quantised keys and values: `values` as `pool_shape` says, in one of `QUANT_DTYPES` (uint8 bits of float8 on CPU), and
-    `scales` float32 in the same shape without D, of a paired pool in that of a head_major one. A row stands for values * scale.
-    """
+    `scales` float32 in the same shape without D (of a paired pool as of a head_major one). A row stands for values * scale."""
 
     values: jax.Array
     scales: jax.Array
@@ -100,16 +99,14 @@ def pool_format(ndim: int, sharding: Sharding, platform: str) -> Format | Shardi
     return Format(Layout(tuple(range(ndim))), sharding) if platform == "tpu" else sharding
 
 
-def pool_page_bytes(
-    layout: str, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike, platform: str
-) -> int:
-    """What one page of one layer with these heads takes in the memory of a device, padding of TPU tiles included."""
+def pool_page_bytes(layout: str, page_size: int, kv_heads: int, head_dim: int, dtype: DTypeLike, platform: str) -> int:
+    """Bytes that one page of one layer with these heads takes in the memory of a device, padding of TPU tiles included."""
     page = jax.eval_shape(lambda: zero_pool(layout, 1, page_size, kv_heads, head_dim, dtype, platform))
     return sum(_device_bytes(x.shape, x.dtype, platform) for x in jax.tree.leaves(page))
 
 
 def _device_bytes(shape: tuple[int, ...], dtype: jnp.dtype, platform: str) -> int:
-    """On TPU tiles are as many sublanes high as they need be, a power of two, but at least 32 bits and at most eight rows."""
+    """On TPU a tile is 128 lanes wide and a power of two rows high: what the rows need, at least 32 bits, at most eight."""
     *lead, rows, lanes = shape
     if platform == "tpu":
         tile = min(TPU_SUBLANES, max(4 // dtype.itemsize, 1 << (rows - 1).bit_length()))

@@ -2,7 +2,7 @@
 
 A block is `pages` neighbouring pages of one sequence; a page is one DMA, keys and values of all its KV heads together. While
 one block is worked on the next one, maybe the next tile's first, is on its way. Rows of a paired pool are multiplied whole:
-queries are 0 where values stand, and outputs are sums of keys there, which nobody reads.
+queries are 0 where values stand, and what comes out where keys stand is not used.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Fetcher(NamedTuple):
         lax.fori_loop(0, count, page, I32(0))
 
     def clear_unseen_values(self, tile: jax.Array, block: jax.Array, slot: jax.Array) -> None:
-        """Zero the values (keys only if paired) that lie outside [start, stop): weight 0 times NaN is NaN."""
+        """Zero the values (keys too where paired) that lie outside [start, stop): weight 0 times NaN is NaN."""
         last = self.buffer.shape[2] - 1
         key, keys = self.key(tile, block), self.shape.keys
         low, high = self.start[tile] - key, self.stop[tile] - key

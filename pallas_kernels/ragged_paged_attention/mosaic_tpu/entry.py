@@ -105,7 +105,7 @@ def _check_smem(tiles: Tiles, table: jax.Array) -> None:
 
 
 def _pack_queries(q: jax.Array, source: jax.Array, kv_heads: int, group: int, width: int) -> jax.Array:
-    """[T, Hq, D] -> [Hkv, R * group, width]; query heads are padded to `group` for each KV head, and D where values stand."""
+    """[T, Hq, D] -> [Hkv, R * group, width]; query heads are padded to `group` for each KV head, D to `width`."""
     tokens, q_heads, head_dim = q.shape
     q = q.reshape(tokens, kv_heads, q_heads // kv_heads, head_dim)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, group - q.shape[2]), (0, width - head_dim)))
