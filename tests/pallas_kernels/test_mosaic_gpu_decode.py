@@ -134,7 +134,7 @@ def test_mass(q_lens, kv_lens, options):
 
 @pytest.mark.parametrize(
     "kv_dtype, q_dtype, head_dim, page_size, options",
-    [("int8", "float16", 64, 32, dict(max_q_len=2)), ("float8_e4m3fn", "bfloat16", 128, 64, dict(max_q_len=2, window=50)),
+    [("int8", "float16", 64, 16, dict(max_q_len=2)), ("float8_e4m3fn", "bfloat16", 128, 64, dict(max_q_len=2, window=50)),
      ("int8", "bfloat16", 96, 32, dict(max_q_len=2, soft_cap=2.0))],
 )
 def test_quantised_pools(kv_dtype, q_dtype, head_dim, page_size, options):

@@ -1,7 +1,7 @@
 """One attention call on Hopper: short sequences to the decode kernel and its merge, longer ones to the prefill kernel.
 
 Refused, so that another implementation serves the call: float32 (wgmma would round to TF32), token-major pools, page sizes
-that are not a multiple of 8 (32 for quantised KV), head dimensions without a tuning entry, mass of quantised KV, and chunks
+that are not a multiple of 8 (16 for quantised KV), head dimensions without a tuning entry, mass of quantised KV, and chunks
 that the prefill kernel refuses.
 """
 
@@ -76,9 +76,9 @@ def _shape(
     if q.dtype not in ("bfloat16", "float16") or not (quantised or q.dtype == dtype):
         raise NotImplementedError(f"queries {q.dtype} with a pool of {dtype}: both must be bfloat16 or both float16, or the "
                                   "pool quantised")
-    if quantised and (dims.page_size % 32 or dims.head_dim % 32 or dims.head_dim > 128):
-        raise NotImplementedError(f"quantised pool with page_size {dims.page_size}, head_dim {dims.head_dim}: both must be "
-                                  "multiples of 32 (scales come in copies of 128 bytes), head_dim at most 128 (registers)")
+    if quantised and (dims.page_size % 16 or dims.head_dim % 32 or dims.head_dim > 128):
+        raise NotImplementedError(f"quantised pool with page_size {dims.page_size}, head_dim {dims.head_dim}: page_size must "
+                                  "be a multiple of 16 (scales come in copies of 128 bytes), head_dim of 32 and at most 128")
     if quantised and params.mass is not None:
         raise NotImplementedError(f"mass={params.mass!r} of a pool of {dtype}")
     tuning = decode_tuning(chip, dims.head_dim, dims.page_size, dtype.name)
