@@ -22,6 +22,7 @@ import numpy as np
 
 from ...layout import Pool
 from .plan import ROW_ALIGN, TILE_ROWS
+from .quantised import scales_of, widen
 from .shape import EMPTY, LOG2E, DecodeShape, tiled
 
 
@@ -123,7 +124,7 @@ def _attend(
         first = item.first + block * shape.block_keys
         plgpu.barrier_wait(k_ready.at[stage])
         if shape.quantised:
-            _widen(shape, k_smem.at[stage], wide_smem, lambda keys: keys)
+            widen(shape, k_smem.at[stage], wide_smem, lambda keys: keys)
             plgpu.commit_smem()
             scores = scores_of(shape, q_smem, wide_smem, _by_key(shape, scales.at[stage, :, 0]))
         else:
@@ -138,8 +139,8 @@ def _attend(
             weights = jnp.where(weights > 0, weights * _by_key(shape, scales.at[stage, :, 1]), 0.0)  # unseen scales may be NaN
         p_smem[...] = weights.astype(p_smem.dtype)
         if shape.quantised:
-            v_block = wide_smem
-            _widen(shape, v_smem.at[stage], v_block, lambda values: _known(shape, first, item, values))
+            v_block = wide_smem.at[:, pl.ds(0, shape.width)]
+            widen(shape, v_smem.at[stage], v_block, lambda values: _known(shape, first, item, values))
         else:
             v_block = v_smem.at[stage]
             _clear_values(shape, first, item, v_block)
@@ -207,27 +208,9 @@ def _visible(shape: DecodeShape, first, last_seen: jax.Array, item: _Item) -> ja
     return seen
 
 
-def _widen(shape: DecodeShape, source, target, change) -> None:
-    """Quantised values in the dtype of the queries, exactly, and `change`d, some columns at a time. The hardware turns float8
-    into float16 only."""
-    from jax.experimental import pallas as pl
-
-    for begin in range(0, source.shape[1], shape.kv_columns):
-        narrow = shape.place(source[:, pl.ds(begin, shape.kv_columns)])
-        for at in range(0, shape.kv_columns, shape.columns):
-            values = narrow[:, at : at + shape.columns]
-            if values.dtype == jnp.float8_e4m3fn and shape.dtype != "float16":
-                values = values.astype(jnp.float16).astype(jnp.float32)
-            target[:, pl.ds(begin + at, shape.columns)] = change(values.astype(shape.dtype))
-
-
-def _by_key(shape: DecodeShape, scales) -> jax.Array:
-    """Scales [units, unit keys] in shared memory as a factor of scores."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    scales = scales if scales.shape[0] > 1 else scales.at[0]
-    row = shape.place(scales[...], plgpu.Layout.WGMMA.reduce(0)).reshape(shape.block_keys)
-    return shape.place(jax.lax.broadcast_in_dim(row, (TILE_ROWS, shape.block_keys), [1]))
+def _by_key(shape: DecodeShape, pieces) -> jax.Array:
+    """Scales as they came as a factor of scores."""
+    return shape.place(jax.lax.broadcast_in_dim(scales_of(shape, pieces), (TILE_ROWS, shape.block_keys), [1]))
 
 
 def _clear_values(shape: DecodeShape, first, item: _Item, v_smem) -> None:

@@ -1,8 +1,8 @@
 """One attention call on Hopper: short sequences to the decode kernel and its merge, longer ones to the prefill kernel.
 
 Refused, so that another implementation serves the call: float32 (wgmma would round to TF32), token-major pools, page sizes
-that are not a multiple of 8 (16 for quantised KV), head dimensions without a tuning entry, mass of quantised KV, and chunks
-that the prefill kernel refuses.
+that are not a multiple of 8 (16 for quantised KV), head dimensions without a tuning entry, and chunks that the prefill
+kernel refuses.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def ragged_paged_attention(
     out, lse = jnp.where(real[..., None], out, 0.0).astype(q.dtype), jnp.where(real, lse, -jnp.inf)
     mass = None
     if params.mass is not None:
-        mass = token_mass(shape, q, jax.tree.leaves(pool)[0], page_table, kv_lens, cu_q_lens, lse)
+        mass = token_mass(shape, q, pool, page_table, kv_lens, cu_q_lens, lse)
         if params.mass == "page":
             mass = mass.reshape(*mass.shape[:2], page_table.shape[1], shape.page_size).sum(axis=3)
     return out, lse, mass
@@ -79,8 +79,6 @@ def _shape(
     if quantised and (dims.page_size % 16 or dims.head_dim % 32 or dims.head_dim > 128):
         raise NotImplementedError(f"quantised pool with page_size {dims.page_size}, head_dim {dims.head_dim}: page_size must "
                                   "be a multiple of 16 (scales come in copies of 128 bytes), head_dim of 32 and at most 128")
-    if quantised and params.mass is not None:
-        raise NotImplementedError(f"mass={params.mass!r} of a pool of {dtype}")
     tuning = decode_tuning(chip, dims.head_dim, dims.page_size, dtype.name)
     small, large = sorted((dims.page_size, tuning.block_keys))
     if dims.page_size % 8 or large % small:
