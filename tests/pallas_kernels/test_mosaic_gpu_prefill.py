@@ -170,7 +170,7 @@ def test_jobs_cover_every_row_once(job_rows, window):
         (dict(page_size=48), "page_size=48"),
         (dict(quant="int8", page_size=8), "quantised pool with page_size=8, head_dim=128"),
         (dict(quant="float8_e4m3fn", page_size=32, head_dim=80), "quantised pool with page_size=32, head_dim=80"),
-        (dict(quant="int8", page_size=32, head_dim=256), "no block sizes for head_dim=256 and KV dtype int8"),
+        (dict(quant="int8", head_dim=256), "quantised pool with page_size=16, head_dim=256"),
     ],
 )
 def test_refusals_name_the_reason(change, message):

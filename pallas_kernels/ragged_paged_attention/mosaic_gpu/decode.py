@@ -13,7 +13,6 @@ has none with a transposed operand either: there alone the scores come from a do
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -108,8 +107,7 @@ def _attend(
         _fetch(shape, head, item, block, table, pages, k_smem, v_smem, scales, k_ready, v_ready)
 
     plgpu.copy_gmem_to_smem(q_rows.at[head, pl.ds(item.row, TILE_ROWS)], q_smem, q_ready)
-    for block in range(shape.stages):
-        pl.when(block < item.blocks)(partial(fetch, np.int32(block)))
+    pl.loop(0, jnp.minimum(item.blocks, shape.stages))(fetch)
     plgpu.barrier_wait(q_ready)
 
     row_layout = plgpu.Layout.WGMMA.reduce(1)

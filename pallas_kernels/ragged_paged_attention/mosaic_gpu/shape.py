@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .plan import MAX_WIDTH, PlanSpec
+from .plan import PlanSpec
 
 EMPTY = -1e30  # stands for minus infinity where a difference is taken
 LOG2E = math.log2(math.e)
@@ -23,6 +23,7 @@ class DecodeShape(NamedTuple):
     page_size: int
     block_keys: int
     stages: int
+    most_width: int
     scale: float
     window: int | None
     soft_cap: float | None
@@ -52,12 +53,12 @@ class DecodeShape(NamedTuple):
     @property
     def kv_columns(self) -> int:
         """The same of a tile as it lies in the pool."""
-        return math.gcd(self.head_dim, 128) if self.quantised else self.columns
+        return math.gcd(self.width, 128) if self.quantised else self.columns
 
     @property
     def width(self) -> int:
-        """Output columns of one thread block. Two share a head of 256: the registers of one would not do."""
-        return min(self.head_dim, MAX_WIDTH)
+        """Output columns of one thread block. Several share a head of 256: the registers of one would not do."""
+        return min(self.head_dim, self.most_width)
 
     @property
     def slices(self) -> int:
