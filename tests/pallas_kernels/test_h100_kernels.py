@@ -79,6 +79,7 @@ def compile_call(sharding, dtype, head_dim, page_size, groups, tokens, sinks=Fal
         ("int8", 128, 16, 4, 64, dict(mass="page")),
         ("int8", 128, 32, 4, 64, dict()),
         ("float8_e4m3fn", 256, 16, 4, 64, dict(mass="token")),
+        ("int8", 80, 16, 4, 64, dict(mass="token")),
         ("float8_e4m3fn", 128, 64, 8, 512, dict(max_q_len=8, window=512, soft_cap=30.0)),
         ("int8", 64, 256, 4, 64, dict(sinks=True)),
     ],

@@ -92,7 +92,7 @@ def test_prefill_compiles(head_dim, page_size, groups, options):
 
 
 @pytest.mark.parametrize("head_dim, page_size, groups, most, kv_dtype", [
-    (64, 16, 1, 0, None), (128, 16, 4, 0, None), (256, 16, 4, 32, None), (128, 16, 4, 0, "int8"),
+    (64, 16, 1, 0, None), (128, 16, 4, 0, None), (256, 16, 4, 32, None), (128, 16, 4, 0, "int8"), (80, 16, 4, 0, "int8"),
     (128, 64, 4, 0, "float8_e4m3fn"),
 ])
 def test_prefill_spills_nothing_and_fits_shared_memory(head_dim, page_size, groups, most, kv_dtype, tmp_path):

@@ -136,7 +136,8 @@ def test_mass(q_lens, kv_lens, options):
     "kv_dtype, q_dtype, head_dim, page_size, options",
     [("int8", "float16", 64, 16, dict(max_q_len=2, mass="page")),
      ("float8_e4m3fn", "bfloat16", 128, 64, dict(max_q_len=2, window=50, mass="token")),
-     ("int8", "bfloat16", 96, 32, dict(max_q_len=2, soft_cap=2.0)), ("int8", "bfloat16", 256, 16, dict(max_q_len=2))],
+     ("int8", "bfloat16", 96, 32, dict(max_q_len=2, soft_cap=2.0)), ("int8", "bfloat16", 256, 16, dict(max_q_len=2)),
+     ("float8_e4m3fn", "float16", 80, 16, dict(max_q_len=2, mass="page"))],
 )
 def test_quantised_pools(kv_dtype, q_dtype, head_dim, page_size, options):
     """Against the definition on the same quantised pool; where nothing may be read, scales are NaN and so is float8."""

@@ -2,7 +2,7 @@
 
 Refused, so that another implementation serves the call: float32 (wgmma would round to TF32), token-major pools, page sizes
 that are not a multiple of 8, head dimensions without a tuning entry, for quantised KV pages that are not a multiple of 16
-tokens and head_dim 80, and chunks that the prefill kernel refuses (of quantised KV those with head_dim 256).
+tokens, and chunks that the prefill kernel refuses (of quantised KV those with head_dim 256).
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def _shape(
     if q.dtype not in ("bfloat16", "float16") or not (quantised or q.dtype == dtype):
         raise NotImplementedError(f"queries {q.dtype} with a pool of {dtype}: both must be bfloat16 or both float16, or the "
                                   "pool quantised")
-    if quantised and (dims.page_size % 16 or dims.head_dim % 32):
-        raise NotImplementedError(f"quantised pool with page_size {dims.page_size}, head_dim {dims.head_dim}: page_size must "
-                                  "be a multiple of 16 (scales come in copies of 128 bytes), head_dim of 32 (least swizzle)")
+    if quantised and dims.page_size % 16:
+        raise NotImplementedError(f"quantised pool with page_size {dims.page_size}: must be a multiple of 16 (scales come in "
+                                  "copies of 128 bytes)")
     tuning = decode_tuning(chip, dims.head_dim, dims.page_size, dtype.name)
     small, large = sorted((dims.page_size, tuning.block_keys))
     if dims.page_size % 8 or large % small:

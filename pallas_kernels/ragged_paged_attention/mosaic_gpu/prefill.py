@@ -63,10 +63,10 @@ def _shape(
     if q.dtype not in ("bfloat16", "float16") or not (quantised or q.dtype == dtype):
         raise NotImplementedError(f"q {q.dtype} and pool {dtype}: both must be bfloat16 or both float16 (wgmma has no exact "
                                   "float32), or the pool quantised")
-    if quantised and (dims.page_size % 16 or dims.head_dim % 32 or dims.head_dim > 128):
+    if quantised and (dims.page_size % 16 or dims.head_dim > 128):
         raise NotImplementedError(f"quantised pool with page_size={dims.page_size}, head_dim={dims.head_dim}: page_size must "
-                                  "be a multiple of 16 (scales come in copies of 128 bytes), head_dim of 32 (the least "
-                                  "swizzle) and at most 128 (registers and shared memory beside the widener)")
+                                  "be a multiple of 16 (scales come in copies of 128 bytes), head_dim at most 128 "
+                                  "(registers and shared memory beside the widener)")
     if blocks is None:
         blocks = blocks_for(dims.head_dim, dtype.name)
         blocks = blocks._replace(ctas=2) if interpret else blocks  # interpreted one after the other

@@ -52,8 +52,8 @@ class DecodeShape(NamedTuple):
 
     @property
     def kv_columns(self) -> int:
-        """The same of a tile as it lies in the pool."""
-        return math.gcd(self.width, 128) if self.quantised else self.columns
+        """The same of a tile as it lies in the pool; quantised rows of 80 bytes are not tiled, as no swizzle divides them."""
+        return next(n for n in (128, 64, 32, 80) if self.width % n == 0) if self.quantised else self.columns
 
     @property
     def width(self) -> int:
@@ -71,8 +71,10 @@ class DecodeShape(NamedTuple):
         return next(n for n in (64, 48, 40, 32) if self.width % n == 0)
 
 
-def tiled(columns: int, dtype: Any) -> tuple[Any, Any]:
-    """The transforms of shared memory that wgmma and TMA agree on, tiles being `columns` wide."""
+def tiled(columns: int, dtype: Any) -> tuple[Any, ...]:
+    """The transforms of shared memory that wgmma and TMA agree on, tiles being `columns` wide; none where no swizzle is as
+    narrow."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
+    size = columns * jnp.dtype(dtype).itemsize
+    return () if size % 32 else (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(size))
