@@ -57,7 +57,7 @@ class PrefillShape(NamedTuple):
     @property
     def registers(self) -> tuple[int, int, int]:
         """Of a thread of a consumer, of the producer and of the widener, which share 65,536."""
-        return (200, 40, 72) if self.quantised else (240, 32, 0)
+        return (200, 48, 64) if self.quantised else (240, 32, 0)
 
 
 class Ring(NamedTuple):
