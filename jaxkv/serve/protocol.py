@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
 from types import MappingProxyType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
@@ -63,6 +63,7 @@ class StreamOptions(BaseModel):
 class ApiRequest(BaseModel):
     """What every request shares. None stands for "not given", as clients send null for it."""
 
+    forwards_extra: ClassVar[bool] = False  # unknown fields are those of another request, which is checked in its turn
     model_config = _STRICT
     model: str | None = None
     _size: int = PrivateAttr(0)
@@ -285,7 +286,8 @@ def validated(model: type[R], data: dict[str, Any], ignored: set[str]) -> R:
         request = model.model_validate(data)
     except ValidationError as error:
         raise from_validation(error) from None
-    _check_extra(request, ignored)
+    if not model.forwards_extra:
+        _check_extra(request, ignored)
     request.check()
     return request
 

@@ -54,6 +54,7 @@ class ResponseText(BaseModel):
 class ResponsesRequest(GenerationRequest):
     """/v1/responses. Sampling fields beyond OpenAI's are those of chat."""
 
+    forwards_extra = True
     input: Annotated[str | Items[dict[str, Any]], at_most(MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: int | None = None

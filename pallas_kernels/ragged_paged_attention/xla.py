@@ -1,10 +1,10 @@
 """Ragged paged attention in plain XLA operations: the production path on CPU, and the fallback elsewhere.
 
 Online softmax over blocks of pages, in loops whose trip counts are read from the data, so nothing grows with the longest
-context. Rows are worked on in up to three ways:
+context. Rows are worked on in two ways:
   * singles - one decode (q_len 1) over its own pages: `_singles`, a loop over blocks, several at once;
-  * groups  - decodes that start with the same pages read those together, once: `_tiles`;
-  * chunks  - tiles of the queries of one sequence with more of them: `_tiles`, a loop over tiles, inside it one over blocks.
+  * groups and chunks - decodes that start with the same pages, which read those together, once, and the queries of a
+    sequence with more of them: `_tiles`, a loop over tiles of rows, inside it one over blocks.
 The work lists are computed inside the jit: they depend on no layer, so XLA's CSE leaves one copy per step, and the host has
 nothing to plan. They hold one short row for each of at most (rows / tile + S) tiles and S * P * ps / SINGLE_KEYS blocks.
 
@@ -25,7 +25,7 @@ from .online import combine, empty_partials, finish, partial_attention
 from .params import AttentionParams
 
 KEYS, MANY_KEYS = 128, 512  # of a block; a tile reads MANY_KEYS at once while it has so many
-CHUNK_ROWS, GROUP_ROWS = 64, 32  # of a tile
+CHUNK_ROWS, GROUP_ROWS = 64, 32  # of a tile, where there may be chunks and where there are decodes only
 SINGLES, SINGLE_KEYS = 16, 64  # so many blocks of this size are done at once: enough work for a second core
 GROUP_MIN_MEMBERS, GROUP_MIN_KEYS = 8, 128  # fewer members or keys are not worth a tile
 
@@ -54,27 +54,20 @@ def ragged_paged_attention(
         batch = plain_batch(page_table, kv_lens, cu_q_lens, tokens)
         q_rows = q
 
-    tall = max(CHUNK_ROWS, GROUP_ROWS)
     q_rows = q_rows.astype(jnp.float32).reshape(tokens, dims.kv_heads, -1, head_dim).swapaxes(0, 1) * params.scale
-    q_rows = jnp.pad(q_rows, ((0, 0), (0, tall), (0, 0), (0, 0)))  # [Hkv, T + tall, G, D]
-    batch = batch._replace(positions=jnp.pad(batch.positions, (0, tall), constant_values=-1))
-
     out = empty_partials(q_rows.shape[:3], head_dim)
     single, far = batch.q_lens == 1, jnp.full(seqs, pages * dims.page_size, I32)
     own = Runs(batch.first_row, single.astype(I32), batch.shared * dims.page_size, far)
     out = _singles(out, q_rows, pool, batch, own, min(seqs, tokens), dims, params)
-    if grouped:
+    if grouped or params.max_q_len != 1:
+        tile = min(tokens, GROUP_ROWS if params.max_q_len == 1 else CHUNK_ROWS)
         members = jnp.sum((batch.leader[None, :] == jnp.arange(seqs, dtype=I32)[:, None]).astype(I32), axis=1)
-        members = jnp.where(batch.shared > 0, members, 0)
-        runs = Runs(batch.first_row, members, jnp.zeros_like(members), batch.shared * dims.page_size)
-        most = seqs // GROUP_ROWS + seqs // GROUP_MIN_MEMBERS
-        out = _tiles(out, q_rows, pool, batch, runs, GROUP_ROWS, most, dims, params)
-    if params.max_q_len != 1:
-        runs = Runs(batch.first_row, jnp.where(batch.q_lens > 1, batch.q_lens, 0), jnp.zeros_like(far), far)
-        most = tokens // CHUNK_ROWS + min(seqs, tokens // 2)
-        out = _tiles(out, q_rows, pool, batch, runs, CHUNK_ROWS, most, dims, params)
+        runs = Runs(batch.first_row, jnp.where(single, jnp.where(batch.shared > 0, members, 0), batch.q_lens),
+                    jnp.zeros_like(far), jnp.where(single, batch.shared * dims.page_size, far))
+        most = seqs // tile + seqs // GROUP_MIN_MEMBERS if params.max_q_len == 1 else tokens // tile + min(seqs, tokens // 2)
+        out = _tiles(out, q_rows, pool, batch, runs, tile, most, dims, params)
 
-    out = out[:, :tokens].swapaxes(0, 1).reshape(tokens, q_heads, head_dim + 2)
+    out = out.swapaxes(0, 1).reshape(tokens, q_heads, head_dim + 2)
     result, lse = finish(out if batch.place is None else out[batch.place], sinks)
     mass = attention_mass(q, pool, page_table, kv_lens, cu_q_lens, lse, params=params)
     return result.astype(q.dtype), lse, mass
@@ -83,7 +76,7 @@ def ragged_paged_attention(
 def _singles(
     out: jax.Array, q: jax.Array, pool: Pool, batch: Batch, runs: Runs, most: int, dims: PoolDims, params: AttentionParams
 ) -> jax.Array:
-    """Partials `out` [Hkv, T', G, D + 2] after the only row of each run has seen its keys; q [Hkv, T', G, D]."""
+    """Partials `out` [Hkv, T, G, D + 2] after the only row of each run has seen its keys; q [Hkv, T, G, D]."""
     pages = batch.table.shape[1]
     block_pages = max(1, min(SINGLE_KEYS // dims.page_size, pages))
     tiles = tile_list(runs, batch, tile=1, most=most, window=params.window)
@@ -118,11 +111,11 @@ def _tiles(
     out: jax.Array, q: jax.Array, pool: Pool, batch: Batch, runs: Runs, tile: int, most: int, dims: PoolDims,
     params: AttentionParams,
 ) -> jax.Array:
-    """Partials `out` [Hkv, T', G, D + 2] after the rows of all runs have seen their keys, tile by tile; q [Hkv, T', G, D].
+    """Partials `out` [Hkv, T, G, D + 2] after the rows of all runs have seen their keys, tile by tile; q [Hkv, T, G, D].
 
-    Rows of a tile beyond its own keep their partials: NaN among the tile's values must not reach them.
+    A tile's rows that are not its own keep their partials: NaN among the tile's values must not reach them.
     """
-    kv_heads, _, groups, head_dim = q.shape
+    kv_heads, tokens, groups, head_dim = q.shape
     page_size, pages = dims.page_size, batch.table.shape[1]
     total, *columns = tile_list(runs, batch, tile=tile, most=max(most, 1), window=params.window)
     few, many = (max(1, min(keys // page_size, pages)) for keys in (KEYS, MANY_KEYS))
@@ -132,8 +125,10 @@ def _tiles(
 
     def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
         row, own, seq, start, stop = lax.dynamic_index_in_dim(rows, i, keepdims=False)
-        mine = lax.dynamic_slice_in_dim(q, row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim)
-        at = jnp.where(ahead < own, lax.dynamic_slice_in_dim(batch.positions, row, tile), -1)
+        low = jnp.minimum(row, tokens - tile)
+        its = (low + ahead >= row) & (low + ahead < row + own)
+        mine = lax.dynamic_slice_in_dim(q, low, tile, axis=1).reshape(kv_heads, tile * groups, head_dim)
+        at = jnp.where(its, lax.dynamic_slice_in_dim(batch.positions, low, tile), -1)
         at = jnp.repeat(at, groups)[:, None]  # [M, 1]
 
         def block(n: int, page: jax.Array, seen: jax.Array) -> jax.Array:
@@ -150,11 +145,11 @@ def _tiles(
         first = start // page_size
         count = (stop - 1) // page_size + 1 - first
         large = count // many
-        before = lax.dynamic_slice_in_dim(out, row, tile, axis=1).reshape(kv_heads, tile * groups, head_dim + 2)
+        before = lax.dynamic_slice_in_dim(out, low, tile, axis=1).reshape(kv_heads, tile * groups, head_dim + 2)
         seen = lax.fori_loop(0, large, lambda j, x: block(many, first + j * many, x), before)
         rest = first + large * many
         seen = lax.fori_loop(0, (count - large * many + few - 1) // few, lambda j, x: block(few, rest + j * few, x), seen)
-        seen = jnp.where(jnp.repeat(ahead < own, groups)[None, :, None], seen, before)
-        return lax.dynamic_update_slice_in_dim(out, seen.reshape(kv_heads, tile, groups, head_dim + 2), row, axis=1)
+        seen = jnp.where(jnp.repeat(its, groups)[None, :, None], seen, before)
+        return lax.dynamic_update_slice_in_dim(out, seen.reshape(kv_heads, tile, groups, head_dim + 2), low, axis=1)
 
     return lax.fori_loop(0, total, one_tile, out)

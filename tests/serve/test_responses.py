@@ -43,6 +43,13 @@ def test_every_field_reaches_the_engine(http, fake):
     assert (params.stop, request.namespace, request.priority) == (("q",), "t", -1)
 
 
+def test_fields_of_chat_are_known_and_others_are_named_once(http, caplog):
+    for _ in range(2):
+        post(http, PATH, input="hi", include_reasoning=True, made_up_field_of_responses=1)
+    said = [record.message for record in caplog.records if "unknown request field" in record.message]
+    assert len(said) == 1 and "made_up_field_of_responses" in said[0]
+
+
 def test_text_format_is_followed(http, fake):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
