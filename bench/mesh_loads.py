@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 import pallas_kernels as pk
 from bench.engine import commit
 from jaxkv.device.spec import KVSpec
-from jaxkv.device.state import Pools, pool_sharding, zero_pools
+from jaxkv.device.state import Pools, pool_formats, zero_pools
 from jaxkv.runtime.page_ops import BATCHES, PageForm, compile_page_ops
 from jaxkv.runtime.startup import make_mesh
 from jaxkv.types import KVGroup
@@ -47,7 +47,8 @@ class Case:
         heads = MODELS[model]
         self.mesh = make_mesh(devices)
         group = KVGroup(tuple(range(heads.layers)), heads.kv_heads, heads.head_dim, dtype)
-        self.kv = KVSpec((group,), (max(PAGES),), PAGE, pk.resolve_layout("auto"))
+        self.kv = KVSpec((group,), (max(PAGES),), PAGE,
+                         pk.resolve_layout("auto", group.head_dim, jax.default_backend()))
         form = PageForm(self.kv, self.mesh)
         self.page_bytes = form.bytes[0]
         rng = np.random.default_rng(0)
@@ -65,12 +66,11 @@ class Case:
     def _compile_reshard(self, form: PageForm) -> Callable[..., Any]:
         """pools, page numbers [16], pages [16, L, 2, ps, Hkv, C] split over the batch -> pools."""
         mesh_ops = pk.MeshOps(self.mesh, self.kv.layout)
-        sharding = pool_sharding(self.kv, self.mesh)
         return jax.jit(lambda pools, ids, data: mesh_ops.scatter_pages(pools, ids, data), donate_argnums=0,
-                       out_shardings=tuple(sharding for _ in self.kv.groups[0].layers))
+                       out_shardings=pool_formats(self.kv, self.mesh)[0])
 
     def pools(self) -> Pools:
-        return jax.device_put(zero_pools(self.kv, jax.default_backend()), pool_sharding(self.kv, self.mesh))
+        return jax.device_put(zero_pools(self.kv, jax.default_backend()), pool_formats(self.kv, self.mesh))
 
     def load(self, way: str, count: int) -> Arrays:
         """The first ``count`` pages, on their way into device memory."""

@@ -18,7 +18,7 @@ import jax
 import pallas_kernels as pk
 from jaxkv import SamplingParams
 from jaxkv.device.spec import KVSpec
-from jaxkv.device.state import Pools, zero_pools
+from jaxkv.device.state import Pools, pool_formats, zero_pools
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.page_ops import PageForm
 from jaxkv.runtime.startup import make_mesh
@@ -34,11 +34,12 @@ class Swapper:
 
     def __init__(self, group: KVGroup, tokens: int, codec: str) -> None:
         mesh = make_mesh(1)
-        self.kv = KVSpec((group,), (-(-tokens // PAGE),), PAGE, pk.resolve_layout("auto"))
+        layout = pk.resolve_layout("auto", group.head_dim, jax.default_backend())
+        self.kv = KVSpec((group,), (-(-tokens // PAGE),), PAGE, layout)
         form = PageForm(self.kv, mesh, codec)
         self.page_bytes = form.bytes[0]
         self._tiers = Tiers(self.kv, mesh, 2 * self.kv.num_pages[0] * self.page_bytes, form)
-        self._pools = _random_pools(self.kv)
+        self._pools = jax.device_put(_random_pools(self.kv), pool_formats(self.kv, mesh))
 
     def trip(self, tokens: int) -> tuple[float, float]:
         """Seconds until the pages of ``tokens`` are in host memory, and until they are back in the pool."""

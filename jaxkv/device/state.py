@@ -45,26 +45,40 @@ def zero_pools(kv: KVSpec, platform: str) -> Pools:
 
 
 def pool_structs(kv: KVSpec, mesh: Mesh) -> Any:
-    """Shape, dtype and sharding of every leaf of the pools, in their structure."""
-    sharding = pool_sharding(kv, mesh)
-    shapes = jax.eval_shape(lambda: zero_pools(kv, mesh.devices.flat[0].platform))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    """Shape, dtype and format of every leaf of the pools, in their structure."""
+    shapes = jax.eval_shape(lambda: zero_pools(kv, _platform(mesh)))
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, pool_formats(kv, mesh))
+
+
+def pool_formats(kv: KVSpec, mesh: Mesh) -> Any:
+    """Where every leaf of the pools lies and in which order, in their structure."""
+    sharding, platform = pool_sharding(kv, mesh), _platform(mesh)
+    return jax.tree.map(lambda x: ops.pool_format(x.ndim, sharding, platform), jax.eval_shape(lambda: zero_pools(kv, platform)))
+
+
+def page_bytes(kv: KVSpec, mesh: Mesh) -> tuple[int, ...]:
+    """What a page of each group takes in the memory of all devices together, padding included."""
+    tp = mesh.size
+    return tuple(tp * len(g.layers) * ops.pool_page_bytes(kv.layout, kv.page_size, g.kv_heads // tp, g.head_dim, g.dtype,
+                                                          _platform(mesh)) for g in kv.groups)
 
 
 def state_shardings(kv: KVSpec, mesh: Mesh) -> Any:
-    """The sharding of every leaf of an ``EngineState``, in its structure."""
+    """The sharding, of pools the format, of every leaf of an ``EngineState``, in its structure."""
     whole = NamedSharding(mesh, PartitionSpec())
     sampler = jax.tree.map(lambda _: whole, jax.eval_shape(lambda: init_sampler_state(1, 1)))
-    pools: Any = jax.tree.map(lambda x: x.sharding, pool_structs(kv, mesh))
     last_tokens: Any = whole
-    return EngineState(pools, last_tokens, sampler)
+    return EngineState(pool_formats(kv, mesh), last_tokens, sampler)
 
 
 def compile_zero_state(kv: KVSpec, slots: int, vocab: int, mesh: Mesh) -> Callable[[], EngineState]:
     """What makes zeroed pools and sampler state, allocated sharded: no device ever holds more than its part."""
-    platform = mesh.devices.flat[0].platform
 
     def zeros() -> EngineState:
-        return EngineState(zero_pools(kv, platform), jnp.zeros((slots,), jnp.int32), init_sampler_state(slots, vocab))
+        return EngineState(zero_pools(kv, _platform(mesh)), jnp.zeros((slots,), jnp.int32), init_sampler_state(slots, vocab))
 
     return jax.jit(zeros, out_shardings=state_shardings(kv, mesh)).lower().compile()
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform

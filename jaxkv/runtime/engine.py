@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxkv.cache.inspect import curve, inspect
 from jaxkv.config import EngineConfig
+from jaxkv.device.state import page_bytes
 from jaxkv.params import MAX_STOP_IDS, CacheHints, SamplingParams
 from jaxkv.runtime.cache_metrics import refresh_cache
 from jaxkv.runtime.executor import JaxExecutor, LostStep
@@ -54,8 +55,7 @@ class Engine:
         # ("submit" | "read", plan id) or ("fetch" | "arrived" | "failed", fetch id), newest last
         self.capacity, self.weight_bytes = capacity, weight_bytes
         self.metrics = EngineMetrics(info=dict(info))  # written here only; any thread may read
-        cache = scheduler.cache
-        self._page_bytes = [g.page_bytes(cache.page_size) for g in cache.groups]
+        self._page_bytes = page_bytes(executor.kv, executor.mesh)  # on the devices
         self._size_tiers()
         self._description = tuple(description)
         self._clock = clock

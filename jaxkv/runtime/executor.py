@@ -279,12 +279,13 @@ def _compile_steps(
 ) -> dict[BatchShape, Callable]:
     """One executable per batch shape, compiled ahead of time: afterwards nothing can compile, only fail loudly."""
     whole = NamedSharding(mesh, PartitionSpec())
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
-    args = jax.tree.map(like, (params, state))
+    state_at = state_shardings(kv, mesh)
+    like = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)  # noqa: E731
+    args = tuple(like(x, x.sharding) for x in params), jax.tree.map(like, state, state_at)
 
     def compile_one(layout: BatchLayout) -> Callable:
         step = build_step(spec, kv, layout, mesh, attention_impl)
-        jitted = jax.jit(step, donate_argnums=1, out_shardings=(state_shardings(kv, mesh), whole))
+        jitted = jax.jit(step, donate_argnums=1, out_shardings=(state_at, whole))
         inputs = (layout.words,), (layout.shape.rows, sampling.mask_words(spec.vocab_size))
         return jitted.lower(*args, *(jax.ShapeDtypeStruct(s, jnp.int32, sharding=whole) for s in inputs)).compile()
 

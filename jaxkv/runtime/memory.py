@@ -59,26 +59,26 @@ def free_host_memory() -> int:
 def plan_capacity(
     groups: Sequence[KVGroup], page_size: int, sched: SchedConfig, max_model_len: int, *,
     kv_cache_memory: int | None, host_kv_memory: int | None, free_device: tuple[int, int], free_host: int, shared: bool = False,
-    host_page_bytes: Sequence[int] | None = None,
+    page_bytes: Sequence[int] | None = None, host_page_bytes: Sequence[int] | None = None,
 ) -> Capacity:
     """Splits the memory over groups. All groups get pages for the same tokens, but a window group never more than
     twice what its windows can hold at once (half of it remembers windows of prefixes).
 
-    ``shared``: the device's memory is the host's (CPU). ``host_page_bytes``: bytes of a page of each group below HBM, if
-    they differ (a KV codec).
+    ``shared``: the device's memory is the host's (CPU). ``page_bytes``: bytes of a page of each group on the devices, if
+    padding adds to them; ``host_page_bytes``: below HBM, if they differ there (a KV codec).
     ConfigError: not even one sequence of max_model_len fits, or more memory is asked for than there is.
     """
     free, usual = free_device
     if kv_cache_memory is not None and kv_cache_memory > free:
         raise ConfigError(f"kv_cache_memory is {kv_cache_memory:,} bytes, but only {free:,} are free")
-    page_bytes = [g.page_bytes(page_size) for g in groups]
-    below_bytes = list(host_page_bytes or page_bytes)
+    plain = [g.page_bytes(page_size) for g in groups]
+    above_bytes, below_bytes = page_bytes or plain, host_page_bytes or plain
 
     def split(pages: int) -> tuple[int, ...]:
         return tuple(min(pages, _window_cap(g, page_size, sched)) if g.window else pages for g in groups)
 
     def cost(pages: int) -> int:
-        return sum(n * b for n, b in zip(split(pages), page_bytes))
+        return sum(n * b for n, b in zip(split(pages), above_bytes))
 
     def host_cost(pages: int) -> int:
         return sum(n * b for n, b in zip(split(pages), below_bytes))
@@ -86,7 +86,7 @@ def plan_capacity(
     need = -(-max_model_len // page_size) + 1
     useful = max(need, sched.max_num_seqs * (need - 1))
     budget = kv_cache_memory if kv_cache_memory is not None else min(usual, cost(useful))
-    pages = _largest(cost, budget, budget // min(page_bytes))
+    pages = _largest(cost, budget, budget // min(above_bytes))
     if pages < need:
         raise ConfigError(f"kv_cache_memory of {budget:,} bytes holds {pages * page_size} tokens, less than one sequence "
                           f"of max_model_len {max_model_len} ({cost(need):,} bytes with one page to spare)")

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pallas_kernels as ops
 from jaxkv.device.spec import KVSpec
-from jaxkv.device.state import page_sharding, pool_structs
+from jaxkv.device.state import page_sharding, pool_formats, pool_structs
 from jaxkv.runtime.disk.format import HEADS
 
 BATCHES = (1, 4, 16)  # pages per call; each size compiles once per group and operation
@@ -65,10 +65,9 @@ def compile_page_ops(kv: KVSpec, mesh: Mesh, form: PageForm) -> dict[tuple[int, 
     """
     out: dict[tuple[int, str, int], Callable] = {}
     whole, page_at = NamedSharding(mesh, PartitionSpec()), form.sharding()
-    for g, pools in enumerate(pool_structs(kv, mesh)):
+    for g, (pools, pools_at) in enumerate(zip(pool_structs(kv, mesh), pool_formats(kv, mesh))):
         gather, scatter, copy = _page_functions(kv, mesh, form, g)
         page = jax.ShapeDtypeStruct(*form.shapes[g], sharding=page_at)
-        pools_at = jax.tree.map(lambda x: x.sharding, pools)
         for n in BATCHES:
             ids = jax.ShapeDtypeStruct((n,), jnp.int32, sharding=whole)
             jobs = {"gather": (jax.jit(gather, out_shardings=(page_at,) * n), (ids,)),

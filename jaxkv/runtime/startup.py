@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from jaxkv.cache.controller import CacheController
 from jaxkv.config import CacheConfig, ConfigError, EngineConfig
 from jaxkv.device.batch import batch_shapes, step_sizes
 from jaxkv.device.spec import KVSpec, kv_groups
+from jaxkv.device.state import page_bytes
 from jaxkv.runtime.disk import DiskError, DiskFormat, DiskStore
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.executor import JaxExecutor
@@ -43,10 +45,6 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     impl, platform = config.model.attention_impl, mesh.devices.flat[0].platform
     if impl.startswith("mosaic_") and impl != f"mosaic_{platform}":
         raise ConfigError(f"attention_impl {impl} needs a {impl[-3:].upper()}, but the devices are {platform}")
-    try:
-        layout = ops.resolve_layout(config.cache.kv_layout)
-    except ValueError as error:
-        raise ConfigError(f"kv_layout: {error}") from None
     model = load_model(config.model.model, mesh, dtype=config.model.dtype, load_format=config.model.load_format,
                        seed=config.seed, show_progress=show_progress)
     tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
@@ -55,13 +53,19 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     cache, sched = config.cache, config.sched
     kv_dtype = {"auto": model.spec.dtype, "fp8_e4m3": "float8_e4m3fn"}.get(cache.kv_cache_dtype, cache.kv_cache_dtype)
     groups = kv_groups(model.spec, mesh.size, kv_dtype)
-    form = _page_form(KVSpec(groups, (0,) * len(groups), cache.page_size, layout), mesh, cache.kv_codec)
+    try:
+        layout = ops.resolve_layout(cache.kv_layout, model.spec.head_dim, platform)
+    except ValueError as error:
+        raise ConfigError(f"kv_layout: {error}") from None
+    kv = KVSpec(groups, (0,) * len(groups), cache.page_size, layout)  # without pages, until their memory is shared out
+    form = _page_form(kv, mesh, cache.kv_codec)
     disk = open_disk(cache, form, model.fingerprint, groups[0].kv_heads // model.spec.num_kv_heads)
     capacity = plan_capacity(
         groups, cache.page_size, sched, max_model_len, kv_cache_memory=cache.kv_cache_memory,
         host_kv_memory=cache.host_kv_memory, free_device=free_device_memory(list(mesh.devices.flat)),
-        free_host=free_host_memory(), shared=platform == "cpu", host_page_bytes=form.bytes)
-    kv = KVSpec(groups, capacity.num_pages, cache.page_size, layout)
+        free_host=free_host_memory(), shared=platform == "cpu", page_bytes=page_bytes(kv, mesh),
+        host_page_bytes=form.bytes)
+    kv = replace(kv, num_pages=capacity.num_pages)
     controller = CacheController(
         groups, cache.page_size, capacity.num_pages, capacity.num_host_pages, cache.eviction_policy,
         root_salt=f"{model.fingerprint}/{cache.page_size}/{kv_dtype}/{cache.kv_codec}",

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..layout import Pool, PoolDims, QuantPool, pool_dims
+from ..layout import Pool, PoolDims, QuantPool, pair, pool_dims
 from ..quant import quantize_rows
 
 I32 = jnp.int32
@@ -43,21 +43,24 @@ def kv_write(pool: Pool, k: jax.Array, v: jax.Array, slots: jax.Array, *, layout
     unit = unit if dims.page_size % unit == 0 else 16
     context = dims.num_pages * dims.page_size
     rows = jnp.concatenate([k, v], axis=1)  # [T, 2 * Hkv, D]
+    if isinstance(pool, QuantPool):
+        rows, scales = quantize_rows(rows, values.dtype)
+    rows = pair(rows) if layout == "paired" else rows
+    values = _edit_values(values, rows.astype(values.dtype), _edits(slots, unit, context), unit)
     if not isinstance(pool, QuantPool):
-        return _edit_values(pool, rows.astype(pool.dtype), _edits(slots, unit, context), unit)
-    quantised, scales = quantize_rows(rows, values.dtype)
-    return QuantPool(_edit_values(values, quantised, _edits(slots, unit, context), unit),
-                     _edit_scales(pool.scales, scales, _edits(slots, dims.page_size, context)))
+        return values
+    return QuantPool(values, _edit_scales(pool.scales, scales, _edits(slots, dims.page_size, context)))
 
 
 def _check(values: jax.Array, dims: PoolDims, layout: str) -> None:
-    if layout != "head_major":
-        raise NotImplementedError(f"the TPU kernel writes head_major pools, got {layout}")
+    if layout == "token_major":
+        raise NotImplementedError(f"the TPU kernel writes head_major and paired pools, got {layout}")
     if values.dtype.name not in ("float32", "bfloat16", "int8", "float8_e4m3fn"):
         raise NotImplementedError(f"the TPU kernel writes no {values.dtype.name} pools")
     if dims.page_size % 16:
         raise NotImplementedError(f"page size must be a multiple of 16, got {dims.page_size}")
-    tile = 2 * dims.kv_heads * TILE_ROWS[values.dtype.itemsize] * max(128, dims.head_dim) * values.dtype.itemsize
+    _, parts, _, _, width = values.shape
+    tile = parts * dims.kv_heads * TILE_ROWS[values.dtype.itemsize] * max(128, width) * values.dtype.itemsize
     if tile > MAX_TILE_BYTES:
         raise NotImplementedError(f"tiles of all heads of {dims} take {tile} bytes, more than {MAX_TILE_BYTES}")
 
@@ -78,11 +81,11 @@ def _edits(slots: jax.Array, unit: int, context: int) -> Edits:
 
 
 def _edit_values(pool: jax.Array, rows: jax.Array, edits: Edits, unit: int) -> jax.Array:
-    """pool [N, 2, Hkv, ps, D] with rows [T, 2 * Hkv, D] of its dtype written."""
+    """pool [N, 2, Hkv, ps, D] with rows [T, 2 * Hkv, D] of its dtype written, or with 1 and 2 * D for 2 and D."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    _, _, kv_heads, page_size, head_dim = pool.shape
+    _, parts, kv_heads, page_size, width = pool.shape
     per_page = page_size // unit
 
     def tile_of(ref, tile):
@@ -95,14 +98,14 @@ def _edit_values(pool: jax.Array, rows: jax.Array, edits: Edits, unit: int) -> j
 
         def one(j, carry):
             row = rows[j].astype(jnp.float32)
-            for head in range(2 * kv_heads):
+            for head in range(parts * kv_heads):
                 wide[head // kv_heads, head % kv_heads, pl.ds(offset(j), 1), :] = row[head : head + 1]
             return carry
 
         lax.fori_loop(0, count, one, I32(0))
         tile[...] = wide[...].astype(tile.dtype)
 
-    shape = (2, kv_heads, unit, head_dim)
+    shape = (parts, kv_heads, unit, width)
     return _edit(pool, rows, edits, tile_of, insert, shape, unit, pltpu.VMEM(shape, jnp.float32), "kv_write")
 
 

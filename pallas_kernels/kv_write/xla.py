@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..layout import Pool, QuantPool, as_storage, logical_dtype, pool_dims
+from ..layout import Pool, QuantPool, as_storage, logical_dtype, pair, pool_dims
 from ..quant import quantize_rows
 
 
@@ -20,6 +20,8 @@ def kv_write(pool: Pool, k: jax.Array, v: jax.Array, slots: jax.Array, *, layout
         if layout == "token_major":
             flat = part.reshape(dims.num_pages * dims.page_size, *rows.shape[1:])
             return flat.at[slots].set(rows, mode="drop").reshape(part.shape)
+        if part.shape[1] == 1:  # values of a paired pool
+            rows = pair(rows)
         page, offset = jnp.divmod(slots, dims.page_size)
         return part.at[page, :, :, offset].set(rows, mode="drop")
 

@@ -167,6 +167,8 @@ def _boxes(shape: MoveShape, layer, number, page, part, pool, data) -> tuple[Any
 
 def _shape(pools: tuple[Pool, ...], pages: jax.Array, layout: str) -> MoveShape:
     """NotImplementedError with the reason if the kernel cannot serve the call."""
+    if layout == "paired":
+        raise NotImplementedError("paired pools: a key and its value are one row")
     if isinstance(pools[0], QuantPool):
         raise NotImplementedError("quantised pools: a canonical row holds values and scale, no box that TMA can move")
     dims, dtype = pool_dims(pools[0], layout), from_storage(jnp.zeros((), pools[0].dtype)).dtype

@@ -1,6 +1,6 @@
 """Page moves for TPU: every page of every layer is one DMA from HBM to HBM, all layers in one kernel, pools in place.
 
-A page is a run of whole tiles in both layouts, so nothing passes through VMEM or a register. Between pools and canonical
+A page is a run of whole tiles in every layout, so nothing passes through VMEM or a register. Between pools and canonical
 pages lies a buffer of pages as they are stored; XLA turns one into the other.
 """
 

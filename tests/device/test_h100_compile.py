@@ -60,7 +60,7 @@ def compile_step(
         spec = replace(spec, windows=(None, 512) * (spec.num_layers // 2))
     groups = kv_groups(spec, tp, dtype)
     platform = "cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu"
-    kv = KVSpec(groups, (pages,) * len(groups), 16, ops.resolve_layout("auto"))
+    kv = KVSpec(groups, (pages,) * len(groups), 16, ops.resolve_layout("auto", spec.head_dim, platform))
     planner = ops.attention_planner(
         impl, tokens=shape.tokens, seqs=shape.seqs, q_heads=spec.num_heads // tp, kv_heads=groups[0].kv_heads // tp,
         head_dim=spec.head_dim, page_size=16, kv_dtype=dtype, max_q_len=1 if shape.decode else None)

@@ -85,7 +85,9 @@ def make_case(
 
 def to_pool(canonical: np.ndarray, layout: str) -> np.ndarray:
     """Canonical pages [N, 2, ps, Hkv, D] as a stored CPU pool, without the code under test."""
-    pool = canonical.transpose({"token_major": (0, 2, 1, 3, 4), "head_major": (0, 1, 3, 2, 4)}[layout])
+    pool = canonical.transpose({"token_major": (0, 2, 1, 3, 4)}.get(layout, (0, 1, 3, 2, 4)))
+    if layout == "paired":
+        pool = np.concatenate([pool[:, :1], pool[:, 1:]], axis=-1)  # keys, values
     pool = np.ascontiguousarray(pool)
     return pool.view(np.uint16) if pool.dtype == jnp.bfloat16 else pool
 

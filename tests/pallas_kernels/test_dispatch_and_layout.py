@@ -45,12 +45,20 @@ def test_the_option_names_every_implementation_of_attention():
 def test_pool_shapes():
     assert pk.pool_shape("token_major", 9, 16, 2, 64) == (9, 16, 2, 2, 64)
     assert pk.pool_shape("head_major", 9, 16, 4, 64) == (9, 2, 4, 16, 64)
-    assert pk.kv_head_axis("token_major") == 3 and pk.kv_head_axis("head_major") == 2
+    assert pk.pool_shape("paired", 9, 16, 4, 64) == (9, 1, 4, 16, 128)
+    assert [pk.kv_head_axis(layout) for layout in pk.LAYOUTS] == [3, 2, 2]
     with pytest.raises(ValueError, match="page_size=0"):
         pk.pool_shape("token_major", 9, 0, 2, 64)
-    assert pk.resolve_layout("auto") in pk.LAYOUTS and pk.resolve_layout("token_major") == "token_major"
+    with pytest.raises(ValueError, match="paired pool .* with 1 "):
+        pk.layout.pool_dims(jnp.zeros((9, 2, 4, 16, 64)), "paired")
+
+
+def test_layout_of_a_platform():
+    assert [pk.resolve_layout("auto", d, "tpu") for d in (32, 64, 80, 128)] == ["paired", "paired", "head_major", "head_major"]
+    assert pk.resolve_layout("auto", 64, "cpu") == pk.resolve_layout("auto", 64, "gpu") == "head_major"
+    assert pk.resolve_layout("token_major", 64, "tpu") == "token_major"
     with pytest.raises(ValueError, match="nonsense"):
-        pk.resolve_layout("nonsense")
+        pk.resolve_layout("nonsense", 64, "tpu")
 
 
 @pytest.mark.parametrize("name", ["bfloat16", jnp.bfloat16, jnp.dtype("bfloat16")])

@@ -107,7 +107,7 @@ def test_prefill_temporaries_do_not_grow_with_the_pool():
     assert small == large
 
 
-@pytest.mark.parametrize("layout", pk.LAYOUTS)
+@pytest.mark.parametrize("layout", ["token_major", "head_major"])
 def test_page_moves_copy_nothing_else(layout):
     layers, pages, page = 3, 16, (16, 8, 128)
     pool = (pk.pool_shape(layout, 4096, *page), jnp.bfloat16)

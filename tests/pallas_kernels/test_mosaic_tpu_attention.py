@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.layout import QuantPool
 from pallas_kernels.ragged_paged_attention import ref
 from pallas_kernels.ragged_paged_attention.mosaic_tpu import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.params import AttentionParams
@@ -19,11 +20,16 @@ MIXED = ([1, 20, 0, 1, 40, 3], [5, 300, 9, 1, 40, 77])
 SCALE = 0.3
 
 
-def tpu_args(case, quant=None):
-    """The case as the TPU stores it: bfloat16 as such; quantised, with NaN or a number where nothing was written."""
+def tpu_args(case, quant=None, layout="head_major"):
+    """The head_major case as the TPU stores it: bfloat16 as such; quantised, with NaN or a number where nothing was written."""
     q, pool, *rest = case.args
     pool = pool if pool.dtype == q.dtype else jax.lax.bitcast_convert_type(pool, q.dtype)
-    return q, quantised(pool, quant) if quant else pool, *rest
+    pool = quantised(pool, quant) if quant else pool
+    if layout == "paired":
+        values, *scales = jax.tree.leaves(pool)
+        values = jnp.concatenate([values[:, :1], values[:, 1:]], axis=-1)
+        pool = QuantPool(values, *scales) if quant else values
+    return q, pool, *rest
 
 
 def params(window=None, soft_cap=None, max_q_len=None, mass=None, layout="head_major", scale=SCALE):
@@ -47,10 +53,12 @@ def sinks_of(heads):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("page_size,heads,head_dim", [(16, (4, 2), 8), (64, (7, 1), 64), (256, (3, 3), 128), (48, (32, 2), 16)])
-def test_mixed_batch_against_the_oracle(dtype, page_size, heads, head_dim):
+@pytest.mark.parametrize("page_size,heads,head_dim,layout", [
+    (16, (4, 2), 80, "head_major"), (64, (7, 1), 64, "head_major"), (256, (3, 3), 128, "head_major"),
+    (32, (2, 2), 96, "head_major"), (48, (32, 2), 16, "paired"), (16, (4, 2), 64, "paired")])
+def test_mixed_batch_against_the_oracle(dtype, page_size, heads, head_dim, layout):
     case = make_case(*MIXED, page_size=page_size, heads=heads, head_dim=head_dim, dtype=dtype)
-    out, lse, mass = run(tpu_args(case), None, params(scale=head_dim**-0.5))
+    out, lse, mass = run(tpu_args(case, layout=layout), None, params(scale=head_dim**-0.5, layout=layout))
     check(case, (out, lse), scale=head_dim**-0.5)
     assert mass is None
 
@@ -83,18 +91,21 @@ def test_an_empty_batch_is_padding():
     assert not np.asarray(out).any() and (np.asarray(lse) == -np.inf).all() and not np.asarray(mass).any()
 
 
-@pytest.mark.parametrize("quant,page_size", [("int8", 16), ("int8", 128), ("float8_e4m3fn", 32)])
-def test_quantised_pools_against_the_definition(quant, page_size):
-    case = make_case(*MIXED, page_size=page_size, heads=(6, 2), window=25)
-    args, sinks, static = tpu_args(case, quant), sinks_of(6), params(window=25, mass="token")
+@pytest.mark.parametrize("quant,page_size,head_dim,layout", [
+    ("int8", 16, 96, "head_major"), ("int8", 128, 8, "head_major"), ("float8_e4m3fn", 32, 80, "head_major"),
+    ("int8", 16, 64, "paired"), ("float8_e4m3fn", 64, 32, "paired")])
+def test_quantised_pools_against_the_definition(quant, page_size, head_dim, layout):
+    case = make_case(*MIXED, page_size=page_size, heads=(6, 2), head_dim=head_dim, window=25)
+    args, sinks = tpu_args(case, quant, layout), sinks_of(6)
+    static = params(window=25, mass="token", layout=layout, scale=head_dim**-0.5)
     same(run(args, sinks, static), definition(args, sinks, static), case)
 
 
-@pytest.mark.parametrize("mass", ["page", "token"])
+@pytest.mark.parametrize("mass,layout", [("page", "head_major"), ("token", "head_major"), ("token", "paired")])
 @pytest.mark.parametrize("options", [dict(), dict(window=30, soft_cap=4.0)], ids=["plain", "window"])
-def test_mass_against_the_definition(mass, options):
+def test_mass_against_the_definition(mass, layout, options):
     case = make_case(*MIXED, heads=(6, 2), window=options.get("window"))
-    args, sinks, static = tpu_args(case), sinks_of(6), params(mass=mass, **options)
+    args, sinks, static = tpu_args(case, layout=layout), sinks_of(6), params(mass=mass, layout=layout, **options)
     same(run(args, sinks, static), definition(args, sinks, static), case)
 
 

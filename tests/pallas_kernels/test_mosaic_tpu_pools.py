@@ -45,11 +45,21 @@ def ints(*values):
     (SCATTERED, 16), (list(range(10, 60)) + [-3], 16), (np.random.default_rng(1).permutation(96)[:40], 32), ([-1, 400], 16)],
     ids=["scattered", "chunk", "shuffled", "padding"])
 def test_write(dtype, slots, page_size):
+    check_write(dtype, slots, page_size)
+
+
+@pytest.mark.parametrize("dtype,layout,head_dim", [
+    ("bfloat16", "paired", 64), ("int8", "paired", 64), ("float32", "head_major", 80), ("float8_e4m3fn", "head_major", 96)])
+def test_write_rows_that_are_no_whole_tiles(dtype, layout, head_dim):
+    check_write(dtype, SCATTERED, 16, layout, head_dim)
+
+
+def check_write(dtype, slots, page_size, layout="head_major", head_dim=8):
     rng = np.random.default_rng(2)
-    pool = random_pool(dtype, page_size=page_size, pages=96 // page_size)
-    k, v = (jnp.asarray(rng.normal(size=(len(slots), 2, 8)), jnp.bfloat16) for _ in range(2))
-    got = interpreted(kv_write.kv_write, pool, k, v, ints(*slots), layout="head_major")
-    want = jax.jit(lambda *a: kv_write_ref.kv_write(*a, layout="head_major"))(pool, k, v, ints(*slots))
+    pool = random_pool(dtype, layout, page_size, 96 // page_size, head_dim=head_dim)
+    k, v = (jnp.asarray(rng.normal(size=(len(slots), 2, head_dim)), jnp.bfloat16) for _ in range(2))
+    got = interpreted(kv_write.kv_write, pool, k, v, ints(*slots), layout=layout)
+    want = jax.jit(lambda *a: kv_write_ref.kv_write(*a, layout=layout))(pool, k, v, ints(*slots))
     same_bits(got, want)
 
 
@@ -63,9 +73,9 @@ def test_write_leaves_nan_beside_what_it_writes():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["token_major", "head_major"])
-def test_gather_scatter_and_copy(dtype, layout):
-    pools = tuple(random_pool(dtype, layout, seed=i) for i in range(2))
+@pytest.mark.parametrize("layout,head_dim", [("token_major", 96), ("head_major", 80), ("paired", 64)])
+def test_gather_scatter_and_copy(dtype, layout, head_dim):
+    pools = tuple(random_pool(dtype, layout, seed=i, head_dim=head_dim) for i in range(2))
     pages = ints(5, 0, 9, -1, 3)
     data = interpreted(page_copy.gather_pages, pools, pages, layout=layout)
     same_bits(data, page_copy_ref.gather_pages(pools, pages, layout=layout))

@@ -137,8 +137,8 @@ def quantized(case, dtype, layout):
     canonical = case.pool.transpose(0, 1, 3, 2, 4).astype(np.float32)  # head_major -> [N, 2, ps, Hkv, D]
     values, scales = quantize_rows(jnp.nan_to_num(canonical), dtype)
     scales = np.where(np.isnan(canonical).any(-1), np.nan, scales)
-    stored = [jnp.asarray(to_pool(np.asarray(x), layout)) for x in (values, scales[..., None])]
-    pool = pk.QuantPool(stored[0], stored[1][..., 0])
+    scales = to_pool(scales[..., None], "head_major" if layout == "paired" else layout)[..., 0]
+    pool = pk.QuantPool(jnp.asarray(to_pool(np.asarray(values), layout)), jnp.asarray(scales))
     if dtype == "float8_e4m3fn":
         pool = pool._replace(values=jax.lax.bitcast_convert_type(pool.values, jnp.uint8))
     rows = [tuple(np.asarray(v, np.float32) * np.asarray(s)[..., None] for v, s in (quantize_rows(x, dtype) for x in kv))

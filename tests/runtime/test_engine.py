@@ -169,11 +169,12 @@ def test_bad_requests_name_the_field_and_leave_nothing(run, prompt, params, word
     run.add_request("bad", [1], greedy(1))  # the id is free
 
 
-def test_both_pool_layouts_and_the_host_tier_give_the_same_tokens(highest_precision):
+def test_all_pool_layouts_and_the_host_tier_give_the_same_tokens(highest_precision):
     requests = {f"r{i}": (PROMPT[: 3 + i] + [30 + i] * (2 + 3 * i), greedy(20)) for i in range(7)}
     runs = [run_all(engine(executor(True, layout=layout), pages=20, host_pages=40), requests)
-            for layout in ("head_major", "token_major")]
-    assert [r.tokens for r in runs[0].values()] == [r.tokens for r in runs[1].values()]
+            for layout in ("head_major", "token_major", "paired")]
+    tokens = [[r.tokens for r in run.values()] for run in runs]
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 def test_bfloat16_stays_close_to_the_dense_forward():

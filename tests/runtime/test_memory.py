@@ -43,6 +43,13 @@ def test_a_window_group_gets_what_its_windows_can_hold_and_the_rest_goes_to_the_
     assert capacity.pool_bytes == 200 * PAGE
 
 
+def test_padding_on_the_devices_takes_no_host_memory():
+    capacity = plan_capacity([FULL], 16, SCHED, 128, kv_cache_memory=40 * PAGE, host_kv_memory=40 * PAGE,
+                             free_device=(2**30, 2**28), free_host=2**30, page_bytes=[2 * PAGE])
+    assert (capacity.num_pages, capacity.pool_bytes) == ((20,), 40 * PAGE)
+    assert capacity.num_host_pages == (40 - STAGING_PAGES,)
+
+
 def test_host_tier_keeps_room_for_staging():
     assert plan([FULL], host=40 * PAGE).num_host_pages == (40 - STAGING_PAGES,)
     assert plan([FULL], host=0).num_host_pages == (0,)

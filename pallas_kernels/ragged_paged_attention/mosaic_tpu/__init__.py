@@ -1,4 +1,4 @@
-"""Ragged paged attention on TPU, as Pallas kernels over a head_major pool.
+"""Ragged paged attention on TPU, as Pallas kernels over a head_major or paired pool.
 
 This file says which calls they serve.
 """
@@ -32,8 +32,8 @@ def ragged_paged_attention(
 def _check(q: jax.Array, pool: Pool, params: AttentionParams) -> None:
     dims = pool_dims(pool, params.layout)
     values = pool.values if isinstance(pool, QuantPool) else pool
-    if params.layout != "head_major":
-        raise NotImplementedError(f"the TPU kernel reads head_major pools, whose pages are tiles, got {params.layout}")
+    if params.layout == "token_major":
+        raise NotImplementedError(f"the TPU kernel reads pools with pages of tiles, head_major or paired, got {params.layout}")
     if q.dtype.name not in ("float32", "bfloat16"):
         raise NotImplementedError(f"TPU has no {q.dtype.name} (queries)")
     if values.dtype.name not in ("float32", "bfloat16", "int8", "float8_e4m3fn"):

@@ -1,7 +1,8 @@
 """Blocks of KV on their way from HBM to VMEM, two at a time, and what a block's rows are worth once they are there.
 
 A block is `pages` neighbouring pages of one sequence; a page is one DMA, keys and values of all its KV heads together. While
-one block is worked on the next one, maybe the next tile's first, is on its way.
+one block is worked on the next one, maybe the next tile's first, is on its way. Rows of a paired pool are multiplied whole:
+queries are 0 where values stand, and what comes out where keys stand is not used.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ LANES = 128
 
 
 class BlockShape(NamedTuple):
-    """Static: pages per block, table columns P, and dimensions of a page."""
+    """Static: pages per block, table columns P, and dimensions of a page; `width` of a stored row, D or, paired, 2 * D."""
 
     pages: int
     columns: int
     page_size: int
     kv_heads: int
-    head_dim: int
+    width: int
 
     @property
     def keys(self) -> int:
@@ -34,8 +35,8 @@ class BlockShape(NamedTuple):
 
 class Fetcher(NamedTuple):
     """Moves blocks. `pool` and `scales` (or None) lie in HBM, `table` [S * P] and the tile list in SMEM; `buffer`
-    [2, pages, parts, Hkv, ps, D], `scale_buffer` [2, pages, parts, Hkv, ps] (or None) in VMEM; `sem` one per slot. `parts` is
-    2 for keys and values, 1 for keys alone."""
+    [2, pages, parts, Hkv, ps, width], `scale_buffer` [2, pages, parts, Hkv, ps] (or None) in VMEM; `sem` one per slot. `parts`
+    is 2 for keys and values, 1 for keys alone, or for pairs."""
 
     shape: BlockShape
     table: Any
@@ -47,7 +48,6 @@ class Fetcher(NamedTuple):
     buffer: Any
     scale_buffer: Any
     sem: Any
-    parts: int = 2
 
     def first_page(self, tile: jax.Array) -> jax.Array:
         """Column of the table with the first key of a tile."""
@@ -78,37 +78,41 @@ class Fetcher(NamedTuple):
         count = jnp.minimum(self.pages(tile) - block * self.shape.pages, self.shape.pages)
 
         def page(j, carry):
-            at = (self.table[column + j], pl.ds(0, self.parts))
-            act(pltpu.make_async_copy(self.pool.at[at], self.buffer.at[slot, j], self.sem.at[slot]))
+            def copy(source, buffer):
+                at = (self.table[column + j], pl.ds(0, buffer.shape[2]))
+                act(pltpu.make_async_copy(source.at[at], buffer.at[slot, j], self.sem.at[slot]))
+
+            copy(self.pool, self.buffer)
             if self.scales is not None:
-                act(pltpu.make_async_copy(self.scales.at[at], self.scale_buffer.at[slot, j], self.sem.at[slot]))
+                copy(self.scales, self.scale_buffer)
             return carry
 
         lax.fori_loop(0, count, page, I32(0))
 
     def clear_unseen_values(self, tile: jax.Array, block: jax.Array, slot: jax.Array) -> None:
-        """Zero the values (not keys) that lie outside [start, stop): weight 0 times NaN is NaN."""
+        """Zero the values (keys too where paired) that lie outside [start, stop): weight 0 times NaN is NaN."""
+        last = self.buffer.shape[2] - 1
         key, keys = self.key(tile, block), self.shape.keys
         low, high = self.start[tile] - key, self.stop[tile] - key
 
         @pl.when((low > 0) | (high < keys))
         def _():
-            page = (self.shape.page_size, self.shape.head_dim)
+            page = (self.shape.page_size, self.shape.width)
 
             def clear(j, carry):
                 at = lax.broadcasted_iota(I32, page, 0) + j * self.shape.page_size
                 seen = (at >= low) & (at < high)
                 for head in range(self.shape.kv_heads):
-                    values = self.buffer[slot, j, 1, head].astype(jnp.float32)
-                    self.buffer[slot, j, 1, head] = jnp.where(seen, values, 0.0).astype(self.buffer.dtype)
+                    values = self.buffer[slot, j, last, head].astype(jnp.float32)
+                    self.buffer[slot, j, last, head] = jnp.where(seen, values, 0.0).astype(self.buffer.dtype)
                 return carry
 
             lax.fori_loop(0, self.shape.pages, clear, I32(0))
 
     def rows(self, slot: jax.Array, which: int, head: int, dtype: jnp.dtype) -> jax.Array:
-        """Keys (which = 0) or values (1) of a KV head in a slot as [keys, D] in `dtype`, not scaled."""
-        rows = self.buffer[slot, :, which, head].reshape(self.shape.keys, self.shape.head_dim)
-        return rows.astype(dtype)
+        """Keys (which = 0) or values (1), or pairs, of a KV head in a slot as [keys, width] in `dtype`, not scaled."""
+        part = min(which, self.buffer.shape[2] - 1)
+        return self.buffer[slot, :, part, head].reshape(self.shape.keys, self.shape.width).astype(dtype)
 
     def row_scales(self, slot: jax.Array, which: int, head: int) -> jax.Array:
         """Their scales as [1, keys] float32, 0 for those that are not finite, which may lie where nothing was written.

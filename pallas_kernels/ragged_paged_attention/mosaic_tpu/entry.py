@@ -31,15 +31,16 @@ def run(
     tall tile also writes the rows behind its sequence.
     """
     dims = pool_dims(pool, params.layout)
-    tokens, q_heads, _ = q.shape
+    tokens, q_heads, head_dim = q.shape
     seqs, columns = page_table.shape
     values, scales = pool if isinstance(pool, QuantPool) else (pool, None)
+    width = values.shape[-1]
     group = _power_of_two(q_heads // dims.kv_heads)
     low = max(1, SUBLANES // group)
-    tall = _tall(dims, group, low, tokens, params.max_q_len)
+    tall = _tall(dims.kv_heads * _lanes(width), group, low, tokens, params.max_q_len)
     packing = pack(cu_q_lens, tokens, low, tall)
     table = jnp.clip(page_table, 0, dims.num_pages - 1).reshape(-1)
-    queries = _pack_queries(q, packing.source, dims.kv_heads, group)
+    queries = _pack_queries(q, packing.source, dims.kv_heads, group, width)
     product = jnp.dtype(jnp.float32) if q.dtype == jnp.float32 else jnp.dtype(jnp.bfloat16)
 
     def tiles_of(chosen: jax.Array, height: int, most: int) -> Tiles:
@@ -49,7 +50,7 @@ def run(
         return tiles
 
     def static_of(height: int) -> Static:
-        block = _block_shape(dims, columns, values.dtype.itemsize, LOW_KEYS if height == low else TALL_KEYS)
+        block = _block_shape(dims, columns, values, LOW_KEYS if height == low else TALL_KEYS)
         return Static(height * group, group, block, params.scale, params.window, params.soft_cap, product)
 
     def call(chosen: jax.Array, height: int, most_seqs: int, prior: tuple[jax.Array, jax.Array] | None):
@@ -61,7 +62,7 @@ def run(
     else:
         parts = call(packing.q_lens > low, tall, min(seqs, tokens // (low + 1)), None)
         out, lse = call(packing.q_lens <= low, low, min(seqs, tokens), parts)
-    out, lse = _unpack(out, lse, packing, dims.kv_heads, group)
+    out, lse = _unpack(out[..., width - head_dim :], lse, packing, dims.kv_heads, group)
     mine = q_heads // dims.kv_heads
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks.reshape(dims.kv_heads, mine))
@@ -76,23 +77,24 @@ def run(
     return out, jnp.where(real, lse[:, :, :mine].reshape(tokens, q_heads), -jnp.inf), mass
 
 
-def _tall(dims: PoolDims, group: int, low: int, tokens: int, max_q_len: int | None) -> int:
-    """Rows of a tall tile, a power of two times `low`; `low` if no sequence needs more."""
+def _tall(lanes: int, group: int, low: int, tokens: int, max_q_len: int | None) -> int:
+    """Rows of a tall tile, a power of two times `low`; `low` if no sequence needs more. lanes: of a row of all KV heads."""
     longest = min(tokens, max_q_len or tokens)
     height = low
     while height < longest and 2 * height * group <= MAX_ROWS and (
-            2 * height * group * dims.kv_heads * _lanes(dims.head_dim) <= TILE_ELEMENTS):
+            2 * height * group * lanes <= TILE_ELEMENTS):
         height *= 2
     return height
 
 
-def _block_shape(dims: PoolDims, columns: int, itemsize: int, most_keys: int) -> BlockShape:
-    row_bytes = 2 * dims.kv_heads * _lanes(dims.head_dim) * itemsize
+def _block_shape(dims: PoolDims, columns: int, values: jax.Array, most_keys: int) -> BlockShape:
+    _, parts, _, _, width = values.shape
+    row_bytes = parts * dims.kv_heads * _lanes(width) * values.dtype.itemsize
     if dims.page_size * row_bytes > MAX_PAGE_BYTES:
         raise NotImplementedError(f"a page of {dims} takes {dims.page_size * row_bytes} bytes of VMEM, of which it may have "
                                   f"{MAX_PAGE_BYTES}")
     keys = min(most_keys, BLOCK_BYTES // row_bytes)
-    return BlockShape(max(1, keys // dims.page_size), columns, dims.page_size, dims.kv_heads, dims.head_dim)
+    return BlockShape(max(1, keys // dims.page_size), columns, dims.page_size, dims.kv_heads, width)
 
 
 def _check_smem(tiles: Tiles, table: jax.Array) -> None:
@@ -102,12 +104,12 @@ def _check_smem(tiles: Tiles, table: jax.Array) -> None:
                                   f"{SMEM_WORDS} that fit scalar memory")
 
 
-def _pack_queries(q: jax.Array, source: jax.Array, kv_heads: int, group: int) -> jax.Array:
-    """[T, Hq, D] -> [Hkv, R * group, D]; query heads are padded to `group` for each KV head."""
+def _pack_queries(q: jax.Array, source: jax.Array, kv_heads: int, group: int, width: int) -> jax.Array:
+    """[T, Hq, D] -> [Hkv, R * group, width]; query heads are padded to `group` for each KV head, D to `width`."""
     tokens, q_heads, head_dim = q.shape
     q = q.reshape(tokens, kv_heads, q_heads // kv_heads, head_dim)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, group - q.shape[2]), (0, 0)))
-    return q[source].transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, group - q.shape[2]), (0, width - head_dim)))
+    return q[source].transpose(1, 0, 2, 3).reshape(kv_heads, -1, width)
 
 
 def _unpack(
@@ -140,6 +142,6 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _lanes(head_dim: int) -> int:
+def _lanes(width: int) -> int:
     """What a row takes in VMEM."""
-    return -(-head_dim // LANES) * LANES
+    return -(-width // LANES) * LANES

@@ -63,12 +63,13 @@ def attend(
     tiles: Tiles, table: jax.Array, q: jax.Array, pool: jax.Array, scales: jax.Array | None,
     prior: tuple[jax.Array, jax.Array] | None, static: Static, out_dtype: jnp.dtype,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of the rows of `tiles`: packed outputs [Hkv, R * G, D], log-sum-exp [R * G, 128] float32 (lane h: KV head h).
+    """Attention of the rows of `tiles`: packed outputs [Hkv, R * G, W], log-sum-exp [R * G, 128] float32 (lane h: KV head h).
 
-    table: [S * P] pages within the pool; q: packed [Hkv, R * G, D]; pool: head_major [N, 2, Hkv, ps, D]; scales:
-    [N, 2, Hkv, ps] float32 or None. prior: outputs to go on with, in place. Rows of no tile are undefined or prior's.
+    table: [S * P] pages within the pool; q: packed [Hkv, R * G, W]; pool: head_major [N, 2, Hkv, ps, W = D] or paired
+    [N, 1, Hkv, ps, W = 2 * D]; scales: [N, 2, Hkv, ps] float32 or None. prior: outputs to go on with, in place. Rows of no
+    tile are undefined or prior's.
     """
-    kv_heads, packed, head_dim = q.shape
+    kv_heads, packed, width = q.shape
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     inputs = [q, pool] + [scales] * (scales is not None) + list(prior or ())
     scalars = (*tiles, table)
@@ -76,18 +77,18 @@ def attend(
     shape = static.block
     vmem, sem = pltpu.VMEM, pltpu.SemaphoreType.DMA((2,))
     scratch = Scratch(
-        kv=vmem((2, shape.pages, 2, kv_heads, shape.page_size, head_dim), pool.dtype),
+        kv=vmem((2, shape.pages, pool.shape[1], kv_heads, shape.page_size, width), pool.dtype),
         scales=None if scales is None else vmem((2, shape.pages, 2, kv_heads, shape.page_size), jnp.float32),
-        q=vmem((2, kv_heads, static.rows, head_dim), q.dtype),
-        out=vmem((kv_heads, static.rows, head_dim), out_dtype),
+        q=vmem((2, kv_heads, static.rows, width), q.dtype),
+        out=vmem((kv_heads, static.rows, width), out_dtype),
         lse=vmem((static.rows, LANES), jnp.float32),
-        acc=vmem((kv_heads, static.rows, head_dim), jnp.float32),
+        acc=vmem((kv_heads, static.rows, width), jnp.float32),
         top=vmem((kv_heads, static.rows, LANES), jnp.float32),
         total=vmem((kv_heads, static.rows, LANES), jnp.float32),
         kv_sem=sem, q_sem=sem, out_sem=sem)
     return pl.pallas_call(
         functools.partial(_program, static, scales is not None, prior is not None),
-        out_shape=(jax.ShapeDtypeStruct((kv_heads, packed, head_dim), out_dtype),
+        out_shape=(jax.ShapeDtypeStruct((kv_heads, packed, width), out_dtype),
                    jax.ShapeDtypeStruct((packed, LANES), jnp.float32)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars), grid=(1,), in_specs=[anywhere] * len(inputs),

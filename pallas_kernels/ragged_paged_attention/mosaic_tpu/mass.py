@@ -32,7 +32,7 @@ def attention_mass(
     [R * G, 128] float32, sinks included; real_group: query heads of a KV head, without padding.
     NotImplementedError: blocks that are not a multiple of 128 keys.
     """
-    kv_heads, _, head_dim = q.shape
+    kv_heads, _, width = q.shape
     shape = static.block
     if shape.keys % LANES:
         raise NotImplementedError(f"attention mass needs blocks of a multiple of {LANES} keys, not {shape.keys} of page size "
@@ -44,9 +44,9 @@ def attention_mass(
     inputs = [zeros, q, lse, pool] + [scales] * (scales is not None)
     scalars = (*sequences, table)
     vmem, two = pltpu.VMEM, pltpu.SemaphoreType.DMA((2,))
-    scratch = [vmem((2, kv_heads, static.rows, head_dim), q.dtype), vmem((2, static.rows, LANES), jnp.float32),
+    scratch = [vmem((2, kv_heads, static.rows, width), q.dtype), vmem((2, static.rows, LANES), jnp.float32),
                vmem((2, kv_heads, shape.keys), jnp.float32), pltpu.SemaphoreType.DMA((2, 2)), two, two,
-               vmem((2, shape.pages, 1, kv_heads, shape.page_size, head_dim), pool.dtype)]
+               vmem((2, shape.pages, 1, kv_heads, shape.page_size, width), pool.dtype)]
     if scales is not None:
         scratch.append(vmem((2, shape.pages, 1, kv_heads, shape.page_size), jnp.float32))
     return pl.pallas_call(
@@ -65,7 +65,7 @@ def _program(static: Static, real_group: int, quantised: bool, *refs: Any) -> No
     scales, refs = (refs[12] if quantised else None), refs[12 + quantised :]
     out_hbm, q, lse, mass, q_sem, out_sem, kv_sem, keys = refs[:8]
     fetch = Fetcher(static.block, table, tiles.seq, tiles.start, tiles.stop, pool, scales, keys,
-                    refs[8] if quantised else None, kv_sem, parts=1)
+                    refs[8] if quantised else None, kv_sem)
     total, height = tiles.total[0], static.rows // static.group
 
     def query_copies(seq, step):
