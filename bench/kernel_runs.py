@@ -21,8 +21,6 @@ from bench.roofline import QUANTISED, Limits, Work, attention_work, bound, kind_
 from bench.timing import Candidate, Timing, time_together
 from pallas_kernels.arg_specs import BATCHES, MODELS
 
-QUANTISED_PAGE = 32  # tokens: kernels for quantised KV need at least so many, and the comparison is of equal pages
-
 
 class Setup(NamedTuple):
     """What is asked of a device. shapes: names in `arg_specs.BATCHES`; quantised, mass: the same, for those comparisons;
@@ -78,9 +76,9 @@ class Bench:
         except Exception as error:  # one shape must not cost the others their figures
             self.skipped.append(f"{name}: {reason(error)}")
 
-    def case(self, shape: str, kv_dtype: str, page_size: int = 16) -> Case:
+    def case(self, shape: str, kv_dtype: str) -> Case:
         return make_case(shape, BATCHES[shape], MODELS[self.setup.model], platform=self.platform, dtype=self.setup.dtype,
-                         kv_dtype=kv_dtype, page_size=page_size, layers=self.setup.layers)
+                         kv_dtype=kv_dtype, layers=self.setup.layers)
 
     def time(self, candidates: dict[Any, Candidate]) -> dict[Any, Timing]:
         return time_together(candidates, samples=self.samples)
@@ -161,7 +159,7 @@ class Bench:
 
     def quantised(self, shape: str) -> None:
         """A shape with every KV dtype; the first implementation's output is what the others must give."""
-        cases = {kv: self.case(shape, kv, QUANTISED_PAGE) for kv in self.setup.kv_dtypes}
+        cases = {kv: self.case(shape, kv) for kv in self.setup.kv_dtypes}
         ready: dict[str, Any] = {}
         errors: dict[str, float] = {}
         refused: dict[str, str] = {}

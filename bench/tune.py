@@ -53,10 +53,11 @@ def entry(table: dict[Any, Any], key: Any, value: Any) -> Iterator[None]:
             table[key] = before
 
 
-def decode_candidates() -> list[Any]:
+def decode_candidates(head_dim: int) -> list[Any]:
     from pallas_kernels.ragged_paged_attention.tuning import DecodeTuning
 
-    return [DecodeTuning(*c) for c in itertools.product((64, 128), (2, 3, 4, 6), (1, 2, 3))]
+    widths = (64, 128) if head_dim > 128 else (128,)
+    return [DecodeTuning(*c) for c in itertools.product((64, 128), (2, 3, 4, 6), (1, 2, 3), widths)]
 
 
 def prefill_candidates() -> list[Any]:
@@ -112,7 +113,7 @@ def tune_mosaic(what: str, heads: HeadSpec, kv_dtype: str, page_size: int, sampl
     if what == "decode":
         from pallas_kernels.ragged_paged_attention.tuning import DECODE as table
 
-        key, candidates = (CHIP, heads.head_dim, page_size, kv_dtype), decode_candidates()
+        key, candidates = (CHIP, heads.head_dim, page_size, kv_dtype), decode_candidates(heads.head_dim)
     else:
         from pallas_kernels.ragged_paged_attention.mosaic_gpu.prefill_tuning import BLOCKS as table
 

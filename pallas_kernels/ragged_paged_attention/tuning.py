@@ -19,16 +19,21 @@ class Chip(NamedTuple):
 
 class DecodeTuning(NamedTuple):
     """block_keys: keys per pipeline stage (a multiple of 64); stages: blocks of keys and values in flight; ctas_per_sm:
-    thread blocks meant to share an SM, whose waits then overlap."""
+    thread blocks meant to share an SM, whose waits then overlap; width: most output columns of a thread block, wider heads
+    taking several."""
 
     block_keys: int
     stages: int
     ctas_per_sm: int
+    width: int = 128
 
 
 CHIPS = {"h100": Chip("h100", 132, 232_448, 233_472)}
 
-_NARROW = {64: DecodeTuning(64, 4, 2), 96: DecodeTuning(64, 3, 2), 128: DecodeTuning(64, 3, 2)}  # one byte per number
+_NARROW = {  # one byte per number
+    64: DecodeTuning(64, 4, 2), 80: DecodeTuning(64, 3, 2), 96: DecodeTuning(64, 3, 2), 128: DecodeTuning(64, 3, 2),
+    256: DecodeTuning(64, 3, 1, 64),  # 128 columns would spill
+}
 # (chip, head_dim, page size or None for any, KV dtype or None for any): the most particular counts
 DECODE: dict[tuple[str, int, int | None, str | None], DecodeTuning] = {
     **{("h100", dim, None, dtype): t for dim, t in _NARROW.items() for dtype in ("int8", "float8_e4m3fn")},

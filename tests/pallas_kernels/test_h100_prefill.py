@@ -85,14 +85,14 @@ def resources(call: str, folder: Path) -> tuple[int, int]:
     (128, 128, 3, dict(dtype="float16")),
     (256, 256, 8, {}),
     (64, 128, 8, dict(kv_dtype="float8_e4m3fn", dtype="float16")),
-    (96, 32, 2, dict(kv_dtype="int8")),
+    (96, 16, 2, dict(kv_dtype="int8")),
 ])
 def test_prefill_compiles(head_dim, page_size, groups, options):
     assert "mosaic_gpu" in compile_prefill(head_dim, page_size, groups, **options).as_text()
 
 
 @pytest.mark.parametrize("head_dim, page_size, groups, most, kv_dtype", [
-    (64, 16, 1, 0, None), (128, 16, 4, 0, None), (256, 16, 4, 32, None), (128, 32, 4, 0, "int8"),
+    (64, 16, 1, 0, None), (128, 16, 4, 0, None), (256, 16, 4, 32, None), (128, 16, 4, 0, "int8"), (80, 16, 4, 0, "int8"),
     (128, 64, 4, 0, "float8_e4m3fn"),
 ])
 def test_prefill_spills_nothing_and_fits_shared_memory(head_dim, page_size, groups, most, kv_dtype, tmp_path):

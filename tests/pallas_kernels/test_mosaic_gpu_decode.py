@@ -134,21 +134,26 @@ def test_mass(q_lens, kv_lens, options):
 
 @pytest.mark.parametrize(
     "kv_dtype, q_dtype, head_dim, page_size, options",
-    [("int8", "float16", 64, 32, dict(max_q_len=2)), ("float8_e4m3fn", "bfloat16", 128, 64, dict(max_q_len=2, window=50)),
-     ("int8", "bfloat16", 96, 32, dict(max_q_len=2, soft_cap=2.0))],
+    [("int8", "float16", 64, 16, dict(max_q_len=2, mass="page")),
+     ("float8_e4m3fn", "bfloat16", 128, 64, dict(max_q_len=2, window=50, mass="token")),
+     ("int8", "bfloat16", 96, 32, dict(max_q_len=2, soft_cap=2.0)), ("int8", "bfloat16", 256, 16, dict(max_q_len=2)),
+     ("float8_e4m3fn", "float16", 80, 16, dict(max_q_len=2, mass="page"))],
 )
 def test_quantised_pools(kv_dtype, q_dtype, head_dim, page_size, options):
     """Against the definition on the same quantised pool; where nothing may be read, scales are NaN and so is float8."""
     case = make_case([1, 2], [33, 150], heads=(4, 2), head_dim=head_dim, page_size=page_size, window=options.get("window"))
     q, pool, *rest = case.args
     pool, q, params = quantised(pool, kv_dtype), q.astype(q_dtype), params_of(**options)
-    out, lse, _ = entry.ragged_paged_attention(q, pool, *rest, None, None, params=params, chip=SMALL,
+    out, lse, mass = entry.ragged_paged_attention(q, pool, *rest, None, None, params=params, chip=SMALL,
                                                interpret=InterpretGPUParams(detect_races=True))
     assert not get_races().races_found and out.dtype == q_dtype
     want = ref.ragged_paged_attention(q.astype(jnp.float32), pool, *rest, None, None, params=params)
     n = case.real_rows
     np.testing.assert_allclose(out[:n].astype(jnp.float32), want[0][:n], atol=TOLERANCE[q_dtype], rtol=TOLERANCE[q_dtype])
     np.testing.assert_allclose(lse[:n], want[1][:n], atol=2e-5, rtol=2e-6)
+    if params.mass is not None:
+        np.testing.assert_allclose(mass, want[2], atol=2e-5)
+        assert (np.asarray(mass)[want[2] == 0] == 0).all() and (mass > 0).any()
 
 
 @settings(max_examples=4)

@@ -83,7 +83,7 @@ def test_matches_the_oracle(q_lens, kv_lens, shape, options, blocks):
 @pytest.mark.parametrize(
     ("kv_dtype", "q_dtype", "shape", "options", "blocks"),
     [
-        ("int8", "bfloat16", dict(head_dim=64, page_size=32), dict(), SMALL),
+        ("int8", "bfloat16", dict(head_dim=80, page_size=16), dict(), SMALL),
         ("float8_e4m3fn", "float16", dict(head_dim=32, page_size=128), dict(window=30, soft_cap=2.0),
          SMALL._replace(keys=128, own_output=False)),
     ],
@@ -168,9 +168,8 @@ def test_jobs_cover_every_row_once(job_rows, window):
         (dict(head_dim=24), "head_dim=24"),
         (dict(page_size=12), "page_size=12"),
         (dict(page_size=48), "page_size=48"),
-        (dict(quant="int8"), "quantised pool with page_size=16, head_dim=128"),
-        (dict(quant="float8_e4m3fn", page_size=32, head_dim=80), "quantised pool with page_size=32, head_dim=80"),
-        (dict(quant="int8", page_size=32, head_dim=256), "no block sizes for head_dim=256 and KV dtype int8"),
+        (dict(quant="int8", page_size=8), "quantised pool with page_size=8, head_dim=128"),
+        (dict(quant="int8", head_dim=256), "quantised pool with page_size=16, head_dim=256"),
     ],
 )
 def test_refusals_name_the_reason(change, message):

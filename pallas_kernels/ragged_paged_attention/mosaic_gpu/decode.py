@@ -13,7 +13,6 @@ has none with a transposed operand either: there alone the scores come from a do
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ import numpy as np
 
 from ...layout import Pool
 from .plan import ROW_ALIGN, TILE_ROWS
+from .quantised import scales_of, widen
 from .shape import EMPTY, LOG2E, DecodeShape, tiled
 
 
@@ -39,12 +39,11 @@ def decode_partials(
     cols, dtype, out_cols = shape.columns, jnp.dtype(shape.dtype), math.gcd(shape.store_width, 32)
     kv = jnp.dtype(shape.kv_dtype)
     block = lambda width: plgpu.SMEM((shape.stages, shape.block_keys, width), kv, transforms=tiled(shape.kv_columns, kv))  # noqa: E731
-    copies = shape.block_keys // spec.unit_keys * (2 if shape.quantised else 1)
-    pages = [x.reshape(-1, *x.shape[3:]) for x in jax.tree.leaves(pool)]
+    units = shape.block_keys // spec.unit_keys
+    values, *scales = jax.tree.leaves(pool)
     scratch = dict(
         wide_smem=plgpu.SMEM((shape.block_keys, dim), dtype, transforms=tiled(cols, dtype)),
-        k_scales=plgpu.SMEM((shape.stages, shape.block_keys), jnp.float32),
-        v_scales=plgpu.SMEM((shape.stages, shape.block_keys), jnp.float32)) if shape.quantised else {}
+        scales=plgpu.SMEM((shape.stages, units, 2, spec.unit_keys), jnp.float32)) if shape.quantised else {}
     return plgpu.kernel(
         lambda items, workers, table, q, *refs, **smem: _work(
             shape, items, workers, table, q, refs[:-2], *refs[-2:], **smem),
@@ -59,13 +58,13 @@ def decode_partials(
             o_smem=plgpu.SMEM((TILE_ROWS, shape.store_width), jnp.float32, transforms=tiled(out_cols, jnp.float32)),
             lse_smem=plgpu.SMEM((TILE_ROWS,), jnp.float32),
             q_ready=plgpu.Barrier(),
-            k_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=shape.stages),
-            v_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=shape.stages),
+            k_ready=plgpu.Barrier(num_arrivals=units * (1 + shape.quantised), num_barriers=shape.stages),
+            v_ready=plgpu.Barrier(num_arrivals=units, num_barriers=shape.stages),
             **scratch,
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=shape.interpret,
-    )(items, worker_items, table, q_rows, *pages)
+    )(items, worker_items, table, q_rows, values.reshape(-1, *values.shape[3:]), *scales)
 
 
 class _Item(NamedTuple):
@@ -98,18 +97,17 @@ def _work(shape: DecodeShape, items, worker_items, table, q_rows, pages, o_ref, 
 
 def _attend(
     shape: DecodeShape, head, item: _Item, table, q_rows, pages, o_ref, lse_ref, *, q_smem, k_smem, v_smem, p_smem, o_smem,
-    lse_smem, q_ready, k_ready, v_ready, wide_smem=None, k_scales=None, v_scales=None,
+    lse_smem, q_ready, k_ready, v_ready, wide_smem=None, scales=None,
 ) -> None:
     """One item from its first copy to its stored partial."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def fetch(block) -> None:
-        _fetch(shape, head, item, block, table, pages, k_smem, v_smem, k_scales, v_scales, k_ready, v_ready)
+        _fetch(shape, head, item, block, table, pages, k_smem, v_smem, scales, k_ready, v_ready)
 
     plgpu.copy_gmem_to_smem(q_rows.at[head, pl.ds(item.row, TILE_ROWS)], q_smem, q_ready)
-    for block in range(shape.stages):
-        pl.when(block < item.blocks)(partial(fetch, np.int32(block)))
+    pl.loop(0, jnp.minimum(item.blocks, shape.stages))(fetch)
     plgpu.barrier_wait(q_ready)
 
     row_layout = plgpu.Layout.WGMMA.reduce(1)
@@ -124,9 +122,9 @@ def _attend(
         first = item.first + block * shape.block_keys
         plgpu.barrier_wait(k_ready.at[stage])
         if shape.quantised:
-            wide_smem[...] = _widen(shape, k_smem[stage])
+            widen(shape, k_smem.at[stage], wide_smem, lambda keys: keys)
             plgpu.commit_smem()
-            scores = scores_of(shape, q_smem, wide_smem, _by_key(shape, k_scales.at[stage]))
+            scores = scores_of(shape, q_smem, wide_smem, _by_key(shape, scales.at[stage, :, 0]))
         else:
             scores = scores_of(shape, q_smem, k_smem.at[stage])
         scores = jnp.where(_visible(shape, first, last_seen, item), scores, -jnp.inf)
@@ -136,13 +134,14 @@ def _attend(
         total = total * shrink + weights.sum(axis=1)
         plgpu.barrier_wait(v_ready.at[stage])
         if shape.quantised:
-            weights = jnp.where(weights > 0, weights * _by_key(shape, v_scales.at[stage]), 0.0)  # unseen scales may be NaN
-            v_block = wide_smem
-            v_block[...] = _known(shape, first, item, _widen(shape, v_smem[stage]))
+            weights = jnp.where(weights > 0, weights * _by_key(shape, scales.at[stage, :, 1]), 0.0)  # unseen scales may be NaN
+        p_smem[...] = weights.astype(p_smem.dtype)
+        if shape.quantised:
+            v_block = wide_smem.at[:, pl.ds(0, shape.width)]
+            widen(shape, v_smem.at[stage], v_block, lambda values: _known(shape, first, item, values))
         else:
             v_block = v_smem.at[stage]
             _clear_values(shape, first, item, v_block)
-        p_smem[...] = weights.astype(p_smem.dtype)
         plgpu.commit_smem()
         acc = acc * jax.lax.broadcast_in_dim(shrink, acc.shape, [0]) + _weighted_values(shape, p_smem, v_block)
         pl.when(block + shape.stages < item.blocks)(lambda: fetch(block + shape.stages))
@@ -153,9 +152,10 @@ def _attend(
 
 
 def _fetch(
-    shape: DecodeShape, head, item: _Item, block, table, pages, k_smem, v_smem, k_scales, v_scales, k_ready, v_ready
+    shape: DecodeShape, head, item: _Item, block, table, pages, k_smem, v_smem, scales, k_ready, v_ready
 ) -> None:
-    """Bring one block of keys and values; past the last unit of the item that one again, which costs no bandwidth."""
+    """Bring one block of keys and values; past the last unit of the item that one again, which costs no bandwidth. The scales
+    of both come in one copy, as those of 16 tokens are half of the 128 bytes that TMA aligns to."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -164,14 +164,13 @@ def _fetch(
     last = (item.stop - 1) // unit * unit
     for i in range(shape.block_keys // unit):
         key = jnp.minimum(item.first + block * shape.block_keys + i * unit, last)
-        page = table[item.reader, key // shape.page_size] * (2 * shape.kv_heads) + head
-        v_page = page + shape.kv_heads
+        number = table[item.reader, key // shape.page_size]
+        page = number * (2 * shape.kv_heads) + head
         rows, offset = pl.ds(i * unit, unit), pl.ds(jax.lax.rem(key, np.int32(shape.page_size)), unit)
         plgpu.copy_gmem_to_smem(pages[0].at[page, offset], k_smem.at[stage, rows], k_ready.at[stage])
-        plgpu.copy_gmem_to_smem(pages[0].at[v_page, offset, columns], v_smem.at[stage, rows], v_ready.at[stage])
+        plgpu.copy_gmem_to_smem(pages[0].at[page + shape.kv_heads, offset, columns], v_smem.at[stage, rows], v_ready.at[stage])
         if shape.quantised:
-            plgpu.copy_gmem_to_smem(pages[1].at[page, offset], k_scales.at[stage, rows], k_ready.at[stage])
-            plgpu.copy_gmem_to_smem(pages[1].at[v_page, offset], v_scales.at[stage, rows], v_ready.at[stage])
+            plgpu.copy_gmem_to_smem(pages[1].at[number, :, head, offset], scales.at[stage, i], k_ready.at[stage])
 
 
 def scores_of(shape: DecodeShape, a_smem, b_smem, factor: jax.Array | None = None) -> jax.Array:
@@ -207,20 +206,9 @@ def _visible(shape: DecodeShape, first, last_seen: jax.Array, item: _Item) -> ja
     return seen
 
 
-def _widen(shape: DecodeShape, values: jax.Array) -> jax.Array:
-    """Quantised values in the dtype of the queries, exactly. The hardware turns float8 into float16 only."""
-    values = shape.place(values)
-    if values.dtype == jnp.float8_e4m3fn and shape.dtype != "float16":
-        values = values.astype(jnp.float16).astype(jnp.float32)
-    return values.astype(shape.dtype)
-
-
-def _by_key(shape: DecodeShape, scales) -> jax.Array:
-    """Scales [block keys] in shared memory as a factor of scores."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    row = shape.place(scales[...], plgpu.Layout.WGMMA.reduce(0))
-    return shape.place(jax.lax.broadcast_in_dim(row, (TILE_ROWS, shape.block_keys), [1]))
+def _by_key(shape: DecodeShape, pieces) -> jax.Array:
+    """Scales as they came as a factor of scores."""
+    return shape.place(jax.lax.broadcast_in_dim(scales_of(shape, pieces), (TILE_ROWS, shape.block_keys), [1]))
 
 
 def _clear_values(shape: DecodeShape, first, item: _Item, v_smem) -> None:

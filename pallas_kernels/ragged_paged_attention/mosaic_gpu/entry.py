@@ -1,8 +1,8 @@
 """One attention call on Hopper: short sequences to the decode kernel and its merge, longer ones to the prefill kernel.
 
 Refused, so that another implementation serves the call: float32 (wgmma would round to TF32), token-major pools, page sizes
-that are not a multiple of 8 (32 for quantised KV), head dimensions without a tuning entry, mass of quantised KV, and chunks
-that the prefill kernel refuses.
+that are not a multiple of 8, head dimensions without a tuning entry, for quantised KV pages that are not a multiple of 16
+tokens, and chunks that the prefill kernel refuses (of quantised KV those with head_dim 256).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def ragged_paged_attention(
     out, lse = jnp.where(real[..., None], out, 0.0).astype(q.dtype), jnp.where(real, lse, -jnp.inf)
     mass = None
     if params.mass is not None:
-        mass = token_mass(shape, q, jax.tree.leaves(pool)[0], page_table, kv_lens, cu_q_lens, lse)
+        mass = token_mass(shape, q, pool, page_table, kv_lens, cu_q_lens, lse)
         if params.mass == "page":
             mass = mass.reshape(*mass.shape[:2], page_table.shape[1], shape.page_size).sum(axis=3)
     return out, lse, mass
@@ -76,11 +76,9 @@ def _shape(
     if q.dtype not in ("bfloat16", "float16") or not (quantised or q.dtype == dtype):
         raise NotImplementedError(f"queries {q.dtype} with a pool of {dtype}: both must be bfloat16 or both float16, or the "
                                   "pool quantised")
-    if quantised and (dims.page_size % 32 or dims.head_dim % 32 or dims.head_dim > 128):
-        raise NotImplementedError(f"quantised pool with page_size {dims.page_size}, head_dim {dims.head_dim}: both must be "
-                                  "multiples of 32 (scales come in copies of 128 bytes), head_dim at most 128 (registers)")
-    if quantised and params.mass is not None:
-        raise NotImplementedError(f"mass={params.mass!r} of a pool of {dtype}")
+    if quantised and dims.page_size % 16:
+        raise NotImplementedError(f"quantised pool with page_size {dims.page_size}: must be a multiple of 16 (scales come in "
+                                  "copies of 128 bytes)")
     tuning = decode_tuning(chip, dims.head_dim, dims.page_size, dtype.name)
     small, large = sorted((dims.page_size, tuning.block_keys))
     if dims.page_size % 8 or large % small:
@@ -89,7 +87,7 @@ def _shape(
     spec = plan_spec(q.shape[0], page_table.shape[0], q_heads=q.shape[1], kv_heads=dims.kv_heads, head_dim=dims.head_dim,
                      page_size=dims.page_size, kv_dtype=dtype.name, max_q_len=params.max_q_len, chip=chip)
     return spec, DecodeShape(spec, dims.kv_heads, dims.head_dim, dims.page_size, tuning.block_keys, tuning.stages,
-                             params.scale, params.window, params.soft_cap, q.dtype.name, dtype.name, interpret)
+                             tuning.width, params.scale, params.window, params.soft_cap, q.dtype.name, dtype.name, interpret)
 
 
 def _decode(

@@ -25,7 +25,6 @@ from .prefix import FAR, Shared, find_shared
 
 TILE_ROWS = 64  # of a wgmma
 ROW_ALIGN = 8
-MAX_WIDTH = 128  # output columns of a thread block; wider heads take several
 PREFILL_ROWS = 128
 ITEM_FIELDS, TILE_FIELDS, PREFILL_FIELDS = 8, 8, 4
 
@@ -134,7 +133,7 @@ def plan_spec(
     groups = q_heads // kv_heads
     if groups > TILE_ROWS:
         raise NotImplementedError(f"at most {TILE_ROWS} query heads per KV head, got {groups}")
-    workers = max(1, chip.sms * tuning.ctas_per_sm // (kv_heads * max(1, head_dim // MAX_WIDTH)))
+    workers = max(1, chip.sms * tuning.ctas_per_sm // (kv_heads * max(1, head_dim // tuning.width)))
     return PlanSpec(tokens, seqs, groups, min(page_size, tuning.block_keys), workers,
                     min(tokens, max_q_len or tokens))
 

@@ -40,7 +40,8 @@ def prefill_attention(
     if plan_tiles.shape[0] == 0:
         return jnp.zeros_like(q), jnp.full((tokens, heads), -jnp.inf, jnp.float32)
     jobs = make_jobs(plan_tiles, kv_lens, cu_q_lens, tokens, CONSUMERS * shape.tokens, params.window)
-    pages = [from_storage(x).reshape(-1, shape.page_size, *x.shape[4:]) for x in jax.tree.leaves(pool)]
+    values, *scales = map(from_storage, jax.tree.leaves(pool))
+    pages = [values.reshape(-1, *values.shape[3:]), *scales]
     out, lse = prefill_kernel(shape, q[jobs.source], pages, page_table, jobs.total, jobs.fields, interpret)
     lse = lse.reshape(-1, shape.groups, CONSUMERS, shape.pack, shape.tokens)
     lse = lse[jobs.job, :, jobs.at // shape.tokens, :, jobs.at % shape.tokens]  # [T, Hq / pack, pack]
@@ -62,9 +63,10 @@ def _shape(
     if q.dtype not in ("bfloat16", "float16") or not (quantised or q.dtype == dtype):
         raise NotImplementedError(f"q {q.dtype} and pool {dtype}: both must be bfloat16 or both float16 (wgmma has no exact "
                                   "float32), or the pool quantised")
-    if quantised and (dims.page_size % 32 or dims.head_dim % 32):
-        raise NotImplementedError(f"quantised pool with page_size={dims.page_size}, head_dim={dims.head_dim}: both must be "
-                                  "multiples of 32 (scales come in copies of 128 bytes)")
+    if quantised and (dims.page_size % 16 or dims.head_dim > 128):
+        raise NotImplementedError(f"quantised pool with page_size={dims.page_size}, head_dim={dims.head_dim}: page_size must "
+                                  "be a multiple of 16 (scales come in copies of 128 bytes), head_dim at most 128 "
+                                  "(registers and shared memory beside the widener)")
     if blocks is None:
         blocks = blocks_for(dims.head_dim, dtype.name)
         blocks = blocks._replace(ctas=2) if interpret else blocks  # interpreted one after the other

@@ -103,11 +103,11 @@ def _block(
 
         @pl.when(dirty & (wg == 0))
         def _():
-            _zero(shape, v_ring.values.at[slot], job.first - i * keys, job.kv_len - i * keys)
+            _zero(shape, v_ring.stages.at[slot], job.first - i * keys, job.kv_len - i * keys)
             plgpu.barrier_arrive(cleaned)
 
     plgpu.barrier_wait(k_ring.ready.at[slot])
-    scores = _scores(shape, q_tile, k_ring.values.at[slot], take_turn)
+    scores = _scores(shape, q_tile, k_ring.stages.at[slot], take_turn)
     plgpu.barrier_arrive(k_ring.free.at[slot])
 
     to_log2 = shape.scale * LOG2E
@@ -120,7 +120,7 @@ def _block(
     weights = jnp.exp2(scores * to_log2 - lax.broadcast_in_dim(new_top, scores.shape, [0]))
     total = total * shrink + weights.sum(axis=1)
     acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-    weights = weights.astype(v_ring.values.dtype)
+    weights = weights.astype(v_ring.stages.dtype)
     acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
 
     if cleaning:
@@ -133,7 +133,7 @@ def _block(
         plgpu.barrier_wait(v_ring.ready.at[slot])
         take_turn()
 
-    acc = _add_values(shape, acc, weights, v_ring.values.at[slot])
+    acc = _add_values(shape, acc, weights, v_ring.stages.at[slot])
     plgpu.barrier_arrive(v_ring.free.at[slot])
     return acc, new_top, total
 

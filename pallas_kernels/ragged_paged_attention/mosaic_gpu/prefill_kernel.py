@@ -37,7 +37,7 @@ def prefill_kernel(
     shape: PrefillShape, q: jax.Array, pages: list[jax.Array], page_table: jax.Array, total: jax.Array, jobs: jax.Array,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """q: [R, Hq, D] packed; pages: [N * 2 * Hkv, ps, D] and of a quantised pool the scales [N * 2 * Hkv, ps]; page_table:
+    """q: [R, Hq, D] packed; pages: [N * 2 * Hkv, ps, D] and of a quantised pool the scales [N, 2, Hkv, ps]; page_table:
     [S, P]; total: [1], jobs: [J, 6], see `Jobs`.
 
     Returns out [R, Hq, D], defined in the rows of jobs, and lse [J, Hq / pack, 2, 64] float32, whose last axes are a
@@ -46,11 +46,10 @@ def prefill_kernel(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     dim, (keys, stages, own_output, ctas), dtype = shape.head_dim, shape.blocks, q.dtype
-    layout, copies = tiled(shape.columns, dtype), keys // shape.span
+    layout, copies = tiled(shape.columns, dtype), shape.copies
     tiles = plgpu.SMEM((CONSUMERS, TILE, dim), dtype, transforms=layout)
-    ring = Ring(plgpu.SMEM((stages, keys, dim), dtype, transforms=layout), None,
-                plgpu.Barrier(num_arrivals=1 if shape.quantised else copies, num_barriers=stages),
-                plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages))
+    once, brought, used = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (1, copies, CONSUMERS))
+    ring = Ring(plgpu.SMEM((stages, keys, dim), dtype, transforms=layout), once if shape.quantised else brought, used)
     scratch: dict[str, Any] = dict(
         q_tiles=tiles, lse_rows=plgpu.SMEM((CONSUMERS, TILE), jnp.float32),
         q_ready=plgpu.Barrier(num_arrivals=shape.pack, num_barriers=CONSUMERS),
@@ -60,10 +59,10 @@ def prefill_kernel(
     if own_output:
         scratch["out_tiles"] = tiles
     if shape.quantised:
-        raw = Ring(plgpu.SMEM((stages, keys, dim), pages[0].dtype, transforms=tiled(shape.columns, pages[0].dtype)),
-                   plgpu.SMEM((stages, keys), jnp.float32), plgpu.Barrier(num_arrivals=2 * copies, num_barriers=stages),
-                   plgpu.Barrier(num_barriers=stages))
-        scratch |= dict(k_raw=raw, v_raw=raw)
+        values = plgpu.SMEM((stages, keys, dim), pages[0].dtype, transforms=tiled(shape.columns, pages[0].dtype))
+        pieces = plgpu.SMEM((stages, copies, 2, shape.span), jnp.float32)
+        scratch |= dict(raw=tuple(Ring(x, brought, once) for x in (values, values, pieces)),
+                        scales=plgpu.SMEM((2, keys), jnp.float32))
     return plgpu.kernel(
         lambda *refs, **memory: _body(shape, *refs, **memory),
         out_type=(jax.ShapeDtypeStruct(q.shape, dtype),
@@ -75,13 +74,13 @@ def prefill_kernel(
     )(q, page_table, total, jobs, *pages)
 
 
-def _body(shape, q, table, total, jobs, *refs, k_ring: Ring, v_ring: Ring, k_raw=None, v_raw=None, **memory) -> None:
+def _body(shape, q, table, total, jobs, *refs, k_ring: Ring, v_ring: Ring, raw=None, scales=None, **memory) -> None:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     *pages, out, lse = refs
     wide = k_ring, v_ring
-    brought = (k_raw, v_raw) if shape.quantised else wide
+    brought = raw if shape.quantised else wide
     consumer_registers, producer_registers, widener_registers = shape.registers
     wg = lax.axis_index("wg")
     cta, ctas = lax.axis_index("cta"), min(shape.blocks.ctas, jobs.shape[0] * shape.groups)
@@ -100,7 +99,7 @@ def _body(shape, q, table, total, jobs, *refs, k_ring: Ring, v_ring: Ring, k_raw
         end = lax.div(position + rows + shape.blocks.keys - 1, shape.blocks.keys)
         return Job(number, lax.rem(work, shape.groups), row, rows, seq, position, first, kv_len, begin, end)
 
-    def walk(work: Callable[[Job, jax.Array], jax.Array], rings: tuple[Ring, Ring]) -> None:
+    def walk(work: Callable[[Job, jax.Array], jax.Array], rings: tuple[Ring, ...]) -> None:
         """`work` on all jobs, given how many blocks went before; then leaves no phase of a barrier unobserved."""
         done = lax.fori_loop(0, mine(), lambda i, done: work(job_of(i), done), jnp.int32(0))
 
@@ -118,7 +117,7 @@ def _body(shape, q, table, total, jobs, *refs, k_ring: Ring, v_ring: Ring, k_raw
         @pl.when(wg == WIDENER)
         def _widen():
             plgpu.set_max_registers(widener_registers, action="decrease")
-            walk(lambda job, done: widen(shape, job, done, brought, wide), wide)
+            walk(lambda job, done: widen(shape, job, done, raw, wide, scales), wide)
 
     @pl.when(wg < CONSUMERS)
     def _consume():
@@ -126,7 +125,7 @@ def _body(shape, q, table, total, jobs, *refs, k_ring: Ring, v_ring: Ring, k_raw
         consume(shape, wg, mine(), job_of, q, out, lse, *wide, **memory)
 
 
-def _bring(shape: PrefillShape, job: Job, done: jax.Array, pages, table, rings: tuple[Ring, Ring]) -> jax.Array:
+def _bring(shape: PrefillShape, job: Job, done: jax.Array, pages, table, rings: tuple[Ring, ...]) -> jax.Array:
     """Copy the job's blocks into the rings, as stages come free. done: blocks brought before; returns those after."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -140,21 +139,23 @@ def _bring(shape: PrefillShape, job: Job, done: jax.Array, pages, table, rings: 
         count = done + i - job.begin
         slot = lax.rem(count, stages)
         places = []
-        for part in range(keys // shape.span):
+        for part in range(shape.copies):
             key = i * keys + part * shape.span
             page = table[job.seq, jnp.clip(lax.div(key, shape.page_size), low, last)]
-            row = jnp.clip(page, 0, shape.num_pages - 1) * (2 * shape.kv_heads) + kv_head
             offset = pl.multiple_of(lax.rem(key, shape.page_size), shape.span)
-            places.append((row, offset, pl.ds(part * shape.span, shape.span)))
-        for value, ring in enumerate(rings):
+            places.append((part, jnp.clip(page, 0, shape.num_pages - 1), pl.ds(offset, shape.span)))
+        for number, ring in enumerate(rings):
             @pl.when(count >= stages)
             def _(ring=ring):
                 plgpu.barrier_wait(ring.free.at[slot])
 
-            for row, offset, to in places:
-                for source, target in zip(pages, (ring.values, ring.scales), strict=False):
-                    plgpu.copy_gmem_to_smem(source.at[row + value * shape.kv_heads, pl.ds(offset, shape.span)],
-                                            target.at[slot, to], ring.ready.at[slot])
+            for part, page, keys_of_page in places:
+                if number < 2:
+                    source = pages[0].at[page * (2 * shape.kv_heads) + number * shape.kv_heads + kv_head, keys_of_page]
+                    target = ring.stages.at[slot, pl.ds(part * shape.span, shape.span)]
+                else:  # of keys and values in one copy: those of 16 tokens are half of the 128 bytes that TMA aligns to
+                    source, target = pages[1].at[page, :, kv_head, keys_of_page], ring.stages.at[slot, part]
+                plgpu.copy_gmem_to_smem(source, target, ring.ready.at[slot])
 
     lax.fori_loop(job.begin, job.end, block, None)
     return done + job.end - job.begin

@@ -50,17 +50,21 @@ class PrefillShape(NamedTuple):
         return min(self.page_size, self.blocks.keys)
 
     @property
+    def copies(self) -> int:
+        """That bring a block."""
+        return self.blocks.keys // self.span
+
+    @property
     def registers(self) -> tuple[int, int, int]:
         """Of a thread of a consumer, of the producer and of the widener, which share 65,536."""
-        return (208, 24, 72) if self.quantised else (240, 32, 0)
+        return (200, 48, 64) if self.quantised else (240, 32, 0)
 
 
 class Ring(NamedTuple):
-    """Stages of keys or values in shared memory: [stages, keys, D], of quantised ones the scales [stages, keys], and the
+    """Stages of keys or values in shared memory [stages, keys, D], or of the scales of both [stages, copies, 2, span], and the
     barriers that say that a stage is there and that it is free again."""
 
-    values: Any
-    scales: Any
+    stages: Any
     ready: Any
     free: Any
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .plan import MAX_WIDTH, PlanSpec
+from .plan import PlanSpec
 
 EMPTY = -1e30  # stands for minus infinity where a difference is taken
 LOG2E = math.log2(math.e)
@@ -23,6 +23,7 @@ class DecodeShape(NamedTuple):
     page_size: int
     block_keys: int
     stages: int
+    most_width: int
     scale: float
     window: int | None
     soft_cap: float | None
@@ -51,13 +52,13 @@ class DecodeShape(NamedTuple):
 
     @property
     def kv_columns(self) -> int:
-        """The same of a tile as it lies in the pool."""
-        return math.gcd(self.head_dim, 128) if self.quantised else self.columns
+        """The same of a tile as it lies in the pool; quantised rows of 80 bytes are not tiled, as no swizzle divides them."""
+        return next(n for n in (128, 64, 32, 80) if self.width % n == 0) if self.quantised else self.columns
 
     @property
     def width(self) -> int:
-        """Output columns of one thread block. Two share a head of 256: the registers of one would not do."""
-        return min(self.head_dim, MAX_WIDTH)
+        """Output columns of one thread block. Several share a head of 256: the registers of one would not do."""
+        return min(self.head_dim, self.most_width)
 
     @property
     def slices(self) -> int:
@@ -70,8 +71,10 @@ class DecodeShape(NamedTuple):
         return next(n for n in (64, 48, 40, 32) if self.width % n == 0)
 
 
-def tiled(columns: int, dtype: Any) -> tuple[Any, Any]:
-    """The transforms of shared memory that wgmma and TMA agree on, tiles being `columns` wide."""
+def tiled(columns: int, dtype: Any) -> tuple[Any, ...]:
+    """The transforms of shared memory that wgmma and TMA agree on, tiles being `columns` wide; none where no swizzle is as
+    narrow."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
+    size = columns * jnp.dtype(dtype).itemsize
+    return () if size % 32 else (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(size))
