@@ -8,6 +8,7 @@ EVICTION_POLICIES = ("lfu", "lru", "lfu-plain", "lfu-decayed", "arc", "2q", "gds
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DISK_WRITES = ("reuse", "evict")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "int8", "fp8_e4m3")
+KV_LAYOUTS = ("auto", "token_major", "head_major", "paired")
 ATTENTION_IMPLS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu", "ref")
 
 
@@ -74,7 +75,7 @@ class CacheConfig:
     disk_kv_memory: int | None = None  # bytes of files; None: 8 GiB
     disk_kv_write: str = "reuse"  # when pages are written: at their second use and when memory drops them, or then only
     disk_kv_required: bool = False  # a disk tier that cannot start is an error
-    kv_layout: str = "auto"  # physical pool layout, a name only pallas_kernels understands
+    kv_layout: str = "auto"  # physical pool layout, which only pallas_kernels understands; auto: the best on the platform
 
     def __post_init__(self) -> None:
         _at_least("page_size", self.page_size, 1)
@@ -92,6 +93,8 @@ class CacheConfig:
             raise ConfigError("disk_kv_memory and disk_kv_required need disk_kv_path")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ConfigError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {self.kv_cache_dtype!r}")
+        if self.kv_layout not in KV_LAYOUTS:
+            raise ConfigError(f"kv_layout must be one of {', '.join(KV_LAYOUTS)}, got {self.kv_layout!r}")
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,9 @@ def test_exit_codes():
                              (["serve", "--nope"], {}, "jaxkv serve: error: unrecognized arguments: --nope"),
                              (["serve"], {"JAXKV_PORT": "x"}, "jaxkv serve: error: JAXKV_PORT: invalid int value: 'x'"),
                              (["generate"], {"JAXKV_INPUT": "in"}, "required: --output"),
+                             (["serve", "--model", "/no/such", "--kv-layout", "columns"], {}, "invalid choice: 'columns'"),
+                             (["generate", "--model", "/no/such", "--input", "i", "--output", "o"],
+                              {"JAXKV_KV_LAYOUT": "rows"}, "JAXKV_KV_LAYOUT: must be one of auto, token_major"),
                              (["inspect", "/no/such"], {}, "'/no/such' is neither a directory nor a server's URL"),
                              (["chat", "--url", "localhost"], {}, "url must look like http://host:port"),
                              (["bench", "--url", "http://127.0.0.1:9"], {}, "cannot reach 127.0.0.1:9")]:

@@ -17,6 +17,7 @@ from jaxkv.config import (
     DTYPES,
     EVICTION_POLICIES,
     KV_CACHE_DTYPES,
+    KV_LAYOUTS,
     CacheConfig,
     ConfigError,
     EngineConfig,
@@ -96,7 +97,7 @@ _OPTIONS = {
         _Option("kv_codec", "text", "form of KV pages in host memory and on disk: exact; int8, int4, mixed (int8, deeper half "
                                     "int4 but for the last layer), or a level for each layer with commas between: approximate"),
         _Option("page_size", "int", "tokens per KV page", synonym="block_size"),
-        _Option("kv_layout", "text", "physical layout of the KV pool"),
+        _Option("kv_layout", "text", "physical layout of the KV pool", choices=KV_LAYOUTS),
         _Option("eviction_policy", "text", "which pages leave first", choices=EVICTION_POLICIES),
         _Option("answer_worth", "int", "log2 of what a use of an answer's KV counts beside a prompt's, for the eviction "
                                        "policy"),

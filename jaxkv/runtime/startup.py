@@ -53,10 +53,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     cache, sched = config.cache, config.sched
     kv_dtype = {"auto": model.spec.dtype, "fp8_e4m3": "float8_e4m3fn"}.get(cache.kv_cache_dtype, cache.kv_cache_dtype)
     groups = kv_groups(model.spec, mesh.size, kv_dtype)
-    try:
-        layout = ops.resolve_layout(cache.kv_layout, model.spec.head_dim, platform)
-    except ValueError as error:
-        raise ConfigError(f"kv_layout: {error}") from None
+    layout = ops.resolve_layout(cache.kv_layout, model.spec.head_dim, platform)
     kv = KVSpec(groups, (0,) * len(groups), cache.page_size, layout)  # without pages, until their memory is shared out
     form = _page_form(kv, mesh, cache.kv_codec)
     disk = open_disk(cache, form, model.fingerprint, groups[0].kv_heads // model.spec.num_kv_heads)
