@@ -30,7 +30,9 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     server.add_argument("--top", type=int, default=10, metavar="N", help="prefixes to show (default: 10)")
     model = parser.add_argument_group("model")
     model.add_argument("--memory", metavar="SIZE", help="how many tokens of KV fit into so much memory: bytes or with K, M, G")
-    model.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they are stored)")
+    model.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="gpu",
+                       help="whose memory it takes: a CPU serves in float32, a TPU pads pages to its tiles (default: gpu)")
+    model.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as the platform serves them)")
     model.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="default: that of the weights")
     model.add_argument("--page-size", type=int, default=16, metavar="N", help="tokens per KV page (default: 16)")
     return parser
@@ -50,8 +52,9 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
         elif args.target and (Path(args.target) / "jaxkv.lock").is_file():
             found, show = {"formats": _facts().disk_facts(Path(args.target))}, show_disk
         else:
-            found, show = _facts().model_facts(args.target, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype,
-                                               page_size=args.page_size, memory=memory), show_model
+            found, show = _facts().model_facts(
+                args.target, platform=args.platform, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype,
+                page_size=args.page_size, memory=memory), show_model
         print(json.dumps(found) if args.json else show(found))
     return 0
 
@@ -91,7 +94,7 @@ def show_model(found: dict[str, Any]) -> str:
         ("weights", f"{size(found['weight_bytes'])} ({found['dtype']})"),
         ("attention", f"{found['heads']} heads, {found['kv_heads']} KV heads of {found['head_dim']}; {groups}"),
         ("window", f"{found['window']:,} tokens"), ("vocabulary", f"{found['vocabulary']:,}"),
-        ("KV per token", f"{found['kv_bytes_per_token']:,} bytes ({found['kv_cache_dtype']})"),
+        ("KV per token", f"{found['kv_bytes_per_token']:,} bytes ({found['kv_cache_dtype']}, {found['platform']})"),
         ("KV of a full window", size(found["kv_bytes_per_token"] * found["window"])),
     ]
     if "memory" in found:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import pallas_kernels as ops
 from jaxkv.config import ConfigError, SchedConfig
 from jaxkv.device import models
 from jaxkv.device.spec import kv_groups
@@ -19,30 +20,36 @@ from jaxkv.runtime.safetensors_io import read_headers
 from jaxkv.runtime.weights import find_model, read_config, resolve_dtype
 
 
-def model_facts(model: str | None, *, dtype: str, kv_cache_dtype: str, page_size: int, memory: int | None) -> dict[str, Any]:
-    """The model of a directory (None: the built-in one) as the engine understands it. Bytes; ``kv_tokens`` fit into ``memory``.
+def model_facts(model: str | None, *, platform: str, dtype: str, kv_cache_dtype: str, page_size: int,
+                memory: int | None) -> dict[str, Any]:
+    """The model of a directory (None: the built-in one) as the engine understands it. Bytes, of KV those in the memory of one
+    device of a platform ("cpu", "gpu", "tpu"): padding included, per token rounded up; ``kv_tokens`` fit into ``memory``.
     ConfigError for a directory that holds no model that can be served."""
     if model is not None and not Path(model).expanduser().is_dir():
         raise ConfigError(f"{model!r} is neither a directory nor a server's URL")
     directory = find_model(model)
     config = read_config(directory)
     entries = {} if is_orbax(directory) else read_headers(directory)
-    dtype = resolve_dtype(dtype, "", config, entries)
+    dtype = resolve_dtype(dtype, platform, config, entries)
     spec = models.spec_from_config(config, dtype)
     table = models.weight_table(spec)
     kv_dtype = {"auto": dtype, "fp8_e4m3": "float8_e4m3fn"}.get(kv_cache_dtype, kv_cache_dtype)
     groups = kv_groups(spec, 1, kv_dtype)
+    layout = ops.resolve_layout("auto", spec.head_dim, platform)
+    page_bytes = [len(g.layers) * ops.pool_page_bytes(layout, page_size, g.kv_heads, g.head_dim, g.dtype, platform)
+                  for g in groups]
     found: dict[str, Any] = {
         "directory": str(directory), "family": spec.family, "parameters": sum(math.prod(decl.shape) for decl in table),
-        "dtype": dtype, "weight_bytes": sum(decl.nbytes for decl in table), "layers": spec.num_layers,
+        "platform": platform, "dtype": dtype, "weight_bytes": sum(decl.nbytes for decl in table), "layers": spec.num_layers,
         "heads": spec.num_heads, "kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "window": spec.max_position,
         "vocabulary": spec.vocab_size, "kv_cache_dtype": kv_dtype,
-        "kv_groups": [{"layers": len(g.layers), "window": g.window, "bytes_per_token": g.page_bytes(1)} for g in groups],
-        "kv_bytes_per_token": sum(g.page_bytes(1) for g in groups),
+        "kv_groups": [{"layers": len(g.layers), "window": g.window, "bytes_per_token": -(-size // page_size)}
+                      for g, size in zip(groups, page_bytes)],
+        "kv_bytes_per_token": -(-sum(page_bytes) // page_size),
     }
     if memory is not None:
         capacity = plan_capacity(groups, page_size, SchedConfig(), spec.max_position, kv_cache_memory=memory, host_kv_memory=0,
-                                 free_device=(memory, memory), free_host=0)
+                                 free_device=(memory, memory), free_host=0, page_bytes=page_bytes)
         found |= {"memory": memory, "kv_pages": list(capacity.num_pages), "kv_tokens": min(capacity.num_pages) * page_size}
     return found
 

@@ -59,13 +59,22 @@ def test_prefixes_stand_below_their_parents(cache):
 
 def test_the_built_in_model(capsys):
     text = seen(capsys, "--memory", "64M")
-    for words in ("llama", "4,000,000", "7.6 MiB (bfloat16)", "4,096 tokens", "2,048 bytes (bfloat16)", "64.0 MiB hold"):
+    for words in ("llama", "4,000,000", "7.6 MiB (bfloat16)", "4,096 tokens", "2,048 bytes (bfloat16, gpu)", "64.0 MiB hold"):
         assert words in text
     found = json.loads(seen(capsys, str(BUILT_IN), "--json", "--memory", "8M", "--kv-cache-dtype", "int8", "--dtype",
                             "float32"))
     assert found["weight_bytes"] == 4 * found["parameters"] == 16_000_000
     assert found["kv_bytes_per_token"] == 4 * 2 * 2 * (64 + 4)  # layers, K and V, heads, a byte each and a scale
     assert found["kv_tokens"] == 8 * 2**20 // (16 * found["kv_bytes_per_token"]) * 16
+
+
+def test_a_model_on_another_platform(capsys):
+    found = lambda *args: json.loads(seen(capsys, "--json", "--memory", "32M", *args))  # noqa: E731
+    assert found("--platform", "cpu")["kv_bytes_per_token"] == 2 * found()["kv_bytes_per_token"], "float32"
+    tpu = found("--platform", "tpu", "--kv-cache-dtype", "int8")
+    page = 4 * 2 * 128 * (16 + 2 * 4)  # layers, heads, lanes: rows of key and value, two of padded float32 scales
+    assert tpu["kv_bytes_per_token"] == page // 16 and tpu["kv_tokens"] == 32 * 2**20 // page * 16
+    assert "1,536 bytes (int8, tpu)" in seen(capsys, "--platform", "tpu", "--kv-cache-dtype", "int8")
 
 
 @pytest.mark.parametrize(("args", "words"), [
