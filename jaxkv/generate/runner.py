@@ -22,7 +22,7 @@ from jaxkv.generate.lines import Lines, digest, pipeline
 from jaxkv.generate.work import Preparer, Refused, Work
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.startup import build_engine
-from jaxkv.serve.engine_loop import Call
+from jaxkv.serve.calls import Call
 
 
 def run(config: EngineConfig, input_path: Path, output_path: Path, *, shard: tuple[int, int] = (0, 1),

@@ -20,8 +20,8 @@ from jaxkv.runtime.structured.compiler import Grammar, GrammarCompiler
 from jaxkv.runtime.tokenizer import Tokenizer
 from jaxkv.serve import chat, completions
 from jaxkv.serve.answer import Choice, Form, best_of, reasoning_usage
+from jaxkv.serve.calls import Call, Mailbox
 from jaxkv.serve.dialect import ChatOptions, choose_dialect
-from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request, generation_failed
 from jaxkv.serve.logprobs import TokenText, completion_logprobs
 from jaxkv.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse

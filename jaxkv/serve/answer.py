@@ -20,7 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from jaxkv.runtime.outputs import Delta
 from jaxkv.runtime.structured.compiler import CompilerBusy, Grammar, grammar_or_error
-from jaxkv.serve.engine_loop import Call, EngineLoop
+from jaxkv.serve.calls import Call
+from jaxkv.serve.engine_loop import EngineLoop
 from jaxkv.serve.errors import ApiError, generation_failed
 from jaxkv.serve.logprobs import TokenText
 from jaxkv.serve.parsers.message import MessageReader, Parts

@@ -13,7 +13,8 @@ from itertools import groupby
 from typing import Generic, TypeVar
 
 from jaxkv.runtime.outputs import Delta
-from jaxkv.serve.engine_loop import Call, EngineLoop
+from jaxkv.serve.calls import Call
+from jaxkv.serve.engine_loop import EngineLoop
 from jaxkv.serve.errors import ApiError, generation_failed
 
 T = TypeVar("T")

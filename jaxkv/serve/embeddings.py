@@ -24,8 +24,8 @@ from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.answer import respond
 from jaxkv.serve.batching import Batcher
 from jaxkv.serve.bounds import Items
+from jaxkv.serve.calls import Call, Mailbox
 from jaxkv.serve.completions import rows_of
-from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.openapi import documented
 from jaxkv.serve.pieces import dumps

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from jaxkv.runtime.metrics import EngineMetrics, Histogram
 from jaxkv.runtime.outputs import Delta
+from jaxkv.serve.calls import Call
 
 TOKEN_BUCKETS = tuple(10**e * k for e in range(6) for k in (1, 2, 5))
 
@@ -34,8 +35,8 @@ class Latencies:
         self.queue, self.prefill, self.decode = Histogram(), Histogram(), Histogram()
         self.prompt, self.answer, self.n = (Histogram(TOKEN_BUCKETS) for _ in range(3))
 
-    def observe(self, call: Any, delta: Delta, now: float) -> None:
-        """Books one delta of a call (an ``engine_loop.Call``) that arrived at ``now``."""
+    def observe(self, call: Call, delta: Delta, now: float) -> None:
+        """Books one delta of a call that arrived at ``now``."""
         index, tokens = delta.index, len(delta.token_ids)
         if tokens:
             last = call.last.get(index)
@@ -50,14 +51,14 @@ class Latencies:
             if len(call.reasons) == call.params.n:
                 self._end(call, now)
 
-    def _begin(self, call: Any, delta: Delta, now: float) -> None:
+    def _begin(self, call: Call, delta: Delta, now: float) -> None:
         call.first, call.start, call.cached = now, delta.start, delta.num_cached_tokens
         self.first_token.observe(now - call.arrival)
         if delta.start is not None:
             self.queue.observe(delta.start.admitted - call.arrival)
             self.prefill.observe(delta.start.first_token - delta.start.admitted)
 
-    def _end(self, call: Any, now: float) -> None:
+    def _end(self, call: Call, now: float) -> None:
         self.whole.observe(now - call.arrival)
         if call.first:
             self.decode.observe(now - call.first)

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from jaxkv.serve.engine_loop import Call
+from jaxkv.serve.calls import Call
 
 log = logging.getLogger("jaxkv.serve.request")
 RECORD = "jaxkv.record"  # where in an ASGI scope the request's record is

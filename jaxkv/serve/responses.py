@@ -19,7 +19,7 @@ from jaxkv.runtime.outputs import Delta
 from jaxkv.serve import chat
 from jaxkv.serve.answer import Answer, Choice, Form
 from jaxkv.serve.bounds import Items, Metadata, at_most
-from jaxkv.serve.engine_loop import Call
+from jaxkv.serve.calls import Call
 from jaxkv.serve.errors import ApiError, bad_request, shown
 from jaxkv.serve.limits import owner_of
 from jaxkv.serve.logprobs import TokenText, chat_logprobs

@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from jaxkv.serve.answer import Answer, Form
+from jaxkv.serve.calls import Call, Mailbox
 from jaxkv.serve.dialect import ChatOptions, Dialect, choose_dialect
-from jaxkv.serve.engine_loop import Call, EngineLike, EngineLoop, Mailbox
+from jaxkv.serve.engine_loop import EngineLike, EngineLoop
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.limits import Limits
 from jaxkv.serve.pieces import PIECE

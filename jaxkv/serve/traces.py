@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from jaxkv.config import ConfigError
-from jaxkv.serve.engine_loop import Call
+from jaxkv.serve.calls import Call
 from jaxkv.serve.records import Record
 
 TIMEOUT_S = 2  # of one export: the end of the process waits for the last

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from jaxkv.runtime.outputs import Delta
 from jaxkv.serve.batching import Batcher, Window
+from jaxkv.serve.calls import Call, Mailbox
 from jaxkv.serve.embeddings import _PARAMS
-from jaxkv.serve.engine_loop import Call, Mailbox
 from jaxkv.serve.errors import ApiError
 
 steps = st.lists(st.tuples(st.sampled_from(["add", "add", "add", "remove"]), st.integers(0, 40)), max_size=60)

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve_fakes import FakeEngine, raw_post, serving, wait_for
 
 from jaxkv.serve import engine_loop
+from jaxkv.serve.calls import Call, Mailbox
 
 BODY = {"prompt": "a", "max_tokens": 250, "ignore_eos": True}
 
@@ -213,7 +214,7 @@ def test_random_disconnects_leave_nothing(slow):
 
     def left():
         gc.collect()
-        return [o for o in gc.get_objects() if type(o) in (engine_loop.Mailbox, engine_loop.Call)]
+        return [o for o in gc.get_objects() if type(o) in (Mailbox, Call)]
 
     wait_for(lambda: not left())  # the last request's task may still be ending
 

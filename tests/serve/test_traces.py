@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from serve_fakes import ROOT, FakeEngine, serving, wait_for
 
 from jaxkv.params import SamplingParams
-from jaxkv.serve.engine_loop import Call, Mailbox
+from jaxkv.serve.calls import Call, Mailbox
 from jaxkv.serve.records import Record
 from jaxkv.serve.traces import Traces, connect
 from jaxkv.types import Start
