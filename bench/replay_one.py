@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jaxkv.cache.controller import CacheController
 from jaxkv.params import SamplingParams
-from jaxkv.types import KVGroup, Request, Sequence
+from jaxkv.sequence import Sequence
+from jaxkv.types import KVGroup, Request
 
 GROUP = KVGroup((0,), 1, 1, "bfloat16")
 PARAMS = SamplingParams()

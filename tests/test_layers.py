@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HOST = ("jaxkv.params", "jaxkv.types", "jaxkv.config", "jaxkv.cache", "jaxkv.sched")  # decide without JAX
+HOST = ("jaxkv.params", "jaxkv.types", "jaxkv.sequence", "jaxkv.config", "jaxkv.cache", "jaxkv.sched")  # decide without JAX
 CORE = {*HOST, "jaxkv.device", "jaxkv.runtime", "pallas_kernels"}
 TOP = ("jaxkv.__main__", "jaxkv.cli", "jaxkv.commands", "jaxkv.generate", "jaxkv.llm",
        "jaxkv.serve")  # entry points, free to share helpers
@@ -16,10 +16,11 @@ MAY_IMPORT = {
     "pallas_kernels": set(),
     "jaxkv.params": set(),
     "jaxkv.types": {"jaxkv.params"},
+    "jaxkv.sequence": {"jaxkv.params", "jaxkv.types"},
     "jaxkv.config": {"jaxkv.params", "jaxkv.types"},
-    "jaxkv.cache": {"jaxkv.params", "jaxkv.types", "jaxkv.config"},
+    "jaxkv.cache": {"jaxkv.params", "jaxkv.types", "jaxkv.sequence", "jaxkv.config"},
     "jaxkv.device": {"jaxkv.params", "jaxkv.types", "jaxkv.config", "pallas_kernels"},
-    "jaxkv.sched": {"jaxkv.params", "jaxkv.types", "jaxkv.config", "jaxkv.cache"},
+    "jaxkv.sched": {"jaxkv.params", "jaxkv.types", "jaxkv.sequence", "jaxkv.config", "jaxkv.cache"},
     "jaxkv.runtime": CORE,
     **{name: {"jaxkv", *CORE, *TOP} for name in TOP},
 }

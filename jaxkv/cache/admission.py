@@ -10,7 +10,8 @@ from jaxkv.cache.hit import Use, cold_runs, find_hit
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
 from jaxkv.cache.trie import Node, Source, decode
-from jaxkv.types import PageMove, Sequence, Tier
+from jaxkv.sequence import Sequence
+from jaxkv.types import PageMove, Tier
 
 
 class Admission:

@@ -11,7 +11,8 @@ from jaxkv.cache.loads import Load
 from jaxkv.cache.pages import WindowPool
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.trie import Node, Root, Trie, encode
-from jaxkv.types import Kind, Sequence, Tier
+from jaxkv.sequence import Sequence
+from jaxkv.types import Kind, Tier
 
 
 def check(store: PageStore, sequences: list[Sequence], loads: list[Load]) -> None:

@@ -34,7 +34,8 @@ from jaxkv.cache.stats import CacheStats
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
 from jaxkv.cache.trie import Trie
-from jaxkv.types import Arrival, DiskIndex, Fetch, KVGroup, PageKey, PageMove, Sequence, Tier
+from jaxkv.sequence import Sequence
+from jaxkv.types import Arrival, DiskIndex, Fetch, KVGroup, PageKey, PageMove, Tier
 
 SETTLED = sys.maxsize  # every position was computed by an earlier plan
 

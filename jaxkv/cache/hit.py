@@ -12,7 +12,8 @@ from typing import NamedTuple
 from jaxkv.cache.pages import WindowPool
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.trie import Node, Source, encode
-from jaxkv.types import Sequence, Tier
+from jaxkv.sequence import Sequence
+from jaxkv.types import Tier
 
 
 class Hit(NamedTuple):

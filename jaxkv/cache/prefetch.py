@@ -12,7 +12,8 @@ from jaxkv.cache.loads import Load, Loader
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
 from jaxkv.cache.trie import Node, common_tokens, encode
-from jaxkv.types import DiskIndex, Kind, PageKey, PageMove, Request, Sequence, Tier
+from jaxkv.sequence import Sequence
+from jaxkv.types import DiskIndex, Kind, PageKey, PageMove, Request, Tier
 
 DISK_RUN = 16  # pages: how finely a run on disk may be cut
 

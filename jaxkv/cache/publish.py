@@ -11,7 +11,8 @@ from jaxkv.cache.pages import WindowPool
 from jaxkv.cache.store import PageStore
 from jaxkv.cache.tiering import Tiering
 from jaxkv.cache.trie import TOKEN_BYTES, Node, common_tokens, encode
-from jaxkv.types import Kind, Sequence, Tier
+from jaxkv.sequence import Sequence
+from jaxkv.types import Kind, Tier
 
 RUN_PAGES = 64  # a node grows in place up to this many pages: long enough to walk fast, short enough to cut and copy
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import ConfigError, SchedConfig
-from jaxkv.types import KVGroup, Sequence
+from jaxkv.sequence import Sequence
+from jaxkv.types import KVGroup
 
 
 def pages_needed(group: KVGroup, page_size: int, num_tokens: int, max_chunk: int) -> int:

@@ -6,7 +6,8 @@ tokens. Owns no page and no order.
 
 from __future__ import annotations
 
-from jaxkv.types import Chunk, Sequence
+from jaxkv.sequence import Sequence
+from jaxkv.types import Chunk
 
 STEP_TOKENS = 64  # what a step costs besides its tokens, in tokens: about 40 on a CPU, more on an accelerator
 

@@ -10,7 +10,8 @@ from operator import attrgetter
 
 from jaxkv.cache.controller import CacheController
 from jaxkv.sched.capacity import pages_needed
-from jaxkv.types import Arrival, Sequence
+from jaxkv.sequence import Sequence
+from jaxkv.types import Arrival
 
 LOOKAHEAD = 8  # first waiting sequences whose pages are kept and brought although they cannot enter yet
 _key = attrgetter("key")

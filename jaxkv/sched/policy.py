@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from jaxkv.types import Sequence
+from jaxkv.sequence import Sequence
 
 
 class SchedulerPolicy(Protocol):

@@ -31,7 +31,8 @@ from jaxkv.sched.capacity import check_capacity, fits_beside
 from jaxkv.sched.chunking import append_tokens, chunk_length, excess_tokens, take_chunk
 from jaxkv.sched.lookahead import LOOKAHEAD, Lookahead
 from jaxkv.sched.policy import FCFS, SchedulerPolicy
-from jaxkv.types import Admit, Arrival, Chunk, Request, Sequence, Start, Status, StepPlan, StepResult, Tier, TokenEvent
+from jaxkv.sequence import Sequence, Status
+from jaxkv.types import Admit, Arrival, Chunk, Request, Start, StepPlan, StepResult, Tier, TokenEvent
 
 NO_MEMORY = "the device's memory ran out in a step of this request"
 MEASURED_TOKENS = 64  # besides decodes, for a step to tell what prefill takes

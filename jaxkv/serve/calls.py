@@ -1,6 +1,6 @@
 """One prompt that is open at the engine, and the mailbox in which its answers arrive.
 
-A ``Call`` is written by one thread, the server's that of the event loop; the engine's reads what it was made with.
+A ``Call`` is changed on one thread only, in the server that of the event loop; the engine's reads what it was made with.
 """
 
 from __future__ import annotations

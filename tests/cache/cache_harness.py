@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from jaxkv.cache.controller import CacheController
 from jaxkv.params import SamplingParams
-from jaxkv.types import Admit, Chunk, KVGroup, Request, Sequence, StepPlan, Tier
+from jaxkv.sequence import Sequence
+from jaxkv.types import Admit, Chunk, KVGroup, Request, StepPlan, Tier
 from tests.sim_device import SimDevice
 
 

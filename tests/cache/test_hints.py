@@ -6,7 +6,8 @@ from cache_harness import Harness
 from jaxkv.cache.controller import CacheController
 from jaxkv.cache.trie import encode
 from jaxkv.params import SamplingParams
-from jaxkv.types import Kind, Request, Sequence
+from jaxkv.sequence import Sequence
+from jaxkv.types import Kind, Request
 
 A, B, C = (list(range(n, n + 16)) for n in (100, 200, 300))
 

@@ -15,7 +15,8 @@ from jaxkv.config import SchedConfig
 from jaxkv.params import SamplingParams
 from jaxkv.sched.replay import RecordedDisk, Recorder, replay
 from jaxkv.sched.scheduler import Scheduler
-from jaxkv.types import Arrival, DiskIndex, KVGroup, Logprobs, Request, Sequence, Status, StepPlan, StepResult, TokenEvent
+from jaxkv.sequence import Sequence, Status
+from jaxkv.types import Arrival, DiskIndex, KVGroup, Logprobs, Request, StepPlan, StepResult, TokenEvent
 from tests.sim_device import SimDevice
 
 FULL = (KVGroup((0, 1), 2, 8, "float32"),)
