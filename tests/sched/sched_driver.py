@@ -35,6 +35,11 @@ def children(name: str, prompt: Iterable[int], n: int, max_tokens: int = 4, **fi
             for child in range(n)]
 
 
+def scheduled(driver: Driver, name: str) -> int:
+    """Tokens of a request that were computed."""
+    return sum(len(c.tokens) for p in driver.plans for c in p.chunks if c.request_id == name)
+
+
 @dataclass(frozen=True)
 class Settings:
     pages: int = 400  # per group
@@ -110,7 +115,7 @@ class Driver:
             ok = not self.settings.failures or self.fetched % self.settings.failures > 0
             self.scheduler.arrived(Arrival(fetch_id, ok, float(self.settings.delay)))
             self.check()
-        before = {seq: seq.in_flight for seq in self.inner._running}
+        before = {seq: seq.in_flight for seq in self.inner._roster.running}
         plan = self.scheduler.plan(self.clock) if self.scheduler.has_work or self.inner.cache.loading else None
         if plan is not None:
             self.check_plan(plan, before)
@@ -192,7 +197,7 @@ class Driver:
             elif len(seq.tokens) + in_flight - len(seq.request.prompt) < seq.request.max_tokens:
                 assert seq.request.id in chunk_of or len(seq.tokens) < len(seq.request.prompt), "a decode stalls"
         assert not (victims and plan.admits), "preempted to admit"
-        for seq in self.inner._running:
+        for seq in self.inner._roster.running:
             self.holes += sum(pages.count(-1) for pages in seq.pages)
 
     def check_outputs(self) -> None:

@@ -1,16 +1,12 @@
 """Who runs when, how much is computed, and what each request is told."""
 
 import pytest
-from sched_driver import FULL_AND_WINDOW, Driver, children, request
+from sched_driver import Driver, request, scheduled
 
 from jaxkv.config import ConfigError, SchedConfig
 from jaxkv.params import SamplingParams
 from jaxkv.sched.scheduler import Scheduler
 from jaxkv.types import Tier
-
-
-def scheduled(driver: Driver, name: str) -> int:
-    return sum(len(c.tokens) for p in driver.plans for c in p.chunks if c.request_id == name)
 
 
 def admitted(driver: Driver) -> list[str]:
@@ -29,20 +25,12 @@ def test_first_come_first_served_within_priorities():
     driver.check_outputs()
 
 
-def test_lowest_free_slot_first():
-    driver = Driver(max_num_seqs=3)
-    driver.add(*(request(f"r{i}", [i] * 5, max_tokens=2 + i) for i in range(5)))
-    driver.run()
-    assert [(a.request_id, a.slot) for p in driver.plans for a in p.admits] == \
-        [("r0", 0), ("r1", 1), ("r2", 2), ("r3", 0), ("r4", 1)]
-
-
 def test_the_victim_is_last_in_priority_then_in_arrival_and_comes_back_first():
     driver = Driver(pages=16, page_size=4, max_model_len=64)
     driver.add(request("low", range(12), 30, priority=1, arrival=0.0), request("old", range(20, 32), 30, arrival=1.0),
                request("new", range(40, 52), 30, arrival=2.0), request("next", range(60, 72), 4, arrival=3.0))
-    running = lambda: [s.request.id for s in driver.inner._running]  # noqa: E731
-    waiting = lambda: [s.request.id for s in driver.inner._waiting]  # noqa: E731
+    running = lambda: [s.request.id for s in driver.inner._roster.running]  # noqa: E731
+    waiting = lambda: [s.request.id for s in driver.inner._roster.waiting]  # noqa: E731
     while not driver.inner.num_preemptions:
         driver.step()
     assert waiting()[-1] == "low"
@@ -156,40 +144,6 @@ def test_an_id_can_be_used_again_while_its_tokens_are_in_flight():
 
 # ---- what is computed
 
-@pytest.mark.parametrize("overlap", [0, 1])
-@pytest.mark.parametrize("groups", [None, FULL_AND_WINDOW], ids=["full", "window"])
-@pytest.mark.parametrize(("length", "budget"), [(16, 64), (18, 64), (18, 8), (18, 17)])
-def test_children_compute_the_prompt_once(overlap, groups, length, budget):
-    driver = Driver(overlap=overlap, budget=budget, **({"groups": groups} if groups else {}))
-    driver.add(*children("p", range(length), 4, max_tokens=5))
-    driver.run()
-    driver.check_outputs()
-    assert scheduled(driver, "p.0") == length + 4
-    assert [scheduled(driver, f"p.{i}") for i in (1, 2, 3)] == [1 + 4] * 3
-    assert [driver.cached[f"p.{i}"] for i in range(4)] == [0, *[length - 1] * 3]
-
-
-def test_siblings_do_not_wait_for_a_first_child_that_is_gone():
-    driver = Driver(budget=8)
-    driver.add(*children("p", range(40), 3))
-    driver.step()
-    driver.abort("p.0")
-    driver.run()
-    driver.check_outputs()
-    driver = Driver(budget=8)
-    _, *others = children("p", range(40), 3)
-    driver.add(*others)  # the first never comes
-    driver.run()
-    driver.check_outputs()
-
-
-def test_a_waiting_sibling_does_not_block_others():
-    driver = Driver()
-    driver.add(*children("p", range(20), 3), request("other", range(50, 60)))
-    assert [c.request_id for c in driver.step().chunks] == ["p.0", "other"]
-    assert {c.request_id for c in driver.step().chunks} == {"p.0", "other", "p.1", "p.2"}
-
-
 def test_a_turn_computes_only_what_is_new():
     driver = Driver()
     prompt = list(range(13))
@@ -247,9 +201,9 @@ def test_prompt_logprobs_come_once_through_preemptions(overlap):
     driver.add(request("a", range(40, 80), 3, params=SamplingParams(prompt_logprobs=1)))
     midway = 0
     while driver.scheduler.has_work:
-        before = {s.request.id: s.num_scheduled for s in driver.inner._running}
+        before = {s.request.id: s.num_scheduled for s in driver.inner._roster.running}
         driver.step()
-        midway += 0 < before.get("a", 0) < 40 and all(s.request.id != "a" for s in driver.inner._running)
+        midway += 0 < before.get("a", 0) < 40 and all(s.request.id != "a" for s in driver.inner._roster.running)
     driver.run()
     driver.check_outputs()
     assert midway > 0
