@@ -19,7 +19,6 @@ Rules for one plan, which ``take_transfers`` ends. The scheduler keeps the first
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 from jaxkv.cache import hints
@@ -36,8 +35,6 @@ from jaxkv.cache.tiering import Tiering
 from jaxkv.cache.trie import Trie
 from jaxkv.sequence import Sequence
 from jaxkv.types import Arrival, DiskIndex, Fetch, KVGroup, PageKey, PageMove, Tier
-
-SETTLED = sys.maxsize  # every position was computed by an earlier plan
 
 
 class Transfers(NamedTuple):
@@ -299,14 +296,8 @@ class CacheController:
 
         Where the trie has a page already the sequence goes over to it. Cheap when there is nothing to give.
         """
-        if not self._stores(seq):
-            return
-        done = min(len(seq.tokens), seq.num_scheduled)
-        full = done - done % self.page_size
-        if full > seq.num_published:
-            self._publisher.full_pages(seq, full, seq.num_settled, plan_id)
-        if done == len(seq.request.prompt) and seq.num_published == full < done:
-            self._publisher.last_page(seq, done, seq.num_settled, plan_id)
+        if self._stores(seq):
+            self._publisher.publish(seq, plan_id)
 
     def _stores(self, seq: Sequence) -> bool:
         return self.enable_prefix_caching and not seq.request.no_store and seq.sound
@@ -319,13 +310,7 @@ class CacheController:
         """
         store = self.store
         if seq.node is not None and self._stores(seq):
-            done = min(len(seq.tokens), seq.num_scheduled)
-            full = done - done % self.page_size
-            if full > seq.num_published:
-                self._publisher.full_pages(seq, full, SETTLED, -1)
-            if full <= seq.num_published < done:
-                self._publisher.take_back_leaf(seq)
-                self._publisher.last_page(seq, done, SETTLED, -1)
+            self._publisher.publish_all(seq)
         shared = -(-seq.num_published // self.page_size)
         for g, pages in enumerate(seq.pages):
             for page in pages[shared:]:

@@ -6,6 +6,8 @@ if that one is in the host tier, the trie takes the sequence's instead.
 
 from __future__ import annotations
 
+import sys
+
 from jaxkv.cache.hints import session_of, use, worth
 from jaxkv.cache.pages import WindowPool
 from jaxkv.cache.store import PageStore
@@ -15,6 +17,7 @@ from jaxkv.sequence import Sequence
 from jaxkv.types import Kind, Tier
 
 RUN_PAGES = 64  # a node grows in place up to this many pages: long enough to walk fast, short enough to cut and copy
+SETTLED = sys.maxsize  # every position was computed by an earlier plan
 
 
 class Publisher:
@@ -24,10 +27,30 @@ class Publisher:
         self._store = store
         self._tiering = tiering
 
-    def full_pages(self, seq: Sequence, full: int, settled: int, plan_id: int) -> None:
+    def publish(self, seq: Sequence, plan_id: int) -> None:
+        """Full pages of known, scheduled tokens, and the last page of a prompt that is complete; plan ``plan_id`` computes what
+        no earlier one did."""
+        done = min(len(seq.tokens), seq.num_scheduled)
+        full = done - done % self._store.page_size
+        if full > seq.num_published:
+            self._full_pages(seq, full, seq.num_settled, plan_id)
+        if done == len(seq.request.prompt) and seq.num_published == full < done:
+            self._last_page(seq, done, seq.num_settled, plan_id)
+
+    def publish_all(self, seq: Sequence) -> None:
+        """What a sequence that runs no more has, a partly filled last page included."""
+        done = min(len(seq.tokens), seq.num_scheduled)
+        full = done - done % self._store.page_size
+        if full > seq.num_published:
+            self._full_pages(seq, full, SETTLED, -1)
+        if full <= seq.num_published < done:
+            self._take_back_leaf(seq)
+            self._last_page(seq, done, SETTLED, -1)
+
+    def _full_pages(self, seq: Sequence, full: int, settled: int, plan_id: int) -> None:
         """Extend the pinned path to ``full`` tokens; positions from ``settled`` on are computed by plan ``plan_id``."""
         store = self._store
-        self.take_back_leaf(seq)
+        self._take_back_leaf(seq)
         at, size = seq.num_published, store.page_size
         data = encode(seq.tokens[at:full])
         while data:
@@ -101,7 +124,7 @@ class Publisher:
             _mark(seq.node, settled, plan_id)
             seq.num_published += count * store.page_size
 
-    def last_page(self, seq: Sequence, done: int, settled: int, plan_id: int) -> None:
+    def _last_page(self, seq: Sequence, done: int, settled: int, plan_id: int) -> None:
         """The partly filled page behind the path, unless the trie has its tokens already."""
         store = self._store
         at = seq.num_published
@@ -117,7 +140,7 @@ class Publisher:
         _mark(seq.node, settled, plan_id)
         seq.num_published = done
 
-    def take_back_leaf(self, seq: Sequence) -> None:
+    def _take_back_leaf(self, seq: Sequence) -> None:
         """The leaf that a sequence published and went on writing becomes private again."""
         store = self._store
         leaf = seq.node
