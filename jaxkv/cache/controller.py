@@ -3,7 +3,8 @@
 Owns the cache side of a ``Sequence`` (pages, path, how much of it is published). Owns no order between sequences and
 no device: every effect is a page number in ``Sequence.pages`` or a ``PageMove``. The tree is in ``trie``, who holds
 what in ``store``, eviction and moves in ``tiering``, the choice of a prefix in ``hit``, the start from it in ``admission``,
-publication in ``publish``, what is under way while steps go on in ``prefetch`` and ``loads``.
+publication in ``publish``, what is under way while steps go on in ``prefetch`` and ``loads``, what is dropped as wrong in
+``forget``.
 
 A page is private to a running sequence until ``publish`` gives it to the trie; the sequence then pins the path (from
 ``Sequence.node`` up to the root) and goes on reading it. ``release`` publishes what is left and unpins: preemption is
@@ -26,6 +27,7 @@ from jaxkv.cache.admission import Admission
 from jaxkv.cache.check import check
 from jaxkv.cache.costs import Costs
 from jaxkv.cache.eviction import Point
+from jaxkv.cache.forget import drop_host, drop_wrong
 from jaxkv.cache.loads import Loader
 from jaxkv.cache.prefetch import Prefetcher
 from jaxkv.cache.publish import Publisher
@@ -198,26 +200,14 @@ class CacheController:
         """Forget the pages of failed loads, and of a host tier that was lost."""
         self._loader.bury()
         if not self.store.host_capacity:
-            tops = [n for n in self.trie.nodes() if n.tier is Tier.HOST and n.parent and n.parent.tier is Tier.HBM]
-            for node in tops:
-                self.store.discard(node)
+            drop_host(self.store)
 
     # ---- KV that turned out wrong
 
     def forget(self, seq: Sequence) -> None:
-        """Drop, from every tier, what holds a sequence's tokens or a page that it copied, and all below. What others see
-        stays until they forget it; what is out of their windows they would never find wrong."""
-        names: list[bytes] = []
-        for tokens in (seq.tokens, *(seq.tokens[:at] + page for at, page in seq.copied)):
-            used: set[bytes] = set()
-            for node in self.trie.holders(seq.request.namespace, tokens):
-                if node.refs:
-                    unseen = self.store.discard_unseen(node)
-                    names += unseen
-                    used.update(set(node.digests).difference(unseen))
-                else:
-                    names += self.store.discard(node)
-            names += [name for name in self.trie.page_names(seq.request.namespace, tokens) if name not in used]
+        """Drop, from every tier, what holds a sequence's tokens or a page that it copied, and all below, but not what others
+        see."""
+        names = drop_wrong(self.store, seq)
         if self.disk is not None:
             self.disk.forget(names)
 
