@@ -10,7 +10,7 @@ from typing import Any
 import pallas_kernels as ops
 from jaxkv.config import ConfigError, SchedConfig
 from jaxkv.device import models
-from jaxkv.device.spec import kv_groups
+from jaxkv.device.spec import cached_dtype, kv_groups
 from jaxkv.runtime.disk.directory import SUFFIX
 from jaxkv.runtime.disk.format import HEADER_BYTES, CorruptError, DiskFormat, Layout, read_format
 from jaxkv.runtime.disk.segment import scan
@@ -33,7 +33,7 @@ def model_facts(model: str | None, *, platform: str, dtype: str, kv_cache_dtype:
     dtype = resolve_dtype(dtype, platform, config, entries)
     spec = models.spec_from_config(config, dtype)
     table = models.weight_table(spec)
-    kv_dtype = {"auto": dtype, "fp8_e4m3": "float8_e4m3fn"}.get(kv_cache_dtype, kv_cache_dtype)
+    kv_dtype = cached_dtype(kv_cache_dtype, dtype)
     groups = kv_groups(spec, 1, kv_dtype)
     layout = ops.resolve_layout("auto", spec.head_dim, platform)
     page_bytes = [len(g.layers) * ops.pool_page_bytes(layout, page_size, g.kv_heads, g.head_dim, g.dtype, platform)

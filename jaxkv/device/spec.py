@@ -102,6 +102,11 @@ def stored_kv_heads(spec: ModelSpec, tp: int) -> int:
                       "of them")
 
 
+def cached_dtype(kv_cache_dtype: str, dtype: str) -> str:
+    """The dtype of keys and values that the setting ``kv_cache_dtype`` stands for in a model of ``dtype``."""
+    return {"auto": dtype, "fp8_e4m3": "float8_e4m3fn"}.get(kv_cache_dtype, kv_cache_dtype)
+
+
 def kv_groups(spec: ModelSpec, tp: int, dtype: str) -> tuple[KVGroup, ...]:
     """Layers of equal window share a group; full attention first, then windows from wide to narrow.
 

@@ -20,7 +20,7 @@ import pallas_kernels as ops
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import CacheConfig, ConfigError, EngineConfig
 from jaxkv.device.batch import batch_shapes, step_sizes
-from jaxkv.device.spec import KVSpec, kv_groups
+from jaxkv.device.spec import KVSpec, cached_dtype, kv_groups
 from jaxkv.device.state import page_bytes
 from jaxkv.runtime.disk import DiskError, DiskFormat, DiskStore
 from jaxkv.runtime.engine import Engine
@@ -51,7 +51,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     defaults = default_sampling(model.directory) if config.model.generation_config == "auto" else {}
     max_model_len = resolve_max_model_len(config, model)
     cache, sched = config.cache, config.sched
-    kv_dtype = {"auto": model.spec.dtype, "fp8_e4m3": "float8_e4m3fn"}.get(cache.kv_cache_dtype, cache.kv_cache_dtype)
+    kv_dtype = cached_dtype(cache.kv_cache_dtype, model.spec.dtype)
     groups = kv_groups(model.spec, mesh.size, kv_dtype)
     layout = ops.resolve_layout(cache.kv_layout, model.spec.head_dim, platform)
     kv = KVSpec(groups, (0,) * len(groups), cache.page_size, layout)  # without pages, until their memory is shared out
