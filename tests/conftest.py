@@ -8,24 +8,17 @@ JAXKV_TEST_PLATFORM=gpu leaves the GPU in: for the tests marked so, which are sk
 """
 
 import os
-import tempfile
 from importlib.metadata import version
 
-PLATFORMS = {"gpu": "cuda,cpu"}.get(os.environ.get("JAXKV_TEST_PLATFORM", ""), "cpu")
-FLAGS = ["--xla_force_host_platform_device_count=5"]
-EMITTERS = PLATFORMS == "cpu" and version("jaxlib").startswith("0.10.")  # later ones do not know the flag, and end at it
-if PLATFORMS == "cpu":
-    FLAGS += ["--xla_backend_optimization_level=0", *["--xla_cpu_use_fusion_emitters=false"] * EMITTERS]
-
-os.environ["JAX_PLATFORMS"] = PLATFORMS
+os.environ["JAX_PLATFORMS"] = {"gpu": "cuda,cpu"}.get(os.environ.get("JAXKV_TEST_PLATFORM", ""), "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=5"
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0" * (os.environ["JAX_PLATFORMS"] == "cpu")
+os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")  # fatal to later ones
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has its parent's
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
-    COMPILED = tempfile.TemporaryDirectory(prefix="jaxkv-tests-")
-    os.environ["JAXKV_TEST_COMPILED"] = COMPILED.name
 
 import gc
+import tempfile
 
 import jax
 import pytest
@@ -35,6 +28,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # What one module or worker compiled, the next one finds. With a bound on its size JAX locks it: nobody reads half a file.
+if "JAXKV_TEST_COMPILED" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="jaxkv-tests-")
+    os.environ["JAXKV_TEST_COMPILED"] = COMPILED.name  # the workers inherit it
 jax.config.update("jax_compilation_cache_dir", os.environ["JAXKV_TEST_COMPILED"])
 jax.config.update("jax_compilation_cache_max_size", 2**34)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -56,7 +52,7 @@ def forget_executables():
 def as_shipped(monkeypatch):
     """What a test compiles ahead of time is fused as in service, and so needs the memory that it needs there."""
     compile_lowered = jax.stages.Lowered.compile
-    options = {"xla_cpu_use_fusion_emitters": True} if EMITTERS else {}
+    options = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: compile_lowered(self, compiler_options=options))
 
 
