@@ -128,7 +128,7 @@ def attention(case: Case, impl: str, mass: str | None = None) -> tuple[Candidate
     try:
         plan = plan_for(impl, case)
         rest = (case.kv_lens, case.cu_q_lens, plan)
-        call = jax.jit(lambda *a: _run(case, impl, mass, *a))
+        call = jax.jit(lambda *a: _run(case, impl, mass, *a), compiler_options=pk.compiler_options(jax.default_backend()))
         run = Candidate(lambda: call(case.q, case.pools, case.tables, *rest), jax.block_until_ready, case.calls)
         first = run.wait(run.run())[2]
         if first is None:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import pallas_kernels as pk
 from bench.timing import Candidate, time_together
 from jaxkv.device import models
 from jaxkv.device.batch import BatchShape
@@ -31,8 +32,8 @@ def count_steps(executor: JaxExecutor) -> Counter[BatchShape]:
 
 def product_seconds(executor: JaxExecutor, model: str | None, dtype: str, counts: Counter[BatchShape]) -> float:
     """Seconds that the products of so many steps take, each as padded as the engine pads it. model: as for ``load_model``."""
-    cpu = executor.mesh.devices.flat[0].platform == "cpu"
-    spec = models.spec_from_config(read_config(find_model(model)), dtype, tp=executor.mesh.size, out_first=cpu)
+    platform = executor.mesh.devices.flat[0].platform
+    spec = models.spec_from_config(read_config(find_model(model)), dtype, tp=executor.mesh.size, out_first=platform == "cpu")
 
     def products(params: tuple, rows: int, ids: jax.Array) -> jax.Array:
         hidden = models.forward(spec, params, ids, ids, lambda layer, q, k, v: q)
@@ -41,7 +42,8 @@ def product_seconds(executor: JaxExecutor, model: str | None, dtype: str, counts
     total = 0.0
     for shape, steps in counts.items():
         ids = jnp.zeros(shape.tokens, jnp.int32)
-        run = jax.jit(products, static_argnums=1).lower(executor.params, shape.rows, ids).compile()
+        jitted = jax.jit(products, static_argnums=1, compiler_options=pk.compiler_options(platform))
+        run = jitted.lower(executor.params, shape.rows, ids).compile()
         call = partial(run, executor.params, ids)
         timing = time_together({"products": Candidate(call, jax.block_until_ready, 1)}, samples=5)["products"]
         total += steps * timing.median

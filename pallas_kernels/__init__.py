@@ -5,6 +5,7 @@ G = Hq / Hkv query heads per KV head. Every op has a folder with ``api.py`` (the
 ``ref.py`` (the definition, slow) and one file per fast implementation. Only ``layout.py`` knows what a pool looks like.
 """
 
+from .compiler import compiler_options
 from .dispatch import implementations_in_use
 from .kv_codec.api import decode_pages, encode_pages
 from .kv_codec.spec import CODECS, CodecSpec, codec_spec, encoded_bytes, encoded_shape
@@ -40,6 +41,7 @@ __all__ = [
     "attention_planner",
     "canonical_row",
     "codec_spec",
+    "compiler_options",
     "copy_pages",
     "decode_pages",
     "encode_pages",

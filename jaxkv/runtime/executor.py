@@ -279,13 +279,13 @@ def _compile_steps(
 ) -> dict[BatchShape, Callable]:
     """One executable per batch shape, compiled ahead of time: afterwards nothing can compile, only fail loudly."""
     whole = NamedSharding(mesh, PartitionSpec())
-    state_at = state_shardings(kv, mesh)
+    state_at, options = state_shardings(kv, mesh), ops.compiler_options(mesh.devices.flat[0].platform)
     like = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)  # noqa: E731
     args = tuple(like(x, x.sharding) for x in params), jax.tree.map(like, state, state_at)
 
     def compile_one(layout: BatchLayout) -> Callable:
         step = build_step(spec, kv, layout, mesh, attention_impl)
-        jitted = jax.jit(step, donate_argnums=1, out_shardings=(state_at, whole))
+        jitted = jax.jit(step, donate_argnums=1, out_shardings=(state_at, whole), compiler_options=options)
         inputs = (layout.words,), (layout.shape.rows, sampling.mask_words(spec.vocab_size))
         return jitted.lower(*args, *(jax.ShapeDtypeStruct(s, jnp.int32, sharding=whole) for s in inputs)).compile()
 

@@ -18,15 +18,16 @@ def empty_partials(shape: tuple[int, ...], head_dim: int) -> jax.Array:
     return jnp.broadcast_to(column, (*shape, head_dim + 2))
 
 
-def partial_attention(q: jax.Array, k: jax.Array, v: jax.Array, ok: jax.Array, soft_cap: float | None) -> jax.Array:
+def partial_attention(q: jax.Array, k: jax.Array, v: jax.Array, ok: jax.Array | None, soft_cap: float | None) -> jax.Array:
     """Partials [..., M, D + 2] of queries q [..., M, D], already scaled, over keys k and values v [..., B, D].
 
-    ok: bool, broadcastable to [..., M, B], which keys each query sees. Values must be finite, keys need not be.
+    ok: bool, broadcastable to [..., M, B], which keys each query sees (None: all). Values must be finite, keys need not be.
     """
     scores = jnp.einsum("...md,...kd->...mk", q, k, preferred_element_type=jnp.float32)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(ok, scores, -jnp.inf)
+    if ok is not None:
+        scores = jnp.where(ok, scores, -jnp.inf)
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), EMPTY)
     weights = jnp.exp(scores - top)
     acc = jnp.einsum("...mk,...kd->...md", weights, v, preferred_element_type=jnp.float32)

@@ -10,6 +10,9 @@ nothing to plan. They hold one short row for each of at most (rows / tile + S) t
 
 Constants were chosen by CPU time at 12 query and 4 KV heads of 64. Keys and values are multiplied in float32 whatever they
 are stored in, because XLA:CPU is slow at 16-bit products of few rows.
+
+Each block is computed as two halves that do not depend on each other, of its KV heads or of its blocks: XLA:CPU splits a
+product over two threads badly and a softmax not at all, but runs one half's softmax beside the other's products.
 """
 
 from __future__ import annotations
@@ -90,13 +93,17 @@ def _singles(
         number = i * at_once + lanes
         block = rows.at[number].get(mode="clip")  # [W, 4 + n]
         row, first, start, stop = (block[:, i] for i in range(4))
-        k, v = take_heads(pool, block[:, 4:], params.layout)  # [W, Hkv, B, D]
         key = first[:, None] + jnp.arange(block_pages * dims.page_size, dtype=I32)[None, :]
         stop = jnp.where(number < total, stop, 0)
         there = (key >= start[:, None]) & (key < stop[:, None])  # [W, B]
-        v = jnp.where(there[:, None, :, None], v.astype(jnp.float32), 0.0)
         mine = q.at[:, row].get(mode="promise_in_bounds").swapaxes(0, 1)  # [W, Hkv, G, D]
-        new = partial_attention(mine, k.astype(jnp.float32), v, there[:, None, None], params.soft_cap)
+
+        def half(lanes: slice) -> jax.Array:
+            k, v = take_heads(pool, block[lanes, 4:], params.layout)  # [W / 2, Hkv, B, D]
+            v = jnp.where(there[lanes, None, :, None], v.astype(jnp.float32), 0.0)
+            return partial_attention(mine[lanes], k.astype(jnp.float32), v, there[lanes, None, None], params.soft_cap)
+
+        new = jnp.concatenate([half(lanes) for lanes in _halves(at_once)])
 
         def add(w: jax.Array, out: jax.Array) -> jax.Array:  # one after the other: blocks may be of the same row
             old = lax.dynamic_slice_in_dim(out, row[w], 1, axis=1)
@@ -121,35 +128,46 @@ def _tiles(
     few, many = (max(1, min(keys // page_size, pages)) for keys in (KEYS, MANY_KEYS))
     rows = jnp.stack(columns, axis=1)
     table = jnp.clip(jnp.pad(batch.table, ((0, 0), (0, many))), 0, dims.num_pages - 1)
-    ahead = jnp.arange(tile, dtype=I32)
+    ahead, halves = jnp.arange(tile, dtype=I32), _halves(kv_heads)
 
     def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
         row, own, seq, start, stop = lax.dynamic_index_in_dim(rows, i, keepdims=False)
         low = jnp.minimum(row, tokens - tile)
         its = (low + ahead >= row) & (low + ahead < row + own)
         mine = lax.dynamic_slice_in_dim(q, low, tile, axis=1).reshape(kv_heads, tile * groups, head_dim)
-        at = jnp.where(its, lax.dynamic_slice_in_dim(batch.positions, low, tile), -1)
-        at = jnp.repeat(at, groups)[:, None]  # [M, 1]
+        position = lax.dynamic_slice_in_dim(batch.positions, low, tile)
+        at = jnp.repeat(jnp.where(its, position, -1), groups)[:, None]  # [M, 1]
 
-        def block(n: int, page: jax.Array, seen: jax.Array) -> jax.Array:
-            """`seen` [Hkv, M, D + 2] after the n pages from number `page` of the sequence."""
+        def block(n: int, masked: bool, page: jax.Array, seen: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            """`seen` [Hkv / 2, M, D + 2] after the n pages from number `page` of the sequence."""
             k, v = take_heads(pool, lax.dynamic_slice(table, (seq, page), (1, n)), params.layout)  # [1, Hkv, B, D]
-            key = page * page_size + jnp.arange(n * page_size, dtype=I32)
-            there = (key >= start) & (key < stop)  # [B]
-            v = jnp.where(there[None, :, None], v[0].astype(jnp.float32), 0.0)
-            ok = (key[None, :] <= at) & there[None, :]  # [M, B]
-            if params.window is not None:
-                ok &= key[None, :] > at - params.window
-            return combine(seen, partial_attention(mine, k[0].astype(jnp.float32), v, ok[None], params.soft_cap))
+            k, v, ok = k[0].astype(jnp.float32), v[0].astype(jnp.float32), None
+            if masked:
+                key = page * page_size + jnp.arange(n * page_size, dtype=I32)
+                there = (key >= start) & (key < stop)  # [B]
+                v = jnp.where(there[None, :, None], v, 0.0)
+                ok = (key[None, :] <= at) & there[None, :]  # [M, B]
+                if params.window is not None:
+                    ok &= key[None, :] > at - params.window
+            return tuple(combine(x, partial_attention(mine[heads], k[heads], v[heads], ok, params.soft_cap))
+                         for x, heads in zip(seen, halves))
 
-        first = start // page_size
+        first, windowed = start // page_size, params.window is not None
         count = (stop - 1) // page_size + 1 - first
-        large = count // many
-        before = lax.dynamic_slice_in_dim(out, low, tile, axis=1).reshape(kv_heads, tile * groups, head_dim + 2)
-        seen = lax.fori_loop(0, large, lambda j, x: block(many, first + j * many, x), before)
+        full = count if windowed else jnp.minimum(stop, jnp.min(jnp.where(its, position, stop)) + 1) // page_size - first
+        large = full // many  # without a window these are blocks of which every row sees every key
         rest = first + large * many
-        seen = lax.fori_loop(0, (count - large * many + few - 1) // few, lambda j, x: block(few, rest + j * few, x), seen)
-        seen = jnp.where(jnp.repeat(its, groups)[None, :, None], seen, before)
+        before = lax.dynamic_slice_in_dim(out, low, tile, axis=1).reshape(kv_heads, tile * groups, head_dim + 2)
+        parts = tuple(before[heads] for heads in halves)
+        parts = lax.fori_loop(0, large, lambda j, x: block(many, windowed, first + j * many, x), parts)
+        small = (count - large * many + few - 1) // few
+        parts = lax.fori_loop(0, small, lambda j, x: block(few, True, rest + j * few, x), parts)
+        seen = jnp.where(jnp.repeat(its, groups)[None, :, None], jnp.concatenate(parts), before)
         return lax.dynamic_update_slice_in_dim(out, seen.reshape(kv_heads, tile, groups, head_dim + 2), low, axis=1)
 
     return lax.fori_loop(0, total, one_tile, out)
+
+
+def _halves(n: int) -> list[slice]:
+    """The two halves of an axis of size n, or all of it if that is 1."""
+    return [slice(0, n // 2), slice(n // 2, n)] if n > 1 else [slice(0, 1)]
