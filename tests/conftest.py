@@ -52,8 +52,9 @@ def forget_executables():
 def as_shipped(monkeypatch):
     """What a test compiles ahead of time is fused as in service, and so needs the memory that it needs there."""
     compile_lowered = jax.stages.Lowered.compile
-    options = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: compile_lowered(self, compiler_options=options))
+    fused = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self, compiler_options=None: compile_lowered(
+        self, compiler_options=fused | (compiler_options or {})))
 
 
 @pytest.fixture
