@@ -1,13 +1,19 @@
 """Strict numerics for every test: five virtual CPU devices (four for meshes, and as many threads as the GPU interpreter
 needs), no implicit promotion, warnings are errors.
 
+Most of the suite's time was XLA's: so it optimises little, and the workers share what it made. A test of the memory that
+a compiled program takes asks for ``as_shipped``.
+
 JAXKV_TEST_PLATFORM=gpu leaves the GPU in: for the tests marked so, which are skipped without one.
 """
 
 import os
+from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = {"gpu": "cuda,cpu"}.get(os.environ.get("JAXKV_TEST_PLATFORM", ""), "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=5"
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0" * (os.environ["JAX_PLATFORMS"] == "cpu")
+os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")  # fatal to later ones
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -21,10 +27,13 @@ from hypothesis import HealthCheck, settings
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# What one module compiled and forgot, the next one finds. Not shared with other processes, which may read half a file.
-COMPILED = tempfile.TemporaryDirectory(prefix="jaxkv-tests-")
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# What one module or worker compiled, the next one finds. With a bound on its size JAX locks it: nobody reads half a file.
+if "JAXKV_TEST_COMPILED" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="jaxkv-tests-")
+    os.environ["JAXKV_TEST_COMPILED"] = COMPILED.name  # the workers inherit it
+jax.config.update("jax_compilation_cache_dir", os.environ["JAXKV_TEST_COMPILED"])
+jax.config.update("jax_compilation_cache_max_size", 2**34)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 settings.register_profile("jaxkv", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -37,6 +46,15 @@ def forget_executables():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def as_shipped(monkeypatch):
+    """What a test compiles ahead of time is fused as in service, and so needs the memory that it needs there."""
+    compile_lowered = jax.stages.Lowered.compile
+    fused = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self, compiler_options=None: compile_lowered(
+        self, compiler_options=fused | (compiler_options or {})))
 
 
 @pytest.fixture

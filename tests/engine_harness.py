@@ -45,7 +45,7 @@ def model(windows: bool, devices: int = 1, dtype: str = "float32") -> tuple[Mode
     return spec, params, mesh
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=6)  # of some 2,600 memory mappings each on one device
 def executor(
     windows: bool, devices: int = 1, dtype: str = "float32", layout: str = "head_major", kv_dtype: str | None = None,
 ) -> JaxExecutor:

@@ -326,7 +326,7 @@ def test_ids_outside_the_vocabulary_are_left_out():
     assert int(sample(np.zeros((1, SMALL), np.float32), [{"params": params, "ban": True}], state)[0][0]) == 3
 
 
-def test_the_state_is_updated_in_place_and_nothing_is_compiled_twice():
+def test_the_state_is_updated_in_place_and_nothing_is_compiled_twice(as_shipped):
     vocab = 257
     state = sampling.init_sampler_state(B, vocab)
     donating = jax.jit(sampling.sample, donate_argnums=2)
@@ -378,7 +378,7 @@ def test_logprobs_are_zeros_when_nobody_asks_and_padded_when_the_vocabulary_is_s
 
 @pytest.mark.parametrize("tokens,rows", [(1, 64), (7, 64), (16, 4), (18, 4)])
 @pytest.mark.parametrize("wanted", ["none", "some", "all"])
-def test_prompt_logprobs_equal_the_dense_ones(tokens, rows, wanted):
+def test_prompt_logprobs_equal_the_dense_ones(tokens, rows, wanted, as_shipped):
     rng = np.random.default_rng(tokens)
     vocab, d = 50, 6
     hidden, w = rng.normal(size=(tokens, d)).astype(np.float32), rng.normal(size=(d, vocab)).astype(np.float32)

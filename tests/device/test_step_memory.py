@@ -6,12 +6,15 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxkv.device.batch import BatchShape
+from jaxkv.device.spec import KVSpec, kv_groups
+from jaxkv.device.state import pool_structs
+from jaxkv.runtime.page_ops import PageForm, compile_page_ops
 from tests.device.test_h100_compile import compile_step
-from tests.engine_harness import executor
+from tests.engine_harness import PAGE, POOL, model
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_step_updates_the_pools_in_place(dtype):
+def test_step_updates_the_pools_in_place(dtype, as_shipped):
     mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
     small, small_pool = compile_step(mesh, dtype, BatchShape(64, 64, 64), pages=512)
     large, large_pool = compile_step(mesh, dtype, BatchShape(64, 64, 64), pages=4096)
@@ -20,8 +23,10 @@ def test_step_updates_the_pools_in_place(dtype):
     assert b.temp_size_in_bytes - a.temp_size_in_bytes < (large_pool - small_pool) / 100, "temporaries grow with the pool"
 
 
-def test_page_moves_update_the_pools_in_place():
-    run = executor(True)
-    for (g, name, _), op in run.tiers.ops.items():
-        pool = sum(p.nbytes for p in run.state.pools[g])
+def test_page_moves_update_the_pools_in_place(as_shipped):
+    spec, _, mesh = model(True)
+    groups = kv_groups(spec, 1, "float32")
+    kv = KVSpec(groups, (POOL,) * len(groups), PAGE, "head_major")
+    for (g, name, _), op in compile_page_ops(kv, mesh, PageForm(kv, mesh)).items():
+        pool = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(pool_structs(kv, mesh)[g]))
         assert name == "gather" or op.memory_analysis().alias_size_in_bytes >= pool, name

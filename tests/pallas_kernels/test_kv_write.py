@@ -30,7 +30,7 @@ def test_writes_rows_and_nothing_else(impl, layout, dtype):
 
 @pytest.mark.parametrize("layout", pk.LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_donated_pool_is_written_in_place(layout, dtype):
+def test_donated_pool_is_written_in_place(layout, dtype, as_shipped):
     pool = jax.ShapeDtypeStruct(pk.pool_shape(layout, 2000, 16, 2, 16), pk.storage_dtype(dtype, "cpu"))
     row = jax.ShapeDtypeStruct((64, 2, 16), jnp.float32)
     write = jax.jit(lambda p, k, v, s: pk.kv_write(p, k, v, s, layout=layout), donate_argnums=0)

@@ -86,7 +86,7 @@ def test_copy_rotates_keys_by_a_position_delta(impl, layout, rotary_dim, dtype, 
 
 @layouts
 @dtypes
-def test_donated_pools_are_written_in_place(layout, dtype):
+def test_donated_pools_are_written_in_place(layout, dtype, as_shipped):
     pool = jax.ShapeDtypeStruct(pk.pool_shape(layout, 2000, 16, 2, 16), pk.storage_dtype(dtype, "cpu"))
     size = 2 * np.prod(pool.shape) * pool.dtype.itemsize
     index = jax.ShapeDtypeStruct((4,), jnp.int32)

@@ -80,7 +80,7 @@ def test_pages_move_as_they_are_stored(impl, layout, dtype):
 
 @layouts
 @dtypes
-def test_donated_pools_are_written_in_place(layout, dtype):
+def test_donated_pools_are_written_in_place(layout, dtype, as_shipped):
     pool = jax.eval_shape(lambda: pk.zero_pool(layout, 4000, 16, 2, 16, dtype, "cpu"))
     size = sum(np.prod(x.shape) * x.dtype.itemsize for x in pool)
     row, index = jax.ShapeDtypeStruct((64, 2, 16), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)

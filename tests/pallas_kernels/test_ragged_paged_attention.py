@@ -195,7 +195,7 @@ def test_matmul_precision_is_respected(highest_precision):
     assert products and all("HIGHEST" in line for line in products)
 
 
-def test_memory_does_not_grow_with_context_or_pool():
+def test_memory_does_not_grow_with_context_or_pool(as_shipped):
     """No [tokens, context] scores, no gathered context, no copy of the pool."""
     def temp(context, num_pages):
         shape = (jax.ShapeDtypeStruct((256, 4, 16), jnp.float32),

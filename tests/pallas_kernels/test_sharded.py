@@ -58,7 +58,7 @@ def test_page_moves(n, layout):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_donated_shards_are_written_in_place(dtype):
+def test_donated_shards_are_written_in_place(dtype, as_shipped):
     ops = ops_over(4, "head_major")
     shape = pk.pool_shape("head_major", 2000, 16, 4, 16)
     pool = jax.ShapeDtypeStruct(shape, pk.storage_dtype(dtype, "cpu"), sharding=NamedSharding(ops.mesh, ops.pool_spec))
