@@ -1,8 +1,8 @@
 """Strict numerics for every test: five virtual CPU devices (four for meshes, and as many threads as the GPU interpreter
 needs), no implicit promotion, warnings are errors.
 
-Most of the suite's time was XLA's: so it optimises little, and the workers share what it made. A test of the memory that
-a compiled program takes asks for ``as_shipped``.
+Most of the suite's time was XLA's: so it optimises little, and the workers share what it made. Executors, and what is
+compiled to see how much memory it takes, are fused as in service (``shipped.py``).
 
 JAXKV_TEST_PLATFORM=gpu leaves the GPU in: for the tests marked so, which are skipped without one.
 """
@@ -23,6 +23,8 @@ import tempfile
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.shipped import as_shipped
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -48,13 +50,10 @@ def forget_executables():
     gc.collect()
 
 
-@pytest.fixture
-def as_shipped(monkeypatch):
-    """What a test compiles ahead of time is fused as in service, and so needs the memory that it needs there."""
-    compile_lowered = jax.stages.Lowered.compile
-    fused = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self, compiler_options=None: compile_lowered(
-        self, compiler_options=fused | (compiler_options or {})))
+@pytest.fixture(name="as_shipped")
+def fused_as_shipped():
+    with as_shipped():
+        yield
 
 
 @pytest.fixture

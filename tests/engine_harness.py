@@ -27,6 +27,7 @@ from jaxkv.runtime.page_ops import PageForm
 from jaxkv.runtime.structured.compiler import GrammarCompiler
 from jaxkv.runtime.tokenizer import Tokenizer
 from jaxkv.sched.scheduler import Scheduler
+from tests.shipped import as_shipped
 
 PAGE, WINDOW, MAX_LEN, SEQS, BUDGET, POOL, HOST = 4, 8, 64, 4, 64, 160, 64
 CONFIG = dict(
@@ -52,7 +53,7 @@ def executor(
     spec, params, mesh = model(windows, devices, dtype)
     groups = kv_groups(spec, devices, kv_dtype or dtype)
     kv = KVSpec(groups, (POOL,) * len(groups), PAGE, layout)
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), as_shipped():
         return JaxExecutor(spec, params, kv, mesh, max_num_seqs=SEQS, max_num_batched_tokens=BUDGET,
                            max_model_len=MAX_LEN, host_bytes=2 * HOST * sum(g.page_bytes(PAGE) for g in groups))
 
