@@ -180,7 +180,8 @@ def run_peers(args: argparse.Namespace) -> dict[str, Any]:
     out = Path(tempfile.mkdtemp()) / "peers.json"
     command = [sys.executable, "run.py", "--peers", f"jaxkv_server,{args.peer}", "--size", args.size, "--workloads",
                args.workloads, "--repeat", str(args.repeat), "--quiet", "20", "--json", str(out)]
-    subprocess.run(command, cwd=args.peers, check=True)
+    here = str(Path(__file__).parent.parent)  # else the server is whatever version the harness's environment has installed
+    subprocess.run(command, cwd=args.peers, check=True, env=os.environ | {"PYTHONPATH": here})
     return json.loads(out.read_text())
 
 
