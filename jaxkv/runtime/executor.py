@@ -25,7 +25,6 @@ from jaxkv.device.spec import KVSpec, ModelSpec
 from jaxkv.device.state import EngineState, compile_zero_state, state_shardings
 from jaxkv.device.step import StepOutput, build_step
 from jaxkv.runtime.disk import DiskStore
-from jaxkv.runtime.memory import return_freed_memory
 from jaxkv.runtime.page_ops import PageForm
 from jaxkv.runtime.structured.matchers import TokenMasks
 from jaxkv.runtime.tiers import Tiers
@@ -294,7 +293,6 @@ def _compile_steps(
     with ThreadPoolExecutor(2) as pool:  # tracing holds the interpreter lock, compiling does not
         for shape, fn in zip(layouts, pool.map(compile_one, layouts.values())):
             out[shape] = fn
-            return_freed_memory()
             if progress:
                 progress(len(out), len(layouts))
     return out

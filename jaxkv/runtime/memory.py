@@ -1,13 +1,11 @@
 """How many pages each KV group and each tier gets: from the sizes the user gave, else from the memory that is free.
 
-Pure arithmetic but for what asks the system: ``free_device_memory``, ``free_host_memory`` and ``return_freed_memory``.
+Pure arithmetic but for ``free_device_memory`` and ``free_host_memory``.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,13 +54,6 @@ def free_host_memory() -> int:
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def return_freed_memory() -> None:
-    """Gives back to the system what malloc keeps of freed memory: compiling a step leaves tens of MiB. Without glibc
-    nothing happens."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def plan_capacity(

@@ -11,8 +11,8 @@ nothing to plan. They hold one short row for each of at most (rows / tile + S) t
 Constants were chosen by CPU time at 12 query and 4 KV heads of 64. Keys and values are multiplied in float32 whatever they
 are stored in, because XLA:CPU is slow at 16-bit products of few rows.
 
-Each block is computed as two halves that do not depend on each other, of its KV heads or of its blocks: XLA:CPU splits a
-product over two threads badly and a softmax not at all, but runs one half's softmax beside the other's products.
+A tile's KV heads are worked on in two halves that do not depend on each other: XLA:CPU splits a product over two threads
+badly and a softmax not at all, but runs one half's softmax beside the other's products. (Singles gain nothing from that.)
 """
 
 from __future__ import annotations
@@ -96,14 +96,10 @@ def _singles(
         key = first[:, None] + jnp.arange(block_pages * dims.page_size, dtype=I32)[None, :]
         stop = jnp.where(number < total, stop, 0)
         there = (key >= start[:, None]) & (key < stop[:, None])  # [W, B]
+        k, v = take_heads(pool, block[:, 4:], params.layout)  # [W, Hkv, B, D]
+        v = jnp.where(there[:, None, :, None], v.astype(jnp.float32), 0.0)
         mine = q.at[:, row].get(mode="promise_in_bounds").swapaxes(0, 1)  # [W, Hkv, G, D]
-
-        def half(lanes: slice) -> jax.Array:
-            k, v = take_heads(pool, block[lanes, 4:], params.layout)  # [W / 2, Hkv, B, D]
-            v = jnp.where(there[lanes, None, :, None], v.astype(jnp.float32), 0.0)
-            return partial_attention(mine[lanes], k.astype(jnp.float32), v, there[lanes, None, None], params.soft_cap)
-
-        new = jnp.concatenate([half(lanes) for lanes in _halves(at_once)])
+        new = partial_attention(mine, k.astype(jnp.float32), v, there[:, None, None], params.soft_cap)
 
         def add(w: jax.Array, out: jax.Array) -> jax.Array:  # one after the other: blocks may be of the same row
             old = lax.dynamic_slice_in_dim(out, row[w], 1, axis=1)
@@ -128,7 +124,8 @@ def _tiles(
     few, many = (max(1, min(keys // page_size, pages)) for keys in (KEYS, MANY_KEYS))
     rows = jnp.stack(columns, axis=1)
     table = jnp.clip(jnp.pad(batch.table, ((0, 0), (0, many))), 0, dims.num_pages - 1)
-    ahead, halves = jnp.arange(tile, dtype=I32), _halves(kv_heads)
+    ahead = jnp.arange(tile, dtype=I32)
+    halves = [slice(0, kv_heads // 2), slice(kv_heads // 2, kv_heads)] if kv_heads > 1 else [slice(0, 1)]
 
     def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
         row, own, seq, start, stop = lax.dynamic_index_in_dim(rows, i, keepdims=False)
@@ -166,8 +163,3 @@ def _tiles(
         return lax.dynamic_update_slice_in_dim(out, seen.reshape(kv_heads, tile, groups, head_dim + 2), low, axis=1)
 
     return lax.fori_loop(0, total, one_tile, out)
-
-
-def _halves(n: int) -> list[slice]:
-    """The two halves of an axis of size n, or all of it if that is 1."""
-    return [slice(0, n // 2), slice(n // 2, n)] if n > 1 else [slice(0, 1)]
