@@ -136,12 +136,9 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def rope_angles(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [T, 1, head_dim / 2], of ``positions`` i32 [T].
-
-    Held by a barrier: XLA would compute them again for every head of every layer.
-    """
+    """cos and sin, float32 [T, 1, head_dim / 2], of ``positions`` i32 [T]."""
     angles = positions.astype(jnp.float32)[:, None, None] * rope_frequencies(rope, head_dim)[None, None, :]
-    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
