@@ -42,7 +42,7 @@ FIELDS = (
     Field("kv_lens", ("G", "S")),
     Field("page_table", ("G", "S", "P")),
     Field("attention_plan", ("G", "A")),
-    Field("row_token", ("R",)),  # index into tokens; T: padding
+    Field("row_token", ("R",)),  # index into tokens; 0: padding too
     Field("row_position", ("R",)),  # position of the token to be sampled
     Field("row_slot", ("R",)),  # B: padding
     Field("temperature", ("R",), "float32"),

@@ -69,7 +69,7 @@ def build_step(
             x, y = jax.lax.with_sharding_constraint((x, y), (whole, by_heads))
             return jax.lax.with_sharding_constraint(models.finish(spec, params, x, y), whole)
 
-        rows = finish(*(x.at[b["row_token"]].get(mode="fill", fill_value=0) for x in last_layer))
+        rows = finish(*(x.at[b["row_token"]].get(mode="promise_in_bounds") for x in last_layer))
         columns = SamplingColumns(**{n: b["row_" + n if "row_" + n in b else n] for n in SamplingColumns._fields})
         tokens, sampler, logprobs = sampling.sample(models.logits(spec, params, rows), columns, state.sampler, masks)
         prompt = sampling.prompt_logprobs(last_layer, b["prompt_targets"],

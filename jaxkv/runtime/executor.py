@@ -66,14 +66,15 @@ class JaxExecutor:
         whole = NamedSharding(mesh, PartitionSpec())  # masks of a step that has none: never read, never sent again
         self._no_masks = {r: jax.device_put(np.zeros((r, sampling.mask_words(spec.vocab_size)), np.int32), whole)
                           for r in {s.rows for s in self.shapes}}
+        self._run_empty_steps()
 
     def submit(self, plan: StepPlan, masks: TokenMasks | None = None) -> StepHandle:
         """Enqueues the plan's transfers, admissions and step, in this order. ``masks``: what some rows may choose. Where the
         device has no memory for one of them, here or later, the result is ``failed``, whatever was submitted after it is void,
-        and ``restore`` comes next. JaxRuntimeError for anything else."""
+        and ``restore`` comes next. JaxRuntimeError or ValueError for anything else."""
         try:
             return self._submit(plan, masks)
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # the latter of functions that have run before
             return LostStep(plan, error)
 
     def restore(self, host_pages: Collection[tuple[int, int]]) -> None:
@@ -86,6 +87,13 @@ class JaxExecutor:
             for leaf in jax.tree.leaves(self.state):
                 leaf.delete()
             self.state = self._zero_state()
+
+    def _run_empty_steps(self) -> None:
+        """Runs every executable once, on no sequence: what its first run costs beyond the others, no request pays, and a step
+        that does not fit the device's memory fails here. JaxRuntimeError then."""
+        for shape, step in self.steps.items():
+            self.state, _ = step(self.params, self.state, self._pack((), shape, None), self._no_masks[shape.rows])
+        jax.block_until_ready(self.state)
 
     def _submit(self, plan: StepPlan, masks: TokenMasks | None) -> StepHandle:
         t0 = time.thread_time()
@@ -169,7 +177,6 @@ class JaxExecutor:
         row_slots, row_ends = np.repeat(slots, counts), np.repeat(cu[1 : n + 1], counts)
         back = np.repeat(np.cumsum(counts), counts) - np.arange(rows, dtype=np.int32)
         b["row_token"][:rows] = row_ends - back
-        b["row_token"][rows:] = shape.tokens
         b["row_position"][:rows] = np.repeat(ends, counts) - back + 1
         b["row_slot"][:rows] = row_slots
         b["row_slot"][rows:] = self.slots
@@ -241,19 +248,23 @@ class Handle:
         return StepResult(tokens, chosen, prompt, hidden)
 
 
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether that is what an error of the device says."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+
+
 class LostStep:
-    """A step that the device had no memory for, which goes to the log. JaxRuntimeError if it was another error.
+    """A step that the device had no memory for, which goes to the log. Raises ``error`` if it was another one.
 
     Buffers that were donated to such a step are gone, whether it failed at dispatch or later, and so is the output of every
     step after it, whose error then says "Out of memory" without its code (seen with jax 0.10.2 on a CPU).
     """
 
-    def __init__(self, plan: StepPlan, error: jax.errors.JaxRuntimeError) -> None:
-        text = str(error)
-        if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+    def __init__(self, plan: StepPlan, error: Exception) -> None:
+        if not ran_out_of_memory(error):
             raise error
         log.error("the device's memory ran out in a step of %d tokens of %d sequences: %s", plan.num_tokens, len(plan.chunks),
-                  text.partition("\n")[0])
+                  str(error).partition("\n")[0])
 
     def read(self) -> StepResult:
         return StepResult((), failed=True)

@@ -24,7 +24,7 @@ from jaxkv.device.spec import KVSpec, cached_dtype, kv_groups
 from jaxkv.device.state import page_bytes
 from jaxkv.runtime.disk import DiskError, DiskFormat, DiskStore
 from jaxkv.runtime.engine import Engine
-from jaxkv.runtime.executor import JaxExecutor
+from jaxkv.runtime.executor import JaxExecutor, ran_out_of_memory
 from jaxkv.runtime.generation_config import default_sampling, eos_token_ids
 from jaxkv.runtime.memory import FETCH_PAGES, Capacity, free_device_memory, free_host_memory, plan_capacity
 from jaxkv.runtime.page_ops import PageForm
@@ -166,7 +166,8 @@ def describe(
 
 @contextlib.contextmanager
 def _refusals(impl: str) -> Iterator[None]:
-    """Kernels that refuse the model or the cache end the start in one line, which gives their reasons."""
+    """Kernels that refuse the model or the cache end the start in one line, which gives their reasons; so does a device
+    without memory for the pools or for a step beside them."""
     try:
         yield
     except (NotImplementedError, ExceptionGroup) as error:
@@ -175,6 +176,11 @@ def _refusals(impl: str) -> Iterator[None]:
             raise
         text = "; ".join(dict.fromkeys(map(str, reasons)))
         raise ConfigError(f"attention_impl {impl} cannot serve this: {text}") from None
+    except jax.errors.JaxRuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise ConfigError("the device's memory does not hold the KV pools and a step: lower kv_cache_memory or "
+                          f"max_num_batched_tokens ({str(error).partition(chr(10))[0]})") from None
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

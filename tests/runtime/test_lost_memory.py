@@ -3,8 +3,12 @@ what the dense oracle says, no page is lost, and it may happen again."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jaxkv import LLM
+from jaxkv.config import ConfigError
+from jaxkv.runtime.executor import JaxExecutor
 from jaxkv.types import Tier
 from tests.engine_harness import disk_store, engine, executor, greedy, run_all
 from tests.test_oracle import assert_greedy, follow_ups, requests
@@ -36,6 +40,16 @@ def at_dispatch(tree):
         return wreck(tree, jnp.float32(0))[0]
     finally:
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(tree))
+
+
+def at_dispatch_again(tree):
+    """The same, on one device, of a function that has run before: JAX then calls it another way, which raises another error."""
+    copy = jax.block_until_ready(jax.tree.map(jnp.copy, tree))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        jax.block_until_ready(at_read(copy))
+    with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED") as raised:
+        at_dispatch(tree)
+    raise raised.value
 
 
 def at_read(tree):
@@ -94,9 +108,10 @@ def check_run(run, faults, windows):
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["sync", "overlap"])
-@pytest.mark.parametrize("how", [at_dispatch, at_read])
-@pytest.mark.parametrize("model, host_pages", [((False,), 0), ((False,), 40), ((True,), 40), ((False, 2), 40)],
-                         ids=["one group", "host", "windows and host", "two devices and host"])
+@pytest.mark.parametrize("model, host_pages, how", [
+    ((False,), 0, at_dispatch), ((False,), 0, at_read), ((False,), 40, at_dispatch), ((False,), 40, at_dispatch_again),
+    ((False,), 40, at_read), ((True,), 40, at_dispatch), ((True,), 40, at_dispatch_again), ((True,), 40, at_read),
+    ((False, 2), 40, at_dispatch), ((False, 2), 40, at_read)])
 def test_a_step_without_memory(model, host_pages, how, overlap, highest_precision, monkeypatch, caplog):
     run = engine(executor(*model), pages=20, host_pages=host_pages, overlap=overlap)
     faults = Faults(run, monkeypatch, "step", how, {9, 40})
@@ -152,3 +167,39 @@ def test_another_error_of_a_step_is_the_end(monkeypatch):
     run.add_request("r", PROMPT, greedy(3))
     with pytest.raises(jax.errors.JaxRuntimeError, match="bus"):
         run.step()
+
+
+@pytest.mark.parametrize("when, expected", [("_run_empty_steps", ConfigError), ("_pack", jax.errors.JaxRuntimeError)])
+def test_no_memory_at_the_start_is_one_line(when, expected, monkeypatch):
+    """For the pools, or for the first run of a step; what else the device says stays as it is."""
+    def fail(*args):
+        return exhaust() if expected is ConfigError else crash()
+
+    def crash():
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device fell off the bus")
+
+    monkeypatch.setattr(JaxExecutor, when, fail)
+    with pytest.raises(expected, match="lower kv_cache_memory or max_num_batched_tokens|bus"):
+        LLM(max_model_len=64, max_num_seqs=1, max_num_batched_tokens=16, kv_cache_memory=2**20, host_kv_memory=0)
+
+
+def test_an_empty_step_changes_nothing(highest_precision):
+    """Every executable runs once before the first request; the state is then as good as new."""
+    run = executor(False)
+    run.state = run._zero_state()
+    first, before = jax.tree.map(np.asarray, run.state), dict(run.steps)
+    ran = []
+
+    def counted(shape):
+        def step(*args):
+            ran.append(shape)
+            return before[shape](*args)
+        return step
+
+    run.steps = {shape: counted(shape) for shape in before}
+    try:
+        run._run_empty_steps()
+    finally:
+        run.steps = before
+    assert ran == list(run.shapes)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, run.state), first)
