@@ -37,6 +37,8 @@ SCHEMAS = {
                                 "required": ["kind", "size"], "additionalProperties": False} for kind in ("box", "bag")},
                "type": "array", "minItems": 1, "maxItems": 2,
                "items": {"oneOf": [{"$ref": "#/$defs/box"}, {"$ref": "#/$defs/bag"}]}},
+    "names of special tokens": {"type": "object", "properties": {"size": {"enum": [1, 2]}, "end": {"const": "<|im_end|>"}},
+                                "required": ["size", "end"], "additionalProperties": False},
 }
 
 
