@@ -44,7 +44,7 @@ SCHEMAS = {
 
 @pytest.fixture(scope="module")
 def server():
-    config = engine_config({"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_memory": "8M",
+    config = engine_config({"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 128, "kv_cache_memory": "8M",
                             "host_kv_memory": 0})
     with serving(lambda: build_engine(config), start_seconds=280, chat=ChatOptions(tool_parser="hermes")) as running:
         yield running
