@@ -36,8 +36,8 @@ def product_seconds(executor: JaxExecutor, model: str | None, dtype: str, counts
     spec = models.spec_from_config(read_config(find_model(model)), dtype, tp=executor.mesh.size, out_first=platform == "cpu")
 
     def products(params: tuple, rows: int, ids: jax.Array) -> jax.Array:
-        hidden = models.forward(spec, params, ids, ids, lambda layer, q, k, v: q)
-        return models.logits(spec, params, hidden[:rows]).max()
+        x, y = models.forward(spec, params, ids, ids, lambda layer, q, k, v: q)
+        return models.logits(spec, params, models.finish(spec, params, x[ids[:rows]], y[ids[:rows]])).max()
 
     total = 0.0
     for shape, steps in counts.items():

@@ -40,7 +40,8 @@ def _dense_logits(spec: ModelSpec, params: models.Params, tokens: jax.Array) -> 
 
     with jax.default_matmul_precision("highest"):
         positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        return models.logits(spec, params, models.forward(spec, params, tokens, positions, attend))
+        hidden = models.finish(spec, params, *models.forward(spec, params, tokens, positions, attend))
+        return models.logits(spec, params, hidden)
 
 
 def dense_logits(spec: ModelSpec, params: models.Params, tokens: np.ndarray | list[int]) -> jax.Array:

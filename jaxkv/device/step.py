@@ -61,12 +61,13 @@ def build_step(
 
         ids = b["token_ids"]
         ids = jnp.where(ids < 0, state.last_tokens[jnp.maximum(~ids, 0)], ids)
-        hidden = models.forward(spec, params, ids, b["positions"], attend)
+        last_layer = models.forward(spec, params, ids, b["positions"], attend)
 
-        rows = hidden.at[b["row_token"]].get(mode="fill", fill_value=0)
+        rows = models.finish(spec, params, *(x.at[b["row_token"]].get(mode="fill", fill_value=0) for x in last_layer))
         columns = SamplingColumns(**{n: b["row_" + n if "row_" + n in b else n] for n in SamplingColumns._fields})
         tokens, sampler, logprobs = sampling.sample(models.logits(spec, params, rows), columns, state.sampler, masks)
-        prompt = sampling.prompt_logprobs(hidden, b["prompt_targets"], lambda h: models.logits(spec, params, h))
+        prompt = sampling.prompt_logprobs(last_layer, b["prompt_targets"],
+                                          lambda x, y: models.logits(spec, params, models.finish(spec, params, x, y)))
         last = state.last_tokens.at[b["row_slot"]].set(tokens, mode="drop")
         return EngineState(tuple(map(tuple, pools)), last, sampler), StepOutput(tokens, logprobs, prompt, rows)
 

@@ -384,7 +384,7 @@ def test_prompt_logprobs_equal_the_dense_ones(tokens, rows, wanted, as_shipped):
     hidden, w = rng.normal(size=(tokens, d)).astype(np.float32), rng.normal(size=(d, vocab)).astype(np.float32)
     targets = rng.integers(0, vocab, tokens).astype(np.int32)
     targets[{"none": slice(None), "some": rng.random(tokens) < 0.7, "all": slice(0)}[wanted]] = -1
-    op = jax.jit(lambda h, t, w: sampling.prompt_logprobs(h, t, lambda x: x @ w, rows))
+    op = jax.jit(lambda h, t, w: sampling.prompt_logprobs((h,), t, lambda x: x @ w, rows))
     got = op(hidden, targets, w)
     on = targets >= 0
     chosen, rank, ids, top = reference_logprobs(hidden @ w, np.maximum(targets, 0))

@@ -21,7 +21,8 @@ def dense_hidden(prompt):
         return dense_attention(q, k, v, scale=spec.scale, window=spec.windows[layer])
 
     with jax.default_matmul_precision("highest"):
-        hidden = models.forward(spec, params, jnp.asarray(prompt, jnp.int32), jnp.arange(len(prompt), dtype=jnp.int32), attend)
+        positions = jnp.arange(len(prompt), dtype=jnp.int32)
+        hidden = models.finish(spec, params, *models.forward(spec, params, jnp.asarray(prompt, jnp.int32), positions, attend))
     return np.asarray(hidden[-1])
 
 

@@ -1,4 +1,4 @@
-"""The families and the four calls the engine makes: a spec from a config, a weight table, ``forward`` and ``logits``.
+"""The families and the calls the engine makes: a spec from a config, a weight table, ``forward``, ``finish``, ``logits``.
 
 Parameters are a flat tuple of leaves in table order (a tuple of 300 leaves costs 48 us to pass to a jitted function,
 a dict 71). Owns no files and no devices.
@@ -71,12 +71,20 @@ def init_params(spec: ModelSpec, key: jax.Array) -> Params:
     return tuple(init_leaves(spec, key))
 
 
-def forward(spec: ModelSpec, params: Params, token_ids: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
-    """token_ids, positions i32 [T] -> hidden [T, d_model] in ``spec.dtype``, final norm applied.
+def forward(
+    spec: ModelSpec, params: Params, token_ids: jax.Array, positions: jax.Array, attend: Attend
+) -> tuple[jax.Array, jax.Array]:
+    """token_ids, positions i32 [T] -> the residual stream before the last layer [T, d_model] and what its attention gives
+    [T, Hq * D], in ``spec.dtype``: as far as every token must go for its KV to be written. ``finish`` does the rest.
 
     ``attend(layer, q [T, Hq, D], k [T, Hkv, D], v)`` -> [T, Hq, D] gets rotated keys, once per layer, in order.
     """
     return FAMILIES[spec.family].forward(spec, _by_name(spec, params), token_ids, positions, attend)
+
+
+def finish(spec: ModelSpec, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Rows of what ``forward`` gives, any R of them -> hidden [R, d_model] in ``spec.dtype``, final norm applied."""
+    return FAMILIES[spec.family].finish(spec, _by_name(spec, params), x, y)
 
 
 def logits(spec: ModelSpec, params: Params, hidden: jax.Array) -> jax.Array:

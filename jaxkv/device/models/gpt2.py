@@ -64,14 +64,25 @@ def weight_table(spec: ModelSpec) -> tuple[WeightDecl, ...]:
 
 def forward(
     spec: ModelSpec, w: layers.Leaves, token_ids: jax.Array, positions: jax.Array, attend: Attend
-) -> jax.Array:
-    """token_ids, positions i32 [T] -> hidden [T, d] after the final norm. ``w``: leaves by name."""
+) -> tuple[jax.Array, jax.Array]:
+    """token_ids, positions i32 [T] -> residual stream [T, d] and attention [T, Hq * D] of the last layer. ``w``: by name."""
     x = layers.embed(w["embed"], token_ids, spec.dtype) + layers.embed(w["positions"], positions, spec.dtype)
-    for i in range(spec.num_layers):
-        at = f"layers.{i}."
-        x = x + attention(spec, w, i, norm(spec, w, at + "norm1", x), attend)
-        x = x + mlp(spec, w, at, norm(spec, w, at + "norm2", x))
-    return norm(spec, w, "norm", x)
+    return run_layers(spec, w, x, attend)
+
+
+def run_layers(spec: ModelSpec, w: layers.Leaves, x: jax.Array, attend: Attend) -> tuple[jax.Array, jax.Array]:
+    """``forward`` from the embeddings x [T, d] on."""
+    y = attention(spec, w, 0, x, attend)
+    for i in range(1, spec.num_layers):
+        x = after_attention(spec, w, i - 1, x, y)
+        y = attention(spec, w, i, x, attend)
+    return x, y
+
+
+def finish(spec: ModelSpec, w: layers.Leaves, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Rows of what ``forward`` gives -> hidden [R, d] after the final norm."""
+    x = after_attention(spec, w, spec.num_layers - 1, x, y)
+    return norm(spec, w, "norm", x) if spec.final_norm else x
 
 
 def norm(spec: ModelSpec, w: layers.Leaves, name: str, x: jax.Array) -> jax.Array:
@@ -80,11 +91,21 @@ def norm(spec: ModelSpec, w: layers.Leaves, name: str, x: jax.Array) -> jax.Arra
 
 
 def attention(spec: ModelSpec, w: layers.Leaves, i: int, x: jax.Array, attend: Attend) -> jax.Array:
-    """Attention without rotation on x [T, d]."""
+    """Attention of layer i without rotation on x [T, d] -> [T, Hq * D]."""
     at = f"layers.{i}."
+    x = norm(spec, w, at + "norm1", x) if spec.norm_first else x
     q, k, v = hf.split_heads(spec, layers.linear(x, w[at + "qkv"], w.get(at + "qkv.bias"), out_first=spec.out_first))
-    y = attend(i, q, k, v).reshape(x.shape[0], -1)
-    return layers.linear(y, w[at + "out"], w.get(at + "out.bias"), out_first=spec.out_first)
+    return attend(i, q, k, v).reshape(x.shape[0], -1)
+
+
+def after_attention(spec: ModelSpec, w: layers.Leaves, i: int, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The rest of layer i, row by row: x [T, d] with the projection of attention y [T, Hq * D], and with the MLP."""
+    at = f"layers.{i}."
+    x = x + layers.linear(y, w[at + "out"], w.get(at + "out.bias"), out_first=spec.out_first)
+    if spec.norm_first:
+        return x + mlp(spec, w, at, norm(spec, w, at + "norm2", x))
+    x = norm(spec, w, at + "norm1", x)
+    return norm(spec, w, at + "norm2", x + mlp(spec, w, at, x))
 
 
 def mlp(spec: ModelSpec, w: layers.Leaves, at: str, x: jax.Array) -> jax.Array:

@@ -136,9 +136,16 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def rope_angles(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [T, 1, head_dim / 2], of ``positions`` i32 [T]."""
-    angles = positions.astype(jnp.float32)[:, None, None] * rope_frequencies(rope, head_dim)[None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    """cos and sin, float32 [T, 1, head_dim / 2], of ``positions`` i32 [T].
+
+    XLA:CPU would compute them again for every head of every layer, because it fuses whatever it can into the readers and has
+    dropped optimisation barriers by then. It does not fuse products, and that with the identity changes no finite number.
+    """
+    angles = positions.astype(jnp.float32)[:, None] * rope_frequencies(rope, head_dim)[None, :]
+    both = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
+    once = partial(jnp.matmul, precision="highest", b=jnp.eye(head_dim, dtype=jnp.float32))
+    cos, sin = jnp.split(jax.lax.platform_dependent(both, cpu=once, default=lambda x: x)[:, None, :], 2, axis=-1)
+    return cos, sin
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:

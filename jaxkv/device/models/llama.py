@@ -54,29 +54,41 @@ def weight_table(spec: ModelSpec) -> tuple[WeightDecl, ...]:
 
 def forward(
     spec: ModelSpec, w: layers.Leaves, token_ids: jax.Array, positions: jax.Array, attend: Attend
-) -> jax.Array:
-    """token_ids, positions i32 [T] -> hidden [T, d] after the final norm. ``w``: leaves by name."""
+) -> tuple[jax.Array, jax.Array]:
+    """token_ids, positions i32 [T] -> residual stream [T, d] and attention [T, Hq * D] of the last layer. ``w``: by name."""
     assert spec.rope is not None
     x = layers.embed(w["embed"], token_ids, spec.dtype)
     angles = layers.rope_angles(spec.rope, spec.head_dim, positions)
-    for i in range(spec.num_layers):
-        at = f"layers.{i}."
-        x = x + attention(spec, w, i, layers.rms_norm(x, w[at + "norm1"], spec.norm_eps), angles, attend)
-        x = x + mlp(spec, w, at, layers.rms_norm(x, w[at + "norm2"], spec.norm_eps))
-    return layers.rms_norm(x, w["norm"], spec.norm_eps)
+    y = attention(spec, w, 0, x, angles, attend)
+    for i in range(1, spec.num_layers):
+        x = after_attention(spec, w, i - 1, x, y)
+        y = attention(spec, w, i, x, angles, attend)
+    return x, y
+
+
+def finish(spec: ModelSpec, w: layers.Leaves, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Rows of what ``forward`` gives -> hidden [R, d] after the final norm."""
+    return layers.rms_norm(after_attention(spec, w, spec.num_layers - 1, x, y), w["norm"], spec.norm_eps)
 
 
 def attention(
     spec: ModelSpec, w: layers.Leaves, i: int, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend
 ) -> jax.Array:
-    """Attention block of layer i on normalised x [T, d]; keys are rotated before ``attend`` sees them."""
+    """Attention of layer i on x [T, d] -> [T, Hq * D]; keys are rotated before ``attend`` sees them."""
     at = f"layers.{i}."
+    x = layers.rms_norm(x, w[at + "norm1"], spec.norm_eps)
     q, k, v = hf.split_heads(spec, layers.linear(x, w[at + "qkv"], w.get(at + "qkv.bias"), out_first=spec.out_first))
     if spec.qk_norm:
         q = layers.rms_norm(q, w[at + "q_norm"], spec.norm_eps)
         k = layers.rms_norm(k, w[at + "k_norm"], spec.norm_eps)
-    y = attend(i, layers.rotate(q, angles), layers.rotate(k, angles), v)
-    return layers.linear(y.reshape(x.shape[0], -1), w[at + "out"], w.get(at + "out.bias"), out_first=spec.out_first)
+    return attend(i, layers.rotate(q, angles), layers.rotate(k, angles), v).reshape(x.shape[0], -1)
+
+
+def after_attention(spec: ModelSpec, w: layers.Leaves, i: int, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The rest of layer i, row by row: x [T, d] with the projection of attention y [T, Hq * D], and with the MLP."""
+    at = f"layers.{i}."
+    x = x + layers.linear(y, w[at + "out"], w.get(at + "out.bias"), out_first=spec.out_first)
+    return x + mlp(spec, w, at, layers.rms_norm(x, w[at + "norm2"], spec.norm_eps))
 
 
 def mlp(spec: ModelSpec, w: layers.Leaves, at: str, x: jax.Array) -> jax.Array:

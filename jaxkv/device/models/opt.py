@@ -8,10 +8,12 @@ import jax
 
 from jaxkv.config import ConfigError
 from jaxkv.device.models import hf, layers
-from jaxkv.device.models.gpt2 import attention, mlp, norm
+from jaxkv.device.models.gpt2 import finish, run_layers
 from jaxkv.device.models.hf import Attend
 from jaxkv.device.models.table import Part, Source, TableBuilder, WeightDecl
 from jaxkv.device.spec import ModelSpec
+
+__all__ = ["BASE", "finish", "forward", "make_spec", "weight_table"]
 
 BASE = "model."  # prefix of the decoder's tensors; a bare decoder's file lacks it
 POSITION_OFFSET = 2  # rows of the position table before position 0
@@ -75,16 +77,8 @@ def weight_table(spec: ModelSpec) -> tuple[WeightDecl, ...]:
 
 def forward(
     spec: ModelSpec, w: layers.Leaves, token_ids: jax.Array, positions: jax.Array, attend: Attend
-) -> jax.Array:
-    """token_ids, positions i32 [T] -> hidden [T, d] after the final norm. ``w``: leaves by name."""
+) -> tuple[jax.Array, jax.Array]:
+    """token_ids, positions i32 [T] -> residual stream [T, d] and attention [T, Hq * D] of the last layer. ``w``: by name."""
     x = layers.embed(w["embed"], token_ids, spec.dtype)
     x = x + layers.embed(w["positions"], positions + POSITION_OFFSET, spec.dtype)
-    for i in range(spec.num_layers):
-        at = f"layers.{i}."
-        if spec.norm_first:
-            x = x + attention(spec, w, i, norm(spec, w, at + "norm1", x), attend)
-            x = x + mlp(spec, w, at, norm(spec, w, at + "norm2", x))
-        else:
-            x = norm(spec, w, at + "norm1", x + attention(spec, w, i, x, attend))
-            x = norm(spec, w, at + "norm2", x + mlp(spec, w, at, x))
-    return norm(spec, w, "norm", x) if spec.final_norm else x
+    return run_layers(spec, w, x, attend)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from jaxkv.device.models import hf
-from jaxkv.device.models.llama import BASE, forward, weight_table
+from jaxkv.device.models.llama import BASE, finish, forward, weight_table
 from jaxkv.device.spec import ModelSpec
 
-__all__ = ["BASE", "forward", "make_spec", "weight_table"]
+__all__ = ["BASE", "finish", "forward", "make_spec", "weight_table"]
 
 
 def make_spec(config: dict[str, Any]) -> ModelSpec:

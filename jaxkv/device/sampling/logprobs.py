@@ -41,11 +41,11 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array) -> TokenLogprobs:
 
 
 def prompt_logprobs(
-    hidden: jax.Array, targets: jax.Array, logits_fn: Callable[[jax.Array], jax.Array], rows: int = 64
+    states: tuple[jax.Array, ...], targets: jax.Array, logits_fn: Callable[..., jax.Array], rows: int = 64
 ) -> TokenLogprobs:
-    """Of ``targets`` i32 [T] (-1: not wanted, its result is unspecified) given ``hidden`` [T, d].
+    """Of ``targets`` i32 [T] (-1: not wanted, its result is unspecified) given ``states``, each [T, ...].
 
-    ``logits_fn(hidden [r, d]) -> f32 [r, V]`` runs on slices of ``rows`` positions, only on those that hold a target:
+    ``logits_fn(*states [r, ...]) -> f32 [r, V]`` runs on slices of ``rows`` positions, only on those that hold a target:
     [T, V] never exists, and a step without targets pays for one reduction.
     """
     num_tokens = targets.shape[0]
@@ -58,7 +58,7 @@ def prompt_logprobs(
         cut = lambda x: lax.dynamic_slice_in_dim(x, start, rows)  # noqa: E731
 
         def compute() -> TokenLogprobs:
-            new = token_logprobs(logits_fn(cut(hidden)), jnp.maximum(cut(targets), 0))
+            new = token_logprobs(logits_fn(*map(cut, states)), jnp.maximum(cut(targets), 0))
             return jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, 0), out, new)
 
         return lax.cond(jnp.any(cut(wanted)), compute, lambda: out)
