@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pallas_kernels as ops
 from jaxkv.device import models, sampling
@@ -42,6 +42,7 @@ def build_step(
     mesh_ops = ops.MeshOps(mesh, kv.layout)
     write_impl = attention_impl if attention_impl in ops.KV_WRITE_IMPLEMENTATIONS else "auto"
     where = {layer: (g, i) for g, group in enumerate(kv.groups) for i, layer in enumerate(group.layers)}
+    whole, by_heads = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "tp"))
     max_q_len = 1 if layout.shape.decode else None
     # jitted: traced once per group, not once per layer
     attention = [jax.jit(partial(mesh_ops.ragged_paged_attention, scale=spec.scale, window=group.window,
@@ -63,11 +64,16 @@ def build_step(
         ids = jnp.where(ids < 0, state.last_tokens[jnp.maximum(~ids, 0)], ids)
         last_layer = models.forward(spec, params, ids, b["positions"], attend)
 
-        rows = models.finish(spec, params, *(x.at[b["row_token"]].get(mode="fill", fill_value=0) for x in last_layer))
+        def finish(x: jax.Array, y: jax.Array) -> jax.Array:
+            # Said, because the partitioner would else split the residual stream of all layers and gather it for each product.
+            x, y = jax.lax.with_sharding_constraint((x, y), (whole, by_heads))
+            return jax.lax.with_sharding_constraint(models.finish(spec, params, x, y), whole)
+
+        rows = finish(*(x.at[b["row_token"]].get(mode="fill", fill_value=0) for x in last_layer))
         columns = SamplingColumns(**{n: b["row_" + n if "row_" + n in b else n] for n in SamplingColumns._fields})
         tokens, sampler, logprobs = sampling.sample(models.logits(spec, params, rows), columns, state.sampler, masks)
         prompt = sampling.prompt_logprobs(last_layer, b["prompt_targets"],
-                                          lambda x, y: models.logits(spec, params, models.finish(spec, params, x, y)))
+                                          lambda x, y: models.logits(spec, params, finish(x, y)))
         last = state.last_tokens.at[b["row_slot"]].set(tokens, mode="drop")
         return EngineState(tuple(map(tuple, pools)), last, sampler), StepOutput(tokens, logprobs, prompt, rows)
 
