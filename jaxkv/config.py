@@ -8,6 +8,8 @@ EVICTION_POLICIES = ("lfu", "lru", "lfu-plain", "lfu-decayed", "arc", "2q", "gds
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DISK_WRITES = ("reuse", "evict")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "int8", "fp8_e4m3")
+KV_CODEC_LEVELS = ("exact", "int8", "int4")
+KV_CODECS = (*KV_CODEC_LEVELS, "mixed")
 KV_LAYOUTS = ("auto", "token_major", "head_major", "paired")
 ATTENTION_IMPLS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu", "ref")
 
@@ -93,6 +95,13 @@ class CacheConfig:
             raise ConfigError("disk_kv_memory and disk_kv_required need disk_kv_path")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ConfigError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {self.kv_cache_dtype!r}")
+        levels = set(str(self.kv_codec).split(","))
+        if self.kv_codec not in KV_CODECS and not levels <= set(KV_CODEC_LEVELS):
+            raise ConfigError(f"kv_codec must be one of {', '.join(KV_CODECS)}, or one of {', '.join(KV_CODEC_LEVELS)} for "
+                              f"each layer with commas between, got {self.kv_codec!r}")
+        if self.kv_cache_dtype in ("int8", "fp8_e4m3") and levels != {"exact"}:
+            raise ConfigError(f"kv_codec must be exact with kv_cache_dtype {self.kv_cache_dtype}, which is quantised already, "
+                              f"got {self.kv_codec!r}")
         if self.kv_layout not in KV_LAYOUTS:
             raise ConfigError(f"kv_layout must be one of {', '.join(KV_LAYOUTS)}, got {self.kv_layout!r}")
 

@@ -8,6 +8,7 @@ JAXKV_TEST_PLATFORM=gpu leaves the GPU in: for the tests marked so, which are sk
 """
 
 import os
+import tempfile
 from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = {"gpu": "cuda,cpu"}.get(os.environ.get("JAXKV_TEST_PLATFORM", ""), "cpu")
@@ -17,8 +18,15 @@ os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false" * version("jax
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# What one module, worker or server of a test compiled, the next one finds, and the user's own cache stays as it is. With a
+# bound on its size JAX locks it: nobody reads half a file.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="jaxkv-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name  # the workers inherit it
+os.environ |= {"JAX_COMPILATION_CACHE_MAX_SIZE": str(2**34), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+               "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+
 import gc
-import tempfile
 
 import jax
 import pytest
@@ -28,15 +36,6 @@ from tests.shipped import as_shipped
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# What one module or worker compiled, the next one finds. With a bound on its size JAX locks it: nobody reads half a file.
-if "JAXKV_TEST_COMPILED" not in os.environ:
-    COMPILED = tempfile.TemporaryDirectory(prefix="jaxkv-tests-")
-    os.environ["JAXKV_TEST_COMPILED"] = COMPILED.name  # the workers inherit it
-jax.config.update("jax_compilation_cache_dir", os.environ["JAXKV_TEST_COMPILED"])
-jax.config.update("jax_compilation_cache_max_size", 2**34)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 settings.register_profile("jaxkv", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("jaxkv")

@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import Mesh
 
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import CacheConfig, EngineConfig, SchedConfig
 from jaxkv.device import models
-from jaxkv.device.batch import step_sizes
+from jaxkv.device.batch import BatchShape, batch_shapes, step_sizes
 from jaxkv.device.sharding import param_shardings
 from jaxkv.device.spec import KVSpec, ModelSpec, kv_groups
 from jaxkv.params import SamplingParams
@@ -46,14 +47,22 @@ def model(windows: bool, devices: int = 1, dtype: str = "float32") -> tuple[Mode
     return spec, params, mesh
 
 
+def few_shapes(max_seqs: int, max_tokens: int) -> tuple[BatchShape, ...]:
+    """Of those of ``batch_shapes`` a decode step, a small one and the largest, each for all sequences."""
+    return tuple(s for s in batch_shapes(max_seqs, max_tokens) if s.seqs == max_seqs and s.tokens in (max_seqs, 16, max_tokens))
+
+
 @lru_cache(maxsize=6)  # of some 2,600 memory mappings each on one device
 def executor(
     windows: bool, devices: int = 1, dtype: str = "float32", layout: str = "head_major", kv_dtype: str | None = None,
 ) -> JaxExecutor:
+    """With all batch shapes on one device and the pools that most tests have, else with few: compiling one takes seconds."""
     spec, params, mesh = model(windows, devices, dtype)
     groups = kv_groups(spec, devices, kv_dtype or dtype)
     kv = KVSpec(groups, (POOL,) * len(groups), PAGE, layout)
-    with jax.default_matmul_precision("highest"), as_shipped():
+    with jax.default_matmul_precision("highest"), as_shipped(), pytest.MonkeyPatch.context() as patch:
+        if (devices, dtype, layout, kv_dtype) != (1, "float32", "head_major", None):
+            patch.setattr("jaxkv.runtime.executor.batch_shapes", few_shapes)
         return JaxExecutor(spec, params, kv, mesh, max_num_seqs=SEQS, max_num_batched_tokens=BUDGET,
                            max_model_len=MAX_LEN, host_bytes=2 * HOST * sum(g.page_bytes(PAGE) for g in groups))
 

@@ -15,6 +15,7 @@ import pytest
 
 import jaxkv
 from jaxkv import LLM, SamplingParams, Structured
+from jaxkv.runtime import weights
 from tests.text_models import SMALL, small_llm, small_model
 
 ROOT = Path(__file__).parent.parent
@@ -260,8 +261,18 @@ def test_without_tokenizer(model_dir):
     (dict(attention_impl="triton"), "attention_impl must be one of auto, xla"),
     (dict(kv_cache_dtype="int3"), "kv_cache_dtype must be one of auto, bfloat16"),
     (dict(kv_layout="columns"), "kv_layout must be one of auto, token_major"),
+    (dict(kv_codec="int3"), "kv_codec must be one of exact, int8, int4, mixed, or"),
+    (dict(kv_codec=None), "kv_codec must be one of exact"),
+    (dict(kv_codec="int8,mixed"), "kv_codec must be one of .* for each layer"),
+    (dict(kv_codec="exact,int8", kv_cache_dtype="int8"), "kv_codec must be exact with kv_cache_dtype int8"),
 ])
 def test_kernels_and_caches_that_cannot_be(options, message, tmp_path):
     """They are refused before the model is looked for."""
     with pytest.raises(ValueError, match=message):
         LLM(str(tmp_path / "no model"), **options)
+
+
+def test_a_codec_for_other_layers_is_refused_before_weights_are_read(model_dir, monkeypatch):
+    monkeypatch.setattr(weights, "place", None)
+    with pytest.raises(jaxkv.ConfigError, match=r"kv_codec: .* or 2 of .* a layer, got 'int8,int8,int4'"):
+        LLM(str(model_dir), **SMALL, kv_codec="int8,int8,int4")

@@ -20,7 +20,7 @@ import pallas_kernels as ops
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import CacheConfig, ConfigError, EngineConfig
 from jaxkv.device.batch import batch_shapes, step_sizes
-from jaxkv.device.spec import KVSpec, cached_dtype, kv_groups
+from jaxkv.device.spec import KVSpec, ModelSpec, cached_dtype, kv_groups
 from jaxkv.device.state import page_bytes
 from jaxkv.runtime.disk import DiskError, DiskFormat, DiskStore
 from jaxkv.runtime.engine import Engine
@@ -46,7 +46,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     if impl.startswith("mosaic_") and impl != f"mosaic_{platform}":
         raise ConfigError(f"attention_impl {impl} needs a {impl[-3:].upper()}, but the devices are {platform}")
     model = load_model(config.model.model, mesh, dtype=config.model.dtype, load_format=config.model.load_format,
-                       seed=config.seed, show_progress=show_progress)
+                       seed=config.seed, show_progress=show_progress, check=lambda spec: _check_codec(config.cache, spec))
     tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
     defaults = default_sampling(model.directory) if config.model.generation_config == "auto" else {}
     max_model_len = resolve_max_model_len(config, model)
@@ -55,7 +55,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     groups = kv_groups(model.spec, mesh.size, kv_dtype)
     layout = ops.resolve_layout(cache.kv_layout, model.spec.head_dim, platform)
     kv = KVSpec(groups, (0,) * len(groups), cache.page_size, layout)  # without pages, until their memory is shared out
-    form = _page_form(kv, mesh, cache.kv_codec)
+    form = PageForm(kv, mesh, cache.kv_codec)
     disk = open_disk(cache, form, model.fingerprint, groups[0].kv_heads // model.spec.num_kv_heads)
     capacity = plan_capacity(
         groups, cache.page_size, sched, max_model_len, kv_cache_memory=cache.kv_cache_memory,
@@ -90,9 +90,9 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
                         "kernels": _kernels()})
 
 
-def _page_form(kv: KVSpec, mesh: Mesh, codec: str) -> PageForm:
+def _check_codec(cache: CacheConfig, spec: ModelSpec) -> None:
     try:
-        return PageForm(kv, mesh, codec)
+        ops.codec_spec(cache.kv_codec, spec.num_layers)
     except ValueError as error:
         raise ConfigError(f"kv_codec: {error}") from None
 

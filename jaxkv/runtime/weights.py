@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,13 @@ class LoadedModel:
 
 def load_model(
     model: str | None, mesh: Mesh, *, dtype: str = "auto", weight_dtype: str | None = None, load_format: str = "auto",
-    seed: int = 0, show_progress: bool = False,
+    seed: int = 0, show_progress: bool = False, check: Callable[[ModelSpec], None] | None = None,
 ) -> LoadedModel:
     """Load ``model`` (directory, hub id, None: the built-in model) over the mesh axis "tp".
 
     ``dtype`` "auto": float32 on CPU, else the checkpoint's. ``load_format`` "dummy": random weights from ``seed``,
-    no weight file is opened. ConfigError, one line, for everything that is wrong with the directory.
+    no weight file is opened. ``check`` is given the spec before a weight is read. ConfigError, one line, for everything that
+    is wrong with the directory.
     """
     directory = find_model(model)
     config = read_config(directory)
@@ -72,6 +73,8 @@ def load_model(
         entries = read_headers(directory)
     dtype = resolve_dtype(dtype, platform, config, entries)
     spec = models.spec_from_config(config, dtype, weight_dtype=weight_dtype, tp=tp, out_first=platform == "cpu")
+    if check:
+        check(spec)
     if load_format == "dummy":
         leaves: Iterator[np.ndarray | jax.Array] = models.init_leaves(spec, jax.random.key(seed))
     elif orbax:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels as pk
-from jaxkv.config import ATTENTION_IMPLS, KV_LAYOUTS
+from jaxkv.config import ATTENTION_IMPLS, KV_CODECS, KV_LAYOUTS
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.ragged_paged_attention.api import IMPLEMENTATIONS
 
@@ -38,9 +38,9 @@ def test_nobody_left():
         dispatch("op", {"a": refuse, "b": lambda x: x}, "a", 7)
 
 
-def test_the_options_name_every_implementation_of_attention_and_every_layout():
+def test_the_options_name_every_implementation_of_attention_every_layout_and_every_codec():
     assert set(ATTENTION_IMPLS) == {"auto", *IMPLEMENTATIONS}
-    assert KV_LAYOUTS == ("auto", *pk.LAYOUTS)
+    assert KV_LAYOUTS == ("auto", *pk.LAYOUTS) and KV_CODECS == pk.CODECS
 
 
 def test_pool_shapes():

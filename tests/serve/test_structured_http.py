@@ -37,12 +37,14 @@ SCHEMAS = {
                                 "required": ["kind", "size"], "additionalProperties": False} for kind in ("box", "bag")},
                "type": "array", "minItems": 1, "maxItems": 2,
                "items": {"oneOf": [{"$ref": "#/$defs/box"}, {"$ref": "#/$defs/bag"}]}},
+    "names of special tokens": {"type": "object", "properties": {"size": {"enum": [1, 2]}, "end": {"const": "<|im_end|>"}},
+                                "required": ["size", "end"], "additionalProperties": False},
 }
 
 
 @pytest.fixture(scope="module")
 def server():
-    config = engine_config({"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_memory": "8M",
+    config = engine_config({"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 128, "kv_cache_memory": "8M",
                             "host_kv_memory": 0})
     with serving(lambda: build_engine(config), start_seconds=280, chat=ChatOptions(tool_parser="hermes")) as running:
         yield running

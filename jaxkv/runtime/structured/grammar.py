@@ -7,6 +7,7 @@ one step may cost. Theirs are for trusted grammars (a step took 0.9 s within the
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from jaxkv.params import Structured
@@ -20,6 +21,7 @@ WHITE_SPACE: Any = {"whitespace_pattern": r"[ \t]|\r?\n[ \t]{0,20}"}
 MAX_REASON = 300  # characters of llguidance's message that are passed on
 ONE_OF = ("oneOf is followed only where it is certain that no two branches hold at once: give each a required property with "
           "a const or enum of its own, or say anyOf")
+FREELY = '\n%llguidance {"no_forcing": true}\n'  # whichever tokens spell a text that must follow: else those of the tokenizer
 _LIMITS: Any = {"max_items_in_row": 500, "initial_lexer_fuel": 500_000, "step_lexer_fuel": 60_000, "step_max_items": 10_000,
                 "max_lexer_states": 20_000, "max_grammar_size": 200_000, "verbose_errors": False}
 
@@ -45,8 +47,28 @@ def make_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     return matcher
 
 
-def grammar_of(structured: Structured) -> str:
-    """What ``make_matcher`` takes. ValueError says why there is none."""
+def special_texts(tokenizer: LLTokenizer, tokenizer_json: str) -> list[str]:
+    """How the tokens are called that stand for no text."""
+    return [token["content"] for token in json.loads(tokenizer_json)["added_tokens"] if tokenizer.is_special_token(token["id"])]
+
+
+def grammar_of(structured: Structured, special: Iterable[str] = ()) -> str:
+    """What ``make_matcher`` takes. ValueError says why there is none.
+
+    A text of ``special`` may be part of an answer like any other, letter by letter. Where it must follow, llguidance takes
+    the tokenizer's token for it and fails, since that stands for no text: so then nothing is spelt by the tokenizer.
+    """
+    grammar = _grammar_of(structured)
+    plain = grammar.replace("\\", "")
+    if not any(text in plain or json.dumps(text)[1:-1].replace("\\", "") in plain for text in special):
+        return grammar
+    if grammar.startswith("{"):  # JSON, which has no place for options
+        part, = json.loads(grammar)["grammars"]
+        grammar = part["lark_grammar"] or "start: %json " + json.dumps(part["json_schema"])
+    return grammar + FREELY
+
+
+def _grammar_of(structured: Structured) -> str:
     from llguidance import LLMatcher, grammar_from
 
     kind, value = structured.kind, structured.value

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkv.params import Structured
-from jaxkv.runtime.structured.grammar import grammar_of, make_matcher, make_tokenizer, reason, shorten
+from jaxkv.runtime.structured.grammar import grammar_of, make_matcher, make_tokenizer, reason, shorten, special_texts
 
 SECONDS = 5.0  # for one compile
 MEMORY = 2**31  # bytes of address space
@@ -86,11 +86,12 @@ def _main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     setup = json.loads(sys.stdin.readline())
     tokenizer = _answer(lambda: make_tokenizer(**setup), lambda _: "")
+    special = special_texts(tokenizer, setup["tokenizer_json"]) if tokenizer else []
     threading.stack_size(STACK)
     for line in sys.stdin:
         structured = Structured(**json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
-        _answer(lambda: _try(tokenizer, structured), str)  # noqa: B023  runs before the next line
+        _answer(lambda: _try(tokenizer, structured, special), str)  # noqa: B023  runs before the next line
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -112,8 +113,8 @@ def _answer(action: Callable[[], Any], shown: Callable[[Any], str]) -> Any:
     return result[0] if result else None
 
 
-def _try(tokenizer: Any, structured: Structured) -> str:
-    grammar = grammar_of(structured)
+def _try(tokenizer: Any, structured: Structured, special: list[str]) -> str:
+    grammar = grammar_of(structured, special)
     matcher, draw = make_matcher(tokenizer, grammar), random.Random(0)
     for _ in range(WALK):
         if matcher.is_stopped():

@@ -132,6 +132,22 @@ def test_masks_agree_with_the_text_of_tokens(tmp_path, write):
     grammars.close()
 
 
+@pytest.mark.parametrize("kind, value, text", [
+    ("json_schema", '{"enum": ["a<|im_start|>b"]}', '"a<|im_start|>b"'), ("regex", r"<\|im_start\|>", "<|im_start|>"),
+    ("json_schema", r'{"const": "\u003c|im_start|>"}', '"<|im_start|>"'), ("choice", '["<|im_start|>"]', "<|im_start|>"),
+    ("grammar", 'start: "x<|im_start|>"', "x<|im_start|>"), ("grammar", 'root ::= "<|im_start|>"', "<|im_start|>"),
+    ("grammar", 'start: <|im_start|> "x<|im_start|>"', "<|im_start|>x<|im_start|>")], ids=str)
+def test_the_name_of_a_special_token_is_a_text_like_any_other(grammars, tokenizer, kind, value, text):
+    matcher, ids = grammars.compile(Structured(kind, value)).matcher(), []
+    while not matcher.is_stopped():
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        assert mask and not matcher.is_error()
+        ids.append((mask & -mask).bit_length() - 1)
+        assert matcher.consume_token(ids[-1])
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert (1 in ids) == (kind == "grammar" and value.startswith("start: <"))
+
+
 def test_without_an_end_token_there_is_none(tokenizer):
     grammars = GrammarCompiler(tokenizer, tokenizer.vocab_size, ())
     with pytest.raises(ValueError, match="no end-of-sequence"):
