@@ -1,8 +1,8 @@
 """How long an idle engine waits for the other requests of a burst.
 
 What clients send together arrives milliseconds apart, and a step that has begun takes no more prompts: the first would have
-a step to itself while all others wait for it to end. So an idle engine first waits a moment, but never longer than a small
-share of what the prompts it already has will take.
+a step to itself while all others wait for it to end. So an idle engine first waits a moment, for 2 ms behind each arrival, but
+never longer than a small share of what computing the prompts it already has takes (without what the cache spares).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 
 from jaxkv.serve.calls import Call
 
-SHARE = 0.02  # of the time that the prompts will take
+SHARE = 0.02  # of the time that the prompts take
 GAP_S = 0.002  # without an arrival: the burst is over
 LONGEST_S = 0.02
 MANY = 64  # tokens of a step that is worth timing
