@@ -20,10 +20,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # What one module, worker or server of a test compiled, the next one finds, and the user's own cache stays as it is. With a
 # bound on its size JAX locks it: nobody reads half a file.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+if "JAXKV_TEST_COMPILED" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="jaxkv-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name  # the workers inherit it
-os.environ |= {"JAX_COMPILATION_CACHE_MAX_SIZE": str(2**34), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    os.environ["JAXKV_TEST_COMPILED"] = COMPILED.name  # the workers inherit it
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": os.environ["JAXKV_TEST_COMPILED"],
+               "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**34), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 import gc

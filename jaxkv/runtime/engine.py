@@ -151,6 +151,10 @@ class Engine:
         self._refresh()
         return deltas
 
+    def prefill_seconds(self, tokens: int) -> float:
+        """To compute a prompt of so many tokens of which nothing is cached, as learnt from steps; 0 before the first."""
+        return self.scheduler.cache.costs.prefill_seconds(0, tokens)
+
     def inspect_kv(self, top: int) -> dict[str, Any]:
         """The cache as JSON: tiers, counters, the ``top`` nodes of the trie."""
         return inspect(self.scheduler.cache, top)

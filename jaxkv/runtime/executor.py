@@ -79,7 +79,7 @@ class JaxExecutor:
 
     def restore(self, host_pages: Collection[tuple[int, int]]) -> None:
         """After a step without memory: forget all transfers under way and all host pages but these, (group, page), and where
-        the step took the state along make a new one, zeroed. JaxRuntimeError if there is no memory for that either."""
+        the step took the state along make a new one, zeroed. JaxRuntimeError or ValueError if there is no memory for that."""
         self.tiers.keep(host_pages)
         try:
             jax.block_until_ready(self.state)
@@ -89,8 +89,8 @@ class JaxExecutor:
             self.state = self._zero_state()
 
     def _run_empty_steps(self) -> None:
-        """Runs every executable once, on no sequence: what its first run costs beyond the others, no request pays, and a step
-        that does not fit the device's memory fails here. JaxRuntimeError then."""
+        """Runs every step executable once, on no sequence: what its first run costs beyond the others no request pays, but for
+        attention's part, and a step that does not fit the device's memory fails here. JaxRuntimeError then."""
         for shape, step in self.steps.items():
             self.state, _ = step(self.params, self.state, self._pack((), shape, None), self._no_masks[shape.rows])
         jax.block_until_ready(self.state)

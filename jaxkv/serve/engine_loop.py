@@ -22,7 +22,7 @@ from jaxkv.params import CacheHints, SamplingParams
 from jaxkv.runtime.metrics import EngineMetrics
 from jaxkv.runtime.outputs import Delta
 from jaxkv.runtime.structured.compiler import GrammarCompiler
-from jaxkv.serve.burst import Burst
+from jaxkv.serve.burst import settle
 from jaxkv.serve.calls import Call
 from jaxkv.serve.errors import ApiError, shutting_down
 from jaxkv.serve.metrics import Latencies
@@ -51,6 +51,7 @@ class EngineLike(Protocol):
                     hints: CacheHints = ...) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[Delta]: ...
+    def prefill_seconds(self, tokens: int) -> float: ...
     def check(self) -> None: ...
     def inspect_kv(self, top: int) -> dict[str, Any]: ...
     def report(self) -> str | None: ...
@@ -81,7 +82,6 @@ class EngineLoop:
         self._aborts: list[str] = []
         self._questions: list[Question] = []
         self._stopping = False
-        self._burst = Burst()
         self._step_timeout = step_timeout  # seconds; 0: a step may take any time
         self._busy_since = 0.0  # when the round under way began; 0: none is
         self._next_report = time.monotonic() + REPORT_S
@@ -256,11 +256,8 @@ class EngineLoop:
                 refused.append((call.id, error))
         for request_id in aborts:
             engine.abort(request_id)
-        begin = time.monotonic()
         deltas = engine.step() if engine.has_work else []
-        now = time.monotonic()
-        self._burst.note(engine.metrics.computed_tokens, now - begin)
-        if now >= self._next_report:
+        if (now := time.monotonic()) >= self._next_report:
             self._next_report = now + REPORT_S
             if line := engine.report():
                 log.info(line)
@@ -274,7 +271,7 @@ class EngineLoop:
             self._wait(engine, None)
         with self._wakeup:
             if self._adds and not engine.has_work:
-                self._burst.settle(self._wakeup, self._adds)
+                settle(self._wakeup, self._adds, engine.prefill_seconds)
             aborts, self._aborts = self._aborts, []
             adds, self._adds = _first(self._adds, set(aborts))
             questions, self._questions = self._questions, []

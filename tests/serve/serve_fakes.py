@@ -55,6 +55,7 @@ class FakeEngine:
         self.run = threading.Event()
         self.run.set()
         self.checks = 0
+        self.token_seconds = 0.0  # of prefill, as learnt
 
     def describe(self):
         return ("fake engine",)
@@ -92,6 +93,9 @@ class FakeEngine:
         self.metrics.generation_tokens += sum(len(delta.token_ids) for delta in deltas)
         self.metrics.running = len(self.children)
         return deltas
+
+    def prefill_seconds(self, tokens):
+        return self.token_seconds * tokens
 
     def check(self):
         self.checks += 1

@@ -7,6 +7,7 @@ one step may cost. Theirs are for trusted grammars (a step took 0.9 s within the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ MAX_REASON = 300  # characters of llguidance's message that are passed on
 ONE_OF = ("oneOf is followed only where it is certain that no two branches hold at once: give each a required property with "
           "a const or enum of its own, or say anyOf")
 FREELY = '\n%llguidance {"no_forcing": true}\n'  # whichever tokens spell a text that must follow: else those of the tokenizer
+_LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/')  # in a grammar; a bare <name> there is a token itself
 _LIMITS: Any = {"max_items_in_row": 500, "initial_lexer_fuel": 500_000, "step_lexer_fuel": 60_000, "step_max_items": 10_000,
                 "max_lexer_states": 20_000, "max_grammar_size": 200_000, "verbose_errors": False}
 
@@ -59,7 +61,7 @@ def grammar_of(structured: Structured, special: Iterable[str] = ()) -> str:
     the tokenizer's token for it and fails, since that stands for no text: so then nothing is spelt by the tokenizer.
     """
     grammar = _grammar_of(structured)
-    plain = grammar.replace("\\", "")
+    plain = (grammar if grammar.startswith("{") else " ".join(_LITERAL.findall(grammar))).replace("\\", "")
     if not any(text in plain or json.dumps(text)[1:-1].replace("\\", "") in plain for text in special):
         return grammar
     if grammar.startswith("{"):  # JSON, which has no place for options

@@ -13,6 +13,7 @@ from jaxkv.params import Structured
 from jaxkv.runtime.structured import compiler as module
 from jaxkv.runtime.structured import trial
 from jaxkv.runtime.structured.compiler import CompilerBusy, GrammarCompiler
+from jaxkv.runtime.structured.grammar import FREELY, grammar_of
 from jaxkv.runtime.tokenizer import load_tokenizer
 from tests.text_models import write_byte_level, write_sentencepiece_like
 
@@ -146,6 +147,14 @@ def test_the_name_of_a_special_token_is_a_text_like_any_other(grammars, tokenize
         assert matcher.consume_token(ids[-1])
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert (1 in ids) == (kind == "grammar" and value.startswith("start: <"))
+
+
+@pytest.mark.parametrize("text, freely", [
+    ('start: <tool> "x"', False), ('start: "<tool>"', True), (r'start: /[a-z]*<\/?tool>/ "</tool>"', True),
+    ('start: "a" <tool> "b"', False)])
+def test_a_token_that_a_grammar_names_is_no_text(text, freely):
+    """It changes nothing about how the texts around it are spelt."""
+    assert grammar_of(Structured("grammar", text), ["<tool>", "</tool>"]).endswith(FREELY) == freely
 
 
 def test_without_an_end_token_there_is_none(tokenizer):
