@@ -297,7 +297,15 @@ def test_kernels_and_caches_that_cannot_be(options, message, tmp_path):
         LLM(str(tmp_path / "no model"), **options)
 
 
-def test_a_codec_for_other_layers_is_refused_before_weights_are_read(model_dir, monkeypatch):
+@pytest.mark.parametrize("options, message", [
+    ({"kv_codec": "int8,int8,int4"}, r"kv_codec: .* or 2 of .* a layer, got 'int8,int8,int4'"),
+    ({"page_size": 129}, r"page_size must be at most 128 \(max_model_len is 128\), got 129"),
+    ({"page_size": 33, "max_model_len": 20}, r"page_size must be at most 32 \(max_model_len is 20\), got 33"),
+    ({"max_model_len": 257}, "max_model_len is 257, but the model's window is 256 tokens"),
+])
+def test_what_does_not_fit_the_model_is_refused_before_weights_are_read(options, message, model_dir, monkeypatch):
     monkeypatch.setattr(weights, "place", None)
-    with pytest.raises(jaxkv.ConfigError, match=r"kv_codec: .* or 2 of .* a layer, got 'int8,int8,int4'"):
-        LLM(str(model_dir), **SMALL, kv_codec="int8,int8,int4")
+    with pytest.raises(jaxkv.ConfigError, match=message):
+        LLM(str(model_dir), **SMALL | options)
+    with pytest.raises(TypeError, match="not callable"):
+        LLM(str(model_dir), **SMALL | {"page_size": 32, "max_model_len": 20})

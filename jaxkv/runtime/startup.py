@@ -46,10 +46,10 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     if impl.startswith("mosaic_") and impl != f"mosaic_{platform}":
         raise ConfigError(f"attention_impl {impl} needs a {impl[-3:].upper()}, but the devices are {platform}")
     model = load_model(config.model.model, mesh, dtype=config.model.dtype, load_format=config.model.load_format,
-                       seed=config.seed, show_progress=show_progress, check=lambda spec: _check_codec(config.cache, spec))
+                       seed=config.seed, show_progress=show_progress, check=lambda spec: _check(config, spec))
     tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
     defaults = default_sampling(model.directory) if config.model.generation_config == "auto" else {}
-    max_model_len = resolve_max_model_len(config, model)
+    max_model_len = resolve_max_model_len(config, model.spec)
     cache, sched = config.cache, config.sched
     kv_dtype = cached_dtype(cache.kv_cache_dtype, model.spec.dtype)
     groups = kv_groups(model.spec, mesh.size, kv_dtype)
@@ -90,11 +90,15 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
                         "kernels": _kernels()})
 
 
-def _check_codec(cache: CacheConfig, spec: ModelSpec) -> None:
+def _check(config: EngineConfig, spec: ModelSpec) -> None:
+    """What can be known to fail before a weight is read."""
     try:
-        ops.codec_spec(cache.kv_codec, spec.num_layers)
+        ops.codec_spec(config.cache.kv_codec, spec.num_layers)
     except ValueError as error:
         raise ConfigError(f"kv_codec: {error}") from None
+    window, unit, size = resolve_max_model_len(config, spec), CacheConfig.page_size, config.cache.page_size
+    if size > (most := -(-window // unit) * unit):  # one such page holds any sequence
+        raise ConfigError(f"page_size must be at most {most} (max_model_len is {window}), got {size}")
 
 
 def open_disk(cache: CacheConfig, form: PageForm, fingerprint: str, copies: int) -> DiskStore | None:
@@ -120,9 +124,9 @@ def make_mesh(tensor_parallel_size: int) -> Mesh:
     return Mesh(np.array(devices[:tensor_parallel_size]), ("tp",))
 
 
-def resolve_max_model_len(config: EngineConfig, model: LoadedModel) -> int:
+def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     """The window in tokens. ConfigError when more is asked for than the model's positions allow."""
-    wanted, window = config.model.max_model_len, model.spec.max_position
+    wanted, window = config.model.max_model_len, spec.max_position
     if wanted is not None and wanted > window:
         raise ConfigError(f"max_model_len is {wanted}, but the model's window is {window} tokens")
     return wanted or window
