@@ -6,8 +6,9 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -35,10 +36,12 @@ from jaxkv.sched.scheduler import Scheduler
 
 log = logging.getLogger("jaxkv")
 DISK_BYTES = 8 * 2**30
+LOG_S = 5.0  # at least, from one line about progress to the next
 
 
 def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
-    """An engine ready to serve. ConfigError, one line, for whatever cannot work."""
+    """An engine ready to serve. ``show_progress``: bars on stderr; without, the log says how far compiling is. ConfigError, one
+    line, for whatever cannot work."""
     start = time.perf_counter()
     use_compile_cache()
     mesh = make_mesh(config.mesh.tensor_parallel_size)
@@ -77,7 +80,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
             model.spec, model.params, kv, mesh, max_num_seqs=sched.max_num_seqs,
             max_num_batched_tokens=sched.max_num_batched_tokens, max_model_len=max_model_len,
             host_bytes=capacity.host_bytes, attention_impl=impl, form=form, disk=disk,
-            progress=lambda done, total: _advance(bar, done, total))
+            progress=partial(_advance, bar) if show_progress else _logged())
     compiled = time.perf_counter()
     description = describe(config, model, mesh, kv, capacity, executor, loaded - start, compiled - loaded)
     eos_ids, vocab = eos_token_ids(model.directory, tokenizer), model.spec.vocab_size
@@ -202,3 +205,16 @@ def _kernels() -> str:
 def _advance(bar: tqdm, done: int, total: int) -> None:
     bar.total = total
     bar.update(done - bar.n)
+
+
+def _logged() -> Callable[[int, int], None]:
+    """Progress as lines in the log, ``LOG_S`` apart."""
+    last = time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= LOG_S:
+            last = now
+            log.info("compiling step executables: %d of %d", done, total)
+
+    return advance
