@@ -13,7 +13,7 @@ KV_CODEC_LEVELS = ("exact", "int8", "int4")
 KV_CODECS = (*KV_CODEC_LEVELS, "mixed")
 KV_LAYOUTS = ("auto", "token_major", "head_major", "paired")
 ATTENTION_IMPLS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu", "ref")
-_TYPES = {int: "an integer", str: "text", bool: "True or False", type(None): "None"}
+_TYPES = {int: "an integer", str: "a string", bool: "True or False", type(None): "None"}
 
 
 class ConfigError(ValueError):

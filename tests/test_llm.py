@@ -182,12 +182,13 @@ def test_no_setting_is_a_list(name):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(model=5), "model must be text or None, got 5"), (dict(answer_worth="x"), "answer_worth must be an integer, got 'x'"),
+    (dict(model=5), "model must be a string or None, got 5"),
+    (dict(answer_worth="x"), "answer_worth must be an integer, got 'x'"),
     (dict(max_model_len=True), "max_model_len must be an integer or None, got True"),
     (dict(kv_cache_memory=[1]), r"kv_cache_memory must be bytes or a number with K, M or G, got \[1\]"),
     (dict(kv_cache_memory=True), "kv_cache_memory must be bytes"), (dict(seed=None), "seed must be an integer, got None"),
     (dict(page_size=16.0), "page_size must be an integer, got 16.0"),
-    (dict(disk_kv_path=5), "disk_kv_path must be text or None"),
+    (dict(disk_kv_path=5), "disk_kv_path must be a string or None"),
 ])
 def test_settings_of_another_type_are_refused(options, message):
     with pytest.raises(jaxkv.ConfigError, match=message):
@@ -287,7 +288,7 @@ def test_without_tokenizer(model_dir):
     (dict(kv_cache_dtype="int3"), "kv_cache_dtype must be one of auto, bfloat16"),
     (dict(kv_layout="columns"), "kv_layout must be one of auto, token_major"),
     (dict(kv_codec="int3"), "kv_codec must be one of exact, int8, int4, mixed, or"),
-    (dict(kv_codec=None), "kv_codec must be text, got None"),
+    (dict(kv_codec=None), "kv_codec must be a string, got None"),
     (dict(kv_codec="int8,mixed"), "kv_codec must be one of .* for each layer"),
     (dict(kv_codec="exact,int8", kv_cache_dtype="int8"), "kv_codec must be exact with kv_cache_dtype int8"),
 ])
