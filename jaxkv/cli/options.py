@@ -56,6 +56,7 @@ class EngineOptions(TypedDict, total=False):
     max_num_batched_tokens: int
     enable_chunked_prefill: bool
     overlap: bool
+    check_batches: bool
     tensor_parallel_size: int
     seed: int
 
@@ -109,6 +110,7 @@ _OPTIONS = {
         _Option("max_num_batched_tokens", "int", "token budget of one step"),
         _Option("enable_chunked_prefill", "switch", "split long prompts over steps"),
         _Option("overlap", "switch", "plan a step while the previous one runs"),
+        _Option("check_batches", "switch", "look at every page number and length before a step runs; for debugging"),
     ),
 }
 _KINDS = {option.name: option.kind for options in _OPTIONS.values() for option in options}

@@ -80,7 +80,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
             model.spec, model.params, kv, mesh, max_num_seqs=sched.max_num_seqs,
             max_num_batched_tokens=sched.max_num_batched_tokens, max_model_len=max_model_len,
             host_bytes=capacity.host_bytes, attention_impl=impl, form=form, disk=disk,
-            progress=partial(_advance, bar) if show_progress else _logged())
+            check_batches=sched.check_batches, progress=partial(_advance, bar) if show_progress else _logged())
     compiled = time.perf_counter()
     description = describe(config, model, mesh, kv, capacity, executor, loaded - start, compiled - loaded)
     eos_ids, vocab = eos_token_ids(model.directory, tokenizer), model.spec.vocab_size
