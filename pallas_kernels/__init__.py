@@ -24,6 +24,7 @@ from .layout import (
     storage_dtype,
     zero_pool,
 )
+from .page_copy.api import IMPLEMENTATIONS as PAGE_MOVE_IMPLEMENTATIONS
 from .page_copy.api import copy_pages, gather_pages, scatter_pages
 from .ragged_paged_attention.api import ragged_paged_attention
 from .ragged_paged_attention.checks import check_batch
@@ -37,6 +38,7 @@ __all__ = [
     "CodecSpec",
     "LAYOUTS",
     "MeshOps",
+    "PAGE_MOVE_IMPLEMENTATIONS",
     "Pool",
     "QuantPool",
     "attention_planner",

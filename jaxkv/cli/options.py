@@ -80,7 +80,7 @@ _OPTIONS = {
                                              "generation_config.json; none: not", choices=("auto", "none")),
         _Option("skip_tokenizer_init", "switch", "token ids in, token ids out"),
         _Option("tensor_parallel_size", "int", "devices that share the model"),
-        _Option("attention_impl", "text", "kernels of attention and KV write; auto: the best that is proven on the platform",
+        _Option("attention_impl", "text", "kernels of attention and of KV moves; auto: the best that is proven on the platform",
                 choices=ATTENTION_IMPLS),
         _Option("seed", "int", "seed of the requests that bring none"),
     ),

@@ -37,7 +37,8 @@ def build_step(
 ) -> Callable[[tuple, EngineState, jax.Array, jax.Array], tuple[EngineState, StepOutput]]:
     """The step function of one batch shape, to be jitted with the state donated.
 
-    ``attention_impl`` forces the kernels of a family: attention, and the KV write where the family has its own.
+    ``attention_impl`` forces the kernels of a family: attention, and the KV write where the family has its own (page
+    moves follow it too, see ``page_ops``).
     """
     mesh_ops = ops.MeshOps(mesh, kv.layout)
     write_impl = attention_impl if attention_impl in ops.KV_WRITE_IMPLEMENTATIONS else "auto"

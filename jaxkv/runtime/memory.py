@@ -31,8 +31,9 @@ class Capacity:
 
 
 def free_device_memory(devices: Sequence[jax.Device]) -> tuple[int, int]:
-    """Bytes over all devices: (free, what the pools take when no size is given). The latter is 90 % of the devices'
-    memory less what is in use; on CPU a quarter of the free host memory, at most 4 GiB."""
+    """Bytes over all devices: (free, what the pools take when no size is given). The latter is 90 % of what
+    JAX may take (on GPUs 75 % of the memory, or XLA_PYTHON_CLIENT_MEM_FRACTION) less what is in use; on CPU a quarter of the
+    free host memory, at most 4 GiB."""
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats:
         free = stats["bytes_limit"] - stats["bytes_in_use"]

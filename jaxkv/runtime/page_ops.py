@@ -57,8 +57,9 @@ def padded(n: int) -> int:
     return next(size for size in BATCHES if size >= n)
 
 
-def compile_page_ops(kv: KVSpec, mesh: Mesh, form: PageForm) -> dict[tuple[int, str, int], Callable]:
-    """(group, operation, batch size) -> executable; pools are donated where they change.
+def compile_page_ops(kv: KVSpec, mesh: Mesh, form: PageForm, impl: str = "auto") -> dict[tuple[int, str, int], Callable]:
+    """(group, operation, batch size) -> executable; pools are donated where they change. ``impl``: whose kernels move the
+    pages that they can move (the log says what runs), "auto" moves the others.
 
     "gather": pools, page numbers [n] -> n pages of ``form``; "scatter": pools, numbers, n pages -> pools; "copy": pools,
     sources, destinations -> pools.
@@ -66,32 +67,44 @@ def compile_page_ops(kv: KVSpec, mesh: Mesh, form: PageForm) -> dict[tuple[int, 
     out: dict[tuple[int, str, int], Callable] = {}
     whole, page_at = NamedSharding(mesh, PartitionSpec()), form.sharding()
     for g, (pools, pools_at) in enumerate(zip(pool_structs(kv, mesh), pool_formats(kv, mesh))):
-        gather, scatter, copy = _page_functions(kv, mesh, form, g)
+        families = [_page_functions(kv, mesh, form, g, name) for name in dict.fromkeys((impl, "auto"))]
         page = jax.ShapeDtypeStruct(*form.shapes[g], sharding=page_at)
         for n in BATCHES:
             ids = jax.ShapeDtypeStruct((n,), jnp.int32, sharding=whole)
-            jobs = {"gather": (jax.jit(gather, out_shardings=(page_at,) * n), (ids,)),
-                    "scatter": (jax.jit(scatter, donate_argnums=0, out_shardings=pools_at), (ids, *[page] * n)),
-                    "copy": (jax.jit(copy, donate_argnums=0, out_shardings=pools_at), (ids, ids))}
-            for name, (fn, args) in jobs.items():
-                out[g, name, n] = fn.lower(pools, *args).compile()
+            jobs = {"gather": ((page_at,) * n, (), (ids,)), "scatter": (pools_at, (0,), (ids, *[page] * n)),
+                    "copy": (pools_at, (0,), (ids, ids))}
+            for name, (out_at, donated, args) in jobs.items():
+                fns = [jax.jit(f[name], donate_argnums=donated, out_shardings=out_at) for f in families if name in f]
+                out[g, name, n] = _lower_first(fns, pools, *args).compile()
     return out
 
 
-def _page_functions(kv: KVSpec, mesh: Mesh, form: PageForm, g: int) -> tuple[Callable, Callable, Callable]:
+def _lower_first(fns: list[Any], *args: Any) -> Any:
+    """The first function that serves these arguments, lowered; the last one has to."""
+    for fn in fns[:-1]:
+        try:
+            return fn.lower(*args)
+        except* NotImplementedError:
+            pass
+    return fns[-1].lower(*args)
+
+
+def _page_functions(kv: KVSpec, mesh: Mesh, form: PageForm, g: int, impl: str) -> dict[str, Callable]:
+    """By operation, of those that ``impl`` has."""
     mesh_ops, spec = ops.MeshOps(mesh, kv.layout), form.codecs[g]
 
     def gather(pools: Any, pages: jax.Array) -> tuple:
-        data = mesh_ops.gather_pages(pools, pages)
+        data = mesh_ops.gather_pages(pools, pages, impl=impl)
         return tuple(mesh_ops.encode_pages(spec, data) if form.lossy else data)
 
     def scatter(pools: Any, pages: jax.Array, *data: jax.Array) -> Any:
         stack = jnp.stack(data)
         if form.lossy:
             stack = mesh_ops.decode_pages(spec, stack, form.canonical[g], kv.groups[g].dtype)
-        return mesh_ops.scatter_pages(pools, pages, stack)
+        return mesh_ops.scatter_pages(pools, pages, stack, impl=impl)
 
     def copy(pools: Any, src: jax.Array, dst: jax.Array) -> Any:
-        return mesh_ops.copy_pages(pools, src, dst)
+        return mesh_ops.copy_pages(pools, src, dst, impl=impl)
 
-    return gather, scatter, copy
+    moves: dict[str, Callable] = {"gather": gather, "scatter": scatter, "copy": copy}
+    return {name: fn for name, fn in moves.items() if impl == "auto" or impl in ops.PAGE_MOVE_IMPLEMENTATIONS[name]}

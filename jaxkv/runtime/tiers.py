@@ -30,7 +30,8 @@ log = logging.getLogger("jaxkv")
 class Tiers:
     """``apply`` runs the transfers of a plan on the pools and returns the new pools."""
 
-    def __init__(self, kv: KVSpec, mesh: Mesh, host_bytes: int, form: PageForm, disk: DiskStore | None = None) -> None:
+    def __init__(self, kv: KVSpec, mesh: Mesh, host_bytes: int, form: PageForm, disk: DiskStore | None = None,
+                 impl: str = "auto") -> None:
         self.host: dict[tuple[int, int], jax.Array] = {}  # (group, host page) -> page
         self.host_bytes = host_bytes
         self.host_lost = False  # memory ran out: pages demoted since then do not exist
@@ -44,7 +45,7 @@ class Tiers:
         self._leaving: deque[tuple[jax.Array, jax.Array, int]] = deque()  # (host page, what reads it, bytes) under way
         self._saving: dict[int, list[jax.Array]] = {}  # index into the plan's saves -> its pages by group so far
         self.fetches = Fetches(form.bytes, self._on_device, disk)
-        self.ops = compile_page_ops(kv, mesh, form)
+        self.ops = compile_page_ops(kv, mesh, form, impl)
         self.bytes_moved = {(a, b): 0 for a in Tier for b in Tier}
 
     def bytes_held(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -15,6 +16,7 @@ GATHER = {"xla": xla.gather_pages, "ref": ref.gather_pages, "mosaic_gpu": mosaic
 SCATTER = {"xla": xla.scatter_pages, "ref": ref.scatter_pages, "mosaic_gpu": mosaic_gpu.scatter_pages,
            "mosaic_tpu": mosaic_tpu.scatter_pages}
 COPY = {"xla": xla.copy_pages, "ref": ref.copy_pages, "mosaic_tpu": mosaic_tpu.copy_pages}
+IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {"gather": GATHER, "scatter": SCATTER, "copy": COPY}
 
 Pools = Sequence[Pool]
 
