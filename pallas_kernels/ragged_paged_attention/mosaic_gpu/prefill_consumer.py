@@ -106,6 +106,10 @@ def _block(
             _zero(shape, v_ring.stages.at[slot], job.first - i * keys, job.kv_len - i * keys)
             plgpu.barrier_arrive(cleaned)
 
+        @pl.when(dirty & (wg == 1))
+        def _():  # this early, that the turn after the scores separates it from the next arrival
+            plgpu.barrier_wait(cleaned)
+
     plgpu.barrier_wait(k_ring.ready.at[slot])
     scores = _scores(shape, q_tile, k_ring.stages.at[slot], take_turn)
     plgpu.barrier_arrive(k_ring.free.at[slot])
@@ -123,16 +127,9 @@ def _block(
     weights = weights.astype(v_ring.stages.dtype)
     acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
 
-    if cleaning:
-        take_turn()
-
-        @pl.when(dirty & (wg == 1))
-        def _():
-            plgpu.barrier_wait(cleaned)
-    else:
+    if not cleaning:
         plgpu.barrier_wait(v_ring.ready.at[slot])
-        take_turn()
-
+    take_turn()
     acc = _add_values(shape, acc, weights, v_ring.stages.at[slot])
     plgpu.barrier_arrive(v_ring.free.at[slot])
     return acc, new_top, total
