@@ -32,6 +32,7 @@ def lower(tokens, seqs, groups, head_dim, page_size, kv_dtype, max_q_len=None, s
 
     traced = attend.trace(array("bfloat16", tokens, heads, head_dim), pool, array(i32, seqs, 7), array(i32, seqs),
                           array(i32, seqs + 1), array(i32, planner.size), array("float32", heads) if sinks else None)
+    assert "tanh" not in str(traced.jaxpr), "the hardware's errs by 5e-4"
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from ...lazy import LazyModule
 from .prefill_shape import EMPTY, I32, LOG2E, TILE, Job, PrefillShape, Ring
+from .shape import tanh
 
 plgpu = LazyModule("jax.experimental.pallas.mosaic_gpu")
 State = tuple[jax.Array, jax.Array, jax.Array]  # weighted values [64, D], highest score and sum of weights [64]
@@ -116,7 +117,7 @@ def _block(
 
     to_log2 = shape.scale * LOG2E
     if shape.soft_cap is not None:
-        scores, to_log2 = jnp.tanh(scores * (shape.scale / shape.soft_cap)), shape.soft_cap * LOG2E
+        scores, to_log2 = tanh(scores, shape.scale / shape.soft_cap), shape.soft_cap * LOG2E
     if masked:
         scores = jnp.where(_visible(shape, position - i * keys), scores, -jnp.inf)
     new_top = jnp.maximum(top, scores.max(axis=1) * to_log2)
