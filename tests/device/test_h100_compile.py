@@ -49,17 +49,16 @@ def h100_mesh(gpus: int) -> Mesh:
     return Mesh(np.array(topology.devices), ("tp",))
 
 
-def compile_step(
+def step_of(
     mesh: Mesh, dtype: str, shape: BatchShape, pages: int, config: dict = LLAMA, windows: bool = True, impl: str = "auto",
-    slots: int = 64,
+    platform: str | None = None,
 ):
-    """The compiled step and the bytes of a device's pools."""
-    tp = mesh.size
-    spec = models.spec_from_config(config, dtype, tp=tp, out_first=mesh.devices.flat[0].platform == "cpu")
+    """The jitted step, its arguments as the executor has them, and the bytes of a device's pools."""
+    tp, platform = mesh.size, platform or ("cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu")
+    spec = models.spec_from_config(config, dtype, tp=tp, out_first=platform == "cpu")
     if windows:
         spec = replace(spec, windows=(None, 512) * (spec.num_layers // 2))
     groups = kv_groups(spec, tp, dtype)
-    platform = "cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu"
     kv = KVSpec(groups, (pages,) * len(groups), 16, ops.resolve_layout("auto", spec.head_dim, platform))
     planner = ops.attention_planner(
         impl, tokens=shape.tokens, seqs=shape.seqs, q_heads=spec.num_heads // tp, kv_heads=groups[0].kv_heads // tp,
@@ -77,11 +76,15 @@ def compile_step(
     state = EngineState(pools, jax.ShapeDtypeStruct((64,), jnp.int32, sharding=whole), sampler)
     buffer = jax.ShapeDtypeStruct((layout.words,), jnp.int32, sharding=whole)
     masks = jax.ShapeDtypeStruct((shape.rows, mask_words(spec.vocab_size)), jnp.int32, sharding=whole)
-    with jax.set_mesh(mesh):
-        step = jax.jit(build_step(spec, kv, layout, mesh, impl), donate_argnums=1, out_shardings=(shardings, whole))
-        compiled = step.lower(params, state, buffer, masks).compile()
+    step = jax.jit(build_step(spec, kv, layout, mesh, impl), donate_argnums=1, out_shardings=(shardings, whole))
     pool_bytes = sum(int(np.prod(p.shape)) * p.dtype.itemsize for row in pools for p in row) // tp
-    return compiled, pool_bytes
+    return step, (params, state, buffer, masks), pool_bytes
+
+
+def compile_step(*args, **options):
+    """The compiled step and the bytes of a device's pools; arguments of `step_of`."""
+    step, arguments, pool_bytes = step_of(*args, **options)
+    return step.lower(*arguments).compile(), pool_bytes
 
 
 @pytest.mark.parametrize("shape", [BatchShape(64, 64, 64, decode=True), BatchShape(512, 64, 64)], ids=["decode", "mixed"])

@@ -42,11 +42,9 @@ def compile_for_h100(function, *args, donate=()):
         if os.environ.get("JAXKV_REQUIRE_H100_COMPILER"):
             raise
         pytest.skip(f"no CUDA plugin to compile with: {str(error).splitlines()[0]}")
-    mesh = Mesh(np.array(topology.devices), ("x",))
-    where = NamedSharding(mesh, PartitionSpec())
+    where = NamedSharding(Mesh(np.array(topology.devices), ("x",)), PartitionSpec())
     args = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape, dtype in args]
-    with jax.set_mesh(mesh):
-        return jax.jit(function, out_shardings=where, donate_argnums=donate).lower(*args).compile()
+    return jax.jit(function, out_shardings=where, donate_argnums=donate).lower(*args).compile()
 
 
 def compile_prefill(head_dim, page_size, groups, *, dtype="bfloat16", kv_dtype=None, window=None, soft_cap=None,

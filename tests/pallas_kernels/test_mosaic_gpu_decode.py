@@ -3,6 +3,8 @@
 The interpreter has no register layouts, so those are left to tests that compile for the chip.
 """
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,3 +183,12 @@ def test_what_the_kernels_cannot_serve_is_refused(change, options, message):
     case = make_case([1], [20], **dict(heads=(2, 1), head_dim=64, dtype="bfloat16") | change)
     with pytest.raises(NotImplementedError, match=message):
         attend(case, plan_of=None, **options)
+
+
+@pytest.mark.parametrize("kind, capability", [("NVIDIA A100-SXM4-80GB", "8.0"), ("NVIDIA B200", "10.0")])
+def test_other_gpus_are_refused_by_name(monkeypatch, kind, capability):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(device_kind=kind, compute_capability=capability)])
+    args = make_case([1], [20], heads=(2, 1), head_dim=64, dtype="bfloat16").args
+    with pytest.raises(NotImplementedError, match=f"{kind} has compute capability {capability}"):
+        entry.ragged_paged_attention(*args, None, None, params=params_of())

@@ -70,8 +70,9 @@ def check(case, result, *, tiles, window=None, soft_cap=None):
         ([90], [300], dict(heads=(2, 2), head_dim=32, page_size=8), dict(window=70, soft_cap=3.0),
          SMALL._replace(own_output=False)),
         ([130], [130], dict(heads=(8, 1), head_dim=80, page_size=32), dict(window=9), SMALL._replace(keys=128)),
+        ([40, 40], [100, 120], dict(heads=(2, 1), head_dim=16), dict(window=20), SMALL._replace(ctas=1)),
     ],
-    ids=["chunks", "page-larger-than-block", "window-and-cap", "eight-heads"],
+    ids=["chunks", "page-larger-than-block", "window-and-cap", "eight-heads", "every-block-starts-a-window-or-ends-a-sequence"],
 )
 def test_matches_the_oracle(q_lens, kv_lens, shape, options, blocks):
     case = make_case(q_lens, kv_lens, **{"dtype": "bfloat16"} | shape, window=options.get("window"))

@@ -22,7 +22,7 @@ import numpy as np
 from ...layout import Pool
 from .plan import ROW_ALIGN, TILE_ROWS
 from .quantised import scales_of, widen
-from .shape import EMPTY, LOG2E, DecodeShape, tiled
+from .shape import EMPTY, LOG2E, DecodeShape, tanh, tiled
 
 
 def decode_partials(
@@ -190,8 +190,7 @@ def scores_of(shape: DecodeShape, a_smem, b_smem, factor: jax.Array | None = Non
         scores = scores * factor
     if shape.soft_cap is None:
         return scores * (shape.scale * LOG2E)
-    grown = jnp.exp2(scores * (2 * LOG2E * shape.scale / shape.soft_cap))  # tanh by exp2: the approximate one errs by 5e-4
-    return (1.0 - 2.0 / (1.0 + grown)) * (shape.soft_cap * LOG2E)
+    return tanh(scores, shape.scale / shape.soft_cap) * (shape.soft_cap * LOG2E)
 
 
 def _visible(shape: DecodeShape, first, last_seen: jax.Array, item: _Item) -> jax.Array:

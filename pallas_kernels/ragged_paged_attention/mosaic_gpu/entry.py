@@ -1,8 +1,8 @@
 """One attention call on Hopper: short sequences to the decode kernel and its merge, longer ones to the prefill kernel.
 
-Refused, so that another implementation serves the call: float32 (wgmma would round to TF32), token-major pools, page sizes
-that are not a multiple of 8, head dimensions without a tuning entry, for quantised KV pages that are not a multiple of 16
-tokens, and chunks that the prefill kernel refuses (of quantised KV those with head_dim 256).
+Refused, so that another implementation serves the call: GPUs other than Hopper's, float32 (wgmma would round to TF32),
+token-major pools, page sizes that are not a multiple of 8, head dimensions without a tuning entry, for quantised KV pages that
+are not a multiple of 16 tokens, and chunks that the prefill kernel refuses (of quantised KV those with head_dim 256).
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ def _shape(
     q: jax.Array, pool: Pool, page_table: jax.Array, params: AttentionParams, chip: Chip, interpret: Any
 ) -> tuple[PlanSpec, DecodeShape]:
     """What the kernels are compiled for; NotImplementedError with the reason if they cannot be."""
+    if not interpret and jax.default_backend() == "gpu":  # else they are compiled for a machine elsewhere
+        device = jax.local_devices()[0]
+        if device.compute_capability != "9.0":
+            raise NotImplementedError(f"{device.device_kind} has compute capability {device.compute_capability}: the kernels "
+                                      "are for 9.0 (H100, H200)")
     if params.layout != "head_major":
         raise NotImplementedError(f"pool layout {params.layout}: a page of one KV head must lie together (head_major)")
     quantised = isinstance(pool, QuantPool)

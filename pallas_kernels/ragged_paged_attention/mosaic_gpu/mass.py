@@ -37,7 +37,7 @@ def token_mass(
     rows = (cu_q_lens[1:] - cu_q_lens[:-1]) * groups
     starts = jnp.cumsum((rows + ROW_ALIGN - 1) // ROW_ALIGN * ROW_ALIGN, dtype=i32)
     starts = jnp.concatenate([jnp.zeros(1, i32), starts])
-    number = jnp.arange(tokens * groups + seqs * ROW_ALIGN + TILE_ROWS, dtype=i32)
+    number = jnp.arange((-(-tokens * groups // ROW_ALIGN) + seqs) * ROW_ALIGN + TILE_ROWS, dtype=i32)
     seq = jnp.clip(jnp.searchsorted(starts, number, side="right").astype(i32) - 1, 0, seqs - 1)
     source = jnp.clip(cu_q_lens[seq] * groups + number - starts[seq], 0, tokens * groups - 1)
     head = jnp.arange(heads, dtype=i32)[:, None] * groups

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from ...lazy import LazyModule
 from .prefill_shape import EMPTY, I32, LOG2E, TILE, Job, PrefillShape, Ring
+from .shape import tanh
 
 plgpu = LazyModule("jax.experimental.pallas.mosaic_gpu")
 State = tuple[jax.Array, jax.Array, jax.Array]  # weighted values [64, D], highest score and sum of weights [64]
@@ -106,13 +107,17 @@ def _block(
             _zero(shape, v_ring.stages.at[slot], job.first - i * keys, job.kv_len - i * keys)
             plgpu.barrier_arrive(cleaned)
 
+        @pl.when(dirty & (wg == 1))
+        def _():  # this early, that the turn after the scores separates it from the next arrival
+            plgpu.barrier_wait(cleaned)
+
     plgpu.barrier_wait(k_ring.ready.at[slot])
     scores = _scores(shape, q_tile, k_ring.stages.at[slot], take_turn)
     plgpu.barrier_arrive(k_ring.free.at[slot])
 
     to_log2 = shape.scale * LOG2E
     if shape.soft_cap is not None:
-        scores, to_log2 = jnp.tanh(scores * (shape.scale / shape.soft_cap)), shape.soft_cap * LOG2E
+        scores, to_log2 = tanh(scores, shape.scale / shape.soft_cap), shape.soft_cap * LOG2E
     if masked:
         scores = jnp.where(_visible(shape, position - i * keys), scores, -jnp.inf)
     new_top = jnp.maximum(top, scores.max(axis=1) * to_log2)
@@ -123,16 +128,9 @@ def _block(
     weights = weights.astype(v_ring.stages.dtype)
     acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
 
-    if cleaning:
-        take_turn()
-
-        @pl.when(dirty & (wg == 1))
-        def _():
-            plgpu.barrier_wait(cleaned)
-    else:
+    if not cleaning:
         plgpu.barrier_wait(v_ring.ready.at[slot])
-        take_turn()
-
+    take_turn()
     acc = _add_values(shape, acc, weights, v_ring.stages.at[slot])
     plgpu.barrier_arrive(v_ring.free.at[slot])
     return acc, new_top, total

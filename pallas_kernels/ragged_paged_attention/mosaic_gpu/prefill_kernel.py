@@ -93,7 +93,7 @@ def _body(shape, q, table, total, jobs, *refs, k_ring: Ring, v_ring: Ring, raw=N
         work = cta + i * ctas
         number = lax.div(work, shape.groups)
         row, rows, seq, position, first, kv_len = (jobs[number, field] for field in range(FIELDS))
-        begin = jnp.zeros_like(position)
+        begin = jnp.int32(0)
         if shape.window is not None:
             begin = lax.div(jnp.maximum(position - shape.window + 1, 0), shape.blocks.keys)
         end = lax.div(position + rows + shape.blocks.keys - 1, shape.blocks.keys)
