@@ -15,7 +15,10 @@ from bench.roofline import TARGETS, Limits, Target, Work, attention_work, bound,
 from bench.timing import Candidate, time_together
 from bench.torch_peers import flex
 from pallas_kernels.arg_specs import BATCHES, MODELS, BatchSpec, HeadSpec
+from pallas_kernels.ragged_paged_attention import tuning
+from pallas_kernels.ragged_paged_attention.mosaic_gpu import prefill_tuning
 
+TABLE = tuning.TUNED
 HEADS = HeadSpec(q_heads=32, kv_heads=8, head_dim=128, layers=32)
 SMALL = HeadSpec(q_heads=4, kv_heads=2, head_dim=16, layers=2)
 
@@ -326,6 +329,73 @@ def test_tuning_keeps_what_is_faster_and_lists_what_fails():
     with tune.entry(table, "new", 5):
         assert table == {"row": 1, "new": 5}
     assert table == {"row": 1}
+
+
+@pytest.fixture
+def tuned_json(tmp_path, monkeypatch):
+    """A copy of the kernels' measured rows, which `bench.tune` takes for the table, and a made-up GPU to fill it."""
+    path = tmp_path / "tuned.json"
+    path.write_text(tuning.TUNED.read_text())
+
+    def measure(cases, small, impl, want, samples, end=math.inf):
+        now = (tuning.DECODE if max(cases[0].q_lens) == 1 else prefill_tuning.BLOCKS)
+        tune.in_time(end)
+        blocks = now.get(("h100", 64, 16, "bfloat16")) or now.get(("h100", 64, "bfloat16"))
+        if blocks and blocks.stages == 6:
+            raise RuntimeError("refused: too many stages")
+        return {"shape": 0.5 if blocks in (tuning.DecodeTuning(128, 4, 2), prefill_tuning.PrefillBlocks(192, 4, True)) else 1.0}
+
+    monkeypatch.setattr(tuning, "TUNED", path)
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "make_case", lambda shape, batch, *args, **options: batch)
+    monkeypatch.setattr(tune, "attention", lambda *args, **options: (None, None))
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    return path
+
+
+def test_tuning_writes_the_rows_that_the_kernels_read(tuned_json, tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    monkeypatch.setattr("sys.argv", ["tune", "--head-dim", "64", "--json", str(out)])
+    assert tune.main() == 0 and json.loads(tuned_json.read_text()) == json.loads(TABLE.read_text())  # no --write
+    monkeypatch.setattr("sys.argv", ["tune", "--head-dim", "64", "--write", "--json", str(out)])
+    for _ in range(2):  # the second time in place of the first
+        assert tune.main() == 0
+        rows = json.loads(tuned_json.read_text())
+        assert [len(rows[kind]) for kind in ("decode", "prefill")] == [1, 1]
+        assert rows["decode"][0]["score"] == 0.5 and {"device", "jax", "driver", "commit"} <= set(rows["decode"][0])
+    decode = tuning.tuned("decode", tuning.DecodeTuning, tuned_json)
+    assert decode == {("h100", 64, 16, "bfloat16"): tuning.DecodeTuning(128, 4, 2)}
+    monkeypatch.setattr(tuning, "DECODE", tuning.DECODE | decode)
+    chip = tuning.CHIPS["h100"]
+    assert tuning.decode_tuning(chip, 64, 16, "bfloat16") == tuning.DecodeTuning(128, 4, 2)
+    assert tuning.decode_tuning(chip, 64, 32, "bfloat16") == tuning.DecodeTuning(64, 4, 2)  # another page size
+    assert tuning.tuned("prefill", prefill_tuning.PrefillBlocks, tuned_json) == {
+        ("h100", 64, "bfloat16"): prefill_tuning.PrefillBlocks(192, 4, True)}
+    document = json.loads(out.read_text())
+    assert {"command", "device", "jax", "driver", "commit"} <= set(document)
+    first, *others = document["results"]["decode"]
+    assert first == {"candidate": str(tuning.DecodeTuning(64, 4, 2)), "score": 1.0, "seconds": {"shape": 1.0}}
+    assert len(others) == 23 and {"refused: too many stages"} == {f["reason"] for f in others if f["score"] is None}
+
+
+def test_tuning_ends_in_time(tuned_json, tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    monkeypatch.setattr("sys.argv", ["tune", "--head-dim", "64", "--seconds", "0", "--write", "--json", str(out)])
+    assert tune.main() == 0 and json.loads(tuned_json.read_text()) == json.loads(TABLE.read_text())
+    for (first, *others) in json.loads(out.read_text())["results"].values():
+        assert first["score"] == 1.0 and {f["reason"] for f in others} == {"out of time"}
+
+
+def test_the_candidates_most_like_today_come_first():
+    today = tuning.DecodeTuning(64, 2, 2)
+    found = tune.candidates("decode", 128, today)
+    assert today not in found and len(found) == len(set(found)) == 23
+    assert [sum(a != b for a, b in zip(c, today)) for c in found[:7]] == [1] * 6 + [2]
+
+
+def test_a_head_dim_without_blocks_is_one_line(tuned_json, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune", "prefill", "--head-dim", "72", "--json", str(tmp_path / "out.json")])
+    assert tune.main() == 1 and "no block sizes for head_dim=72" in capsys.readouterr().err
 
 
 def test_tuning_the_kernels_needs_a_gpu(monkeypatch, capsys):

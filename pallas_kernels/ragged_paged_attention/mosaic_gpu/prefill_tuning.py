@@ -1,13 +1,15 @@
 """Block sizes of the Hopper prefill kernel, as data.
 
-Every row was chosen by compiling for sm_90a; none has been timed on a GPU yet. All fit in 232,448 bytes of shared memory
-(at most 219,408). Spills: none up to head_dim 128; at most 24 bytes there with window and soft cap together, at most 72 bytes
-at head_dim 256. In the code looked at, they lie outside the loop over unmasked blocks.
+Every row here was chosen by compiling for sm_90a; measured ones (`python -m bench.tune --write`) count before them. All fit in
+232,448 bytes of shared memory (at most 219,408). Spills: none up to head_dim 128; at most 24 bytes there with window and soft
+cap together, at most 72 bytes at head_dim 256. In the code looked at, they lie outside the loop over unmasked blocks.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from ..tuning import tuned
 
 
 class PrefillBlocks(NamedTuple):
@@ -31,7 +33,8 @@ UNTUNED = {  # (chip, head_dim, KV dtype); chosen without a timing
 _QUANTISED = {64: PrefillBlocks(128, 3, True), 80: PrefillBlocks(128, 2, True), 96: PrefillBlocks(128, 2, True),
               128: PrefillBlocks(64, 3, True)}
 BLOCKS = (UNTUNED | {(chip, dim, "float16"): blocks for (chip, dim, _), blocks in UNTUNED.items()}
-          | {(CHIP, dim, dtype): blocks for dim, blocks in _QUANTISED.items() for dtype in ("int8", "float8_e4m3fn")})
+          | {(CHIP, dim, dtype): blocks for dim, blocks in _QUANTISED.items() for dtype in ("int8", "float8_e4m3fn")}
+          | tuned("prefill", PrefillBlocks))
 
 
 def blocks_for(head_dim: int, dtype: str) -> PrefillBlocks:
