@@ -236,7 +236,7 @@ def prefill_flops(spec: ModelSpec, tokens: int, before: int) -> float:
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    ms = lambda s: f"{1e3 * s:.3g}"  # noqa: E731
+    ms = lambda s: f"{1e3 * s:.4g}"  # noqa: E731
     form = {"floor": ms, "over_floor": "{:.2f}x".format, "gb_s": "{:.3g}".format, "tflop_s": "{:.3g}".format,
             "matmul_share": "{:.0%}".format, "tokens_s": "{:.0f}".format, "host_us": "{:.0f}".format}
     return (row["kind"], row["shape"], ms(row["seconds"]), f"{ms(row['low'])}-{ms(row['high'])}",

@@ -168,8 +168,8 @@ def tune_xla(samples: int, end: float, save: Save) -> None:
     small = case("small", SMALL["xla"])
     want = attention(small, "ref")[1]
     cases = [case(shape, BATCHES[shape]) for shape in LARGE["xla"]]
+    base, best = measure(cases, small, "xla", want, samples), {name: getattr(xla, name) for name in XLA_CHOICES}
     time_it = lambda: measure(cases, small, "xla", want, samples, end)  # noqa: E731
-    base, best = time_it(), {name: getattr(xla, name) for name in XLA_CHOICES}
     found: list[dict[str, Any]] = []
     for name, values in XLA_CHOICES.items():
         results = try_all({f"{name} = {v}": v for v in values if v != best[name]}, lambda v, n=name: entry(vars(xla), n, v),
