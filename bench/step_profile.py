@@ -41,7 +41,7 @@ from jaxkv.device.spec import ModelSpec
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.page_ops import PageForm
 from jaxkv.runtime.startup import build_engine
-from jaxkv.runtime.weights import find_model, read_config, resolve_dtype
+from jaxkv.runtime.weights import find_model, read_config
 from jaxkv.types import Admit, Chunk, PageMove, StepHandle, StepPlan, Tier
 
 BATCHES, CONTEXTS, MOVES = (1, 32, 128), (1024, 4096), (1, 4, 16, 64)
@@ -70,9 +70,7 @@ def profile(
         *batches, config.sched.max_num_batched_tokens)))
     prefill = BatchShape(config.sched.max_num_batched_tokens, max(batches), min(8, max(batches)))
     wanted = (*(BatchShape(n, n, n, decode=True) for n in batches), prefill)
-    platform = jax.default_backend()
-    dtype = resolve_dtype(config.model.dtype, platform, read_config(find_model(config.model.model)), {})
-    limits = measure_limits(platform, (dtype,))
+    limits = measure_limits(jax.default_backend(), ("bfloat16", "float16", "float32"))  # before the pools take the memory
     engine, start = start_engine(config, wanted)
     print("\n".join(engine.describe()), flush=True)
     bench = Steps(engine, limits, samples)
