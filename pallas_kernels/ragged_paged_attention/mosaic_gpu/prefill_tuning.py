@@ -1,8 +1,9 @@
 """Block sizes of the Hopper prefill kernel, as data.
 
-Every row here was chosen by compiling for sm_90a; measured ones (`python -m bench.tune --write`) count before them. All fit in
-232,448 bytes of shared memory (at most 219,408). Spills: none up to head_dim 128; at most 24 bytes there with window and soft
-cap together, at most 72 bytes at head_dim 256. In the code looked at, they lie outside the loop over unmasked blocks.
+Every row was chosen by compiling for sm_90a; none has been timed on a GPU yet. All fit in 232,448 bytes of shared memory
+(at most 219,408). Spills: none up to head_dim 128; at most 24 bytes there with window and soft cap together, at most 72 bytes
+at head_dim 256. In the code looked at, they lie outside the loop over unmasked blocks.
+Measured rows, in `tuned.json` by `python -m bench.tune --write`, count before these.
 """
 
 from __future__ import annotations
