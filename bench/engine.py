@@ -9,7 +9,8 @@
 
 Offline: all requests of a workload at once (conversations turn by turn). Online: Poisson arrivals at ``--rate``.
 Every figure is the median over ``--repeat`` runs with new token ids each; JSON holds all of them. Products: what the matrix
-products of a run's steps take by themselves (``bench.products``), the limit that it works against.
+products of a run's steps take by themselves (``bench.products``), the limit that it works against. A start is a process of its
+own, from its launch to a first token. Executables that were compiled are those that the compile cache did not have.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from bench import first_token
 from bench.workloads import Job, make
 
 SHAPES = {  # hidden, layers, heads, kv heads, head_dim, mlp, vocab
@@ -141,7 +143,7 @@ def prefix_ttft(engine_for: Any, vocab: int) -> dict[str, float]:
 
 
 def decode_host_work(engine: Any, vocab: int) -> dict[str, float]:
-    """Host microseconds per decode step with 1 and with 64 sequences."""
+    """Host microseconds per decode step with 1 and with 64 sequences, if the KV pool holds them."""
     from jaxkv import SamplingParams
 
     out = {}
@@ -150,14 +152,17 @@ def decode_host_work(engine: Any, vocab: int) -> dict[str, float]:
         for i in range(n):
             engine.add_request(f"h{i}", [rng.randrange(min(300, vocab // 2), vocab) for _ in range(24)],
                                SamplingParams(temperature=0.0, max_tokens=160, ignore_eos=True))
-        while engine.metrics.running < n:
+        while engine.has_work and engine.metrics.running < n:
             engine.step()
         for _ in range(8):
             engine.step()
         before = deepcopy(engine.metrics)
         for _ in range(100):
             engine.step()
-        out[str(n)] = sum(host_work(engine, before.stage_seconds, 100).values())
+        if engine.metrics.running == n and engine.metrics.preemptions == before.preemptions:
+            out[str(n)] = sum(host_work(engine, before.stage_seconds, 100).values())
+        else:
+            print(f"no host work with {n} sequences: the KV pool does not hold them at once")
         while engine.has_work:
             engine.step()
     return out
@@ -203,6 +208,8 @@ def main() -> None:
     parser.add_argument("--size", default="small", help="the harness's model size")
     parser.add_argument("--json", default="bench/results/engine.json")
     args = parser.parse_args()
+    if args.peers and not Path(args.peers, "run.py").is_file():
+        parser.error(f"peers must be the directory of the peers harness, but {args.peers} has no run.py")
     if args.shape:
         args.model, args.load_format, args.skip_tokenizer_init = config_dir(args.shape), "dummy", True
     with one_line_errors("bench.engine"):
@@ -212,9 +219,13 @@ def main() -> None:
 
             return step_profile.run(config, None if args.json == parser.get_default("json") else args.json)
         report = run(args, config)
+    write(report, Path(args.json))
     if args.peers:
         report["peers"] = run_peers(args)
-    path = Path(args.json)
+        write(report, Path(args.json))
+
+
+def write(report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nwrote {path}")
@@ -229,11 +240,12 @@ def run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     from jaxkv.runtime.startup import build_engine
 
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    start = time.perf_counter()
+    started = first_token.measure(config, args.repeat)  # before this process takes the device
+    events = first_token.compile_events()
     engine = build_engine(config)
     vocab = engine.vocab_size
     drive(engine, [Job("first", [1], 1)], None, 0)
-    first_token = time.perf_counter() - start
+    executables = first_token.executables(events)
     print("\n".join(engine.describe()), flush=True)
     rows, counts = [], count_steps(engine.executor)
     for name in args.workloads.split(","):
@@ -248,7 +260,7 @@ def run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
               "device": jax.devices()[0].device_kind, "cpus": os.cpu_count(), "python": platform.python_version(),
               "jax": jax.__version__, "commit": commit(), "workloads": rows,
               "host_us_per_decode_step": decode_host_work(engine, vocab),
-              "build_to_first_token_s": first_token,
+              "executables": executables, **started,
               "rss_mib": {"after imports": imported >> 20, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
                           "weights": engine.weight_bytes >> 20, "pools": engine.capacity.pool_bytes >> 20}}
     del engine
@@ -256,7 +268,8 @@ def run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
         report["prefix_ttft_ms"] = prefix_ttft(
             lambda **kw: build_engine(replace(config, cache=replace(config.cache, **kw))), vocab)
     print("\n" + table(rows) + "\n")
-    for key in ("host_us_per_decode_step", "build_to_first_token_s", "rss_mib", "prefix_ttft_ms"):
+    for key in ("host_us_per_decode_step", "executables", "start_to_first_token_s", "start_executables", "rss_mib",
+                "prefix_ttft_ms"):
         if key in report:
             print(f"{key}: {report[key]}")
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, get_args, get_type_hints
 
 EVICTION_POLICIES = ("lfu", "lru", "lfu-plain", "lfu-decayed", "arc", "2q", "gdsf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -12,6 +13,7 @@ KV_CODEC_LEVELS = ("exact", "int8", "int4")
 KV_CODECS = (*KV_CODEC_LEVELS, "mixed")
 KV_LAYOUTS = ("auto", "token_major", "head_major", "paired")
 ATTENTION_IMPLS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu", "ref")
+_TYPES = {int: "an integer", str: "a string", bool: "True or False", type(None): "None"}
 
 
 class ConfigError(ValueError):
@@ -23,21 +25,31 @@ def parse_size(text: str | int | None, name: str = "size") -> int | None:
     if text is None:
         return None
     try:
+        if isinstance(text, bool):
+            raise TypeError
         if isinstance(text, str):
             body = text.strip().upper().removesuffix("B").removesuffix("I")
             scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(body[-1:], 1)
             value = int(float(body[:-1] if scale > 1 else body) * scale)
         else:
             value = int(text)
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name} must be bytes or a number with K, M or G, got {text!r}") from None
     if value < 0:
         raise ConfigError(f"{name} must not be negative, got {text!r}")
     return value
 
 
+def _check_types(part: Any) -> None:
+    """ConfigError names the first field of a dataclass whose value is not of its type."""
+    for name, kind in get_type_hints(type(part)).items():
+        value, kinds = getattr(part, name), get_args(kind) or (kind,)
+        if not isinstance(value, kind) or isinstance(value, bool) and bool not in kinds:
+            raise ConfigError(f"{name} must be {' or '.join(_TYPES.get(k, k.__name__) for k in kinds)}, got {value!r}")
+
+
 def _at_least(name: str, value: int | None, low: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+    if value is not None and value < low:
         raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
@@ -52,6 +64,7 @@ class ModelConfig:
     attention_impl: str = "auto"  # which kernels run; auto: the best that is proven on the platform
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _at_least("max_model_len", self.max_model_len, 1)
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
@@ -80,6 +93,7 @@ class CacheConfig:
     kv_layout: str = "auto"  # physical pool layout, which only pallas_kernels understands; auto: the best on the platform
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _at_least("page_size", self.page_size, 1)
         _at_least("kv_cache_memory", self.kv_cache_memory, 1)
         _at_least("host_kv_memory", self.host_kv_memory, 0)
@@ -95,7 +109,7 @@ class CacheConfig:
             raise ConfigError("disk_kv_memory and disk_kv_required need disk_kv_path")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ConfigError(f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {self.kv_cache_dtype!r}")
-        levels = set(str(self.kv_codec).split(","))
+        levels = set(self.kv_codec.split(","))
         if self.kv_codec not in KV_CODECS and not levels <= set(KV_CODEC_LEVELS):
             raise ConfigError(f"kv_codec must be one of {', '.join(KV_CODECS)}, or one of {', '.join(KV_CODEC_LEVELS)} for "
                               f"each layer with commas between, got {self.kv_codec!r}")
@@ -112,8 +126,10 @@ class SchedConfig:
     max_num_batched_tokens: int = 2048
     enable_chunked_prefill: bool = True
     overlap: bool = True  # plan and submit step n + 1 before step n is read
+    check_batches: bool = False  # look at every page number and length before a step runs; for debugging
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _at_least("max_num_seqs", self.max_num_seqs, 1)
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -126,6 +142,7 @@ class MeshConfig:
     tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
 
 
@@ -136,3 +153,6 @@ class EngineConfig:
     sched: SchedConfig = field(default_factory=SchedConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_types(self)

@@ -26,6 +26,7 @@ from .layout import (
 )
 from .page_copy.api import copy_pages, gather_pages, scatter_pages
 from .ragged_paged_attention.api import ragged_paged_attention
+from .ragged_paged_attention.checks import check_batch
 from .ragged_paged_attention.plan import AttentionPlanner, attention_planner
 from .sharded import MeshOps
 
@@ -40,6 +41,7 @@ __all__ = [
     "QuantPool",
     "attention_planner",
     "canonical_row",
+    "check_batch",
     "codec_spec",
     "compiler_options",
     "copy_pages",

@@ -63,8 +63,8 @@ def executor(
     with jax.default_matmul_precision("highest"), as_shipped(), pytest.MonkeyPatch.context() as patch:
         if (devices, dtype, layout, kv_dtype) != (1, "float32", "head_major", None):
             patch.setattr("jaxkv.runtime.executor.batch_shapes", few_shapes)
-        return JaxExecutor(spec, params, kv, mesh, max_num_seqs=SEQS, max_num_batched_tokens=BUDGET,
-                           max_model_len=MAX_LEN, host_bytes=2 * HOST * sum(g.page_bytes(PAGE) for g in groups))
+        return JaxExecutor(spec, params, kv, mesh, max_num_seqs=SEQS, max_num_batched_tokens=BUDGET, max_model_len=MAX_LEN,
+                           host_bytes=2 * HOST * sum(g.page_bytes(PAGE) for g in groups), check_batches=True)
 
 
 def engine(

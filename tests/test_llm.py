@@ -15,6 +15,7 @@ import pytest
 
 import jaxkv
 from jaxkv import LLM, SamplingParams, Structured
+from jaxkv.cli import EngineOptions, engine_config
 from jaxkv.runtime import weights
 from tests.text_models import SMALL, small_llm, small_model
 
@@ -174,6 +175,31 @@ def test_unknown_options_and_bad_settings(model_dir):
         LLM(str(model_dir), overlap="no")
 
 
+@pytest.mark.parametrize("name", ["model", *EngineOptions.__annotations__])
+def test_no_setting_is_a_list(name):
+    with pytest.raises(jaxkv.ConfigError, match=f"^{name} must be .*, got \\[1\\]$"):
+        LLM(**{name: [1]})
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(model=5), "model must be a string or None, got 5"),
+    (dict(answer_worth="x"), "answer_worth must be an integer, got 'x'"),
+    (dict(max_model_len=True), "max_model_len must be an integer or None, got True"),
+    (dict(kv_cache_memory=[1]), r"kv_cache_memory must be bytes or a number with K, M or G, got \[1\]"),
+    (dict(kv_cache_memory=True), "kv_cache_memory must be bytes"), (dict(seed=None), "seed must be an integer, got None"),
+    (dict(page_size=16.0), "page_size must be an integer, got 16.0"),
+    (dict(disk_kv_path=5), "disk_kv_path must be a string or None"),
+])
+def test_settings_of_another_type_are_refused(options, message):
+    with pytest.raises(jaxkv.ConfigError, match=message):
+        LLM(**options)
+
+
+def test_paths_may_be_path_objects(tmp_path):
+    config = engine_config({"model": tmp_path, "disk_kv_path": tmp_path})
+    assert config.model.model == config.cache.disk_kv_path == str(tmp_path)
+
+
 def test_a_failure_in_the_middle_leaves_nothing(llm, monkeypatch):
     step, calls = llm.engine.step, []
 
@@ -262,7 +288,7 @@ def test_without_tokenizer(model_dir):
     (dict(kv_cache_dtype="int3"), "kv_cache_dtype must be one of auto, bfloat16"),
     (dict(kv_layout="columns"), "kv_layout must be one of auto, token_major"),
     (dict(kv_codec="int3"), "kv_codec must be one of exact, int8, int4, mixed, or"),
-    (dict(kv_codec=None), "kv_codec must be one of exact"),
+    (dict(kv_codec=None), "kv_codec must be a string, got None"),
     (dict(kv_codec="int8,mixed"), "kv_codec must be one of .* for each layer"),
     (dict(kv_codec="exact,int8", kv_cache_dtype="int8"), "kv_codec must be exact with kv_cache_dtype int8"),
 ])
@@ -272,7 +298,15 @@ def test_kernels_and_caches_that_cannot_be(options, message, tmp_path):
         LLM(str(tmp_path / "no model"), **options)
 
 
-def test_a_codec_for_other_layers_is_refused_before_weights_are_read(model_dir, monkeypatch):
+@pytest.mark.parametrize("options, message", [
+    ({"kv_codec": "int8,int8,int4"}, r"kv_codec: .* or 2 of .* a layer, got 'int8,int8,int4'"),
+    ({"page_size": 129}, r"page_size must be at most 128 \(max_model_len is 128\), got 129"),
+    ({"page_size": 33, "max_model_len": 20}, r"page_size must be at most 32 \(max_model_len is 20\), got 33"),
+    ({"max_model_len": 257}, "max_model_len is 257, but the model's window is 256 tokens"),
+])
+def test_what_does_not_fit_the_model_is_refused_before_weights_are_read(options, message, model_dir, monkeypatch):
     monkeypatch.setattr(weights, "place", None)
-    with pytest.raises(jaxkv.ConfigError, match=r"kv_codec: .* or 2 of .* a layer, got 'int8,int8,int4'"):
-        LLM(str(model_dir), **SMALL, kv_codec="int8,int8,int4")
+    with pytest.raises(jaxkv.ConfigError, match=message):
+        LLM(str(model_dir), **SMALL | options)
+    with pytest.raises(TypeError, match="not callable"):
+        LLM(str(model_dir), **SMALL | {"page_size": 32, "max_model_len": 20})

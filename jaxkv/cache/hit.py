@@ -21,9 +21,9 @@ class Hit(NamedTuple):
 
     path: list[Node]  # root first; the last node may be used in part
     pages: int  # whole pages used
-    source: Source | None  # page to copy for the tokens after those
+    source: Source | None  # page to copy for the tokens after those, or to bring so that it can be copied
     first: list[int]  # [group] first page that the next position sees
-    need: list[int]  # [group] HBM pages that it takes: HOST pages in sight and the copy
+    need: list[int]  # [group] HBM pages that it takes: HOST pages in sight and the copy (of COMING: what is copied)
 
 
 class Use(IntEnum):
@@ -36,7 +36,7 @@ class Use(IntEnum):
 
 def find_hit(store: PageStore, seq: Sequence, plan_id: int, use: Use, most: int = sys.maxsize) -> Hit:
     """The longest usable prefix of ``seq.tokens[:seq.match_limit]``, at most ``most`` pages; in the worst case of length 0.
-    What may still come has no part of a page.
+    Of what may still come a part of a page is named where it has to come from the host tier.
 
     A page that plan ``plan_id`` itself computes is no source of a copy. A window group must hold every page that the
     next position sees. All HBM pages taken must be free, or idle once the path is pinned.
@@ -47,9 +47,9 @@ def find_hit(store: PageStore, seq: Sequence, plan_id: int, use: Use, most: int 
         if use is not Use.COMING and node.load is not None or use is Use.HOT and node.tier is not Tier.HBM or store.lost(node):
             pages, sources = store.first_page(node), []
             break
-    if pages > most:
+    if pages >= most:
         pages, sources = most, []
-    copied = {Use.HOT: (Tier.HBM,), Use.COLD: (Tier.HBM, Tier.HOST), Use.COMING: ()}[use]
+    copied = {Use.HOT: (Tier.HBM,), Use.COLD: (Tier.HBM, Tier.HOST), Use.COMING: (Tier.HOST,)}[use]
     source = next((s for s in sources if s.node.tier in copied and s.ready(plan_id, store.page_size)), None)
     while True:
         tokens = pages * store.page_size + (source.tokens if source else 0)

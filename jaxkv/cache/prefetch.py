@@ -49,7 +49,8 @@ class Prefetcher:
         if any(room - own < others for room, own, others in zip(room_beside(store, hit), rest, spare)):
             store.trie.prune(hit.path[0])
             return None
-        if not keys and all(node.tier is Tier.HBM for node in hit.path[1:]):
+        part = None if keys or hit.source is None else hit.source.node
+        if not keys and not part and all(node.tier is Tier.HBM for node in hit.path[1:]):
             for load in dict.fromkeys(node.load for node in hit.path[1:] if node.load is not None):
                 self._wait(seq, load)
             store.trie.prune(hit.path[0])
@@ -59,6 +60,8 @@ class Prefetcher:
         if keep < len(end):
             end = store.split(end, keep)
         store.claim(end, len(seq.request.prompt))
+        if part:  # it follows ``end``: what has to be copied is its first page
+            end = store.split(part, 1) if len(part) > 1 else part
         store.pin(end)
         path = _path(end)
         for other in dict.fromkeys(node.load for node in path if node.load is not None):
@@ -119,6 +122,8 @@ class Prefetcher:
         """As much of a hit and of what follows on disk as comes sooner than it is computed."""
         store = self._store
         first, runs = cold_runs(store, hit)
+        part = hit.source if not keys else None
+        runs += [(Tier.HOST, 1)] * (part is not None)
         runs += [(Tier.DISK, min(DISK_RUN, len(keys) - at)) for at in range(0, len(keys), DISK_RUN)]
         cut = store.costs.best_cut(first * store.page_size, runs, len(seq.tokens),
                                   [tier for tier in (Tier.HOST, Tier.DISK) if self._loader.under_way(tier)])
@@ -126,6 +131,8 @@ class Prefetcher:
         if cut < found - len(keys):
             hit = find_hit(store, seq, plan_id, Use.COMING, first + cut)
         store.stats.recomputed_tokens += (found - cut) * store.page_size
+        if part and cut < found:
+            store.stats.recomputed_tokens -= store.page_size - part.tokens
         return hit, keys[:max(0, cut - (found - len(keys)))]
 
     def _attach(self, parent: Node, data: bytes, keys: list[bytes], request: Request, load: Load) -> Node:

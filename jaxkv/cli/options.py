@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, TypedDict
 
 from jaxkv.config import (
@@ -55,6 +56,7 @@ class EngineOptions(TypedDict, total=False):
     max_num_batched_tokens: int
     enable_chunked_prefill: bool
     overlap: bool
+    check_batches: bool
     tensor_parallel_size: int
     seed: int
 
@@ -108,6 +110,7 @@ _OPTIONS = {
         _Option("max_num_batched_tokens", "int", "token budget of one step"),
         _Option("enable_chunked_prefill", "switch", "split long prompts over steps"),
         _Option("overlap", "switch", "plan a step while the previous one runs"),
+        _Option("check_batches", "switch", "look at every page number and length before a step runs; for debugging"),
     ),
 }
 _KINDS = {option.name: option.kind for options in _OPTIONS.values() for option in options}
@@ -149,18 +152,14 @@ def engine_config(options: Mapping[str, Any]) -> EngineConfig:
     """Settings from option names and values; names left out keep their default. Raises ConfigError."""
     if unknown := sorted(set(options) - set(_KINDS)):
         raise ConfigError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(_KINDS))}")
-    values = {name: parse_size(value, name) if _KINDS[name] == "size" else value for name, value in options.items()}
-    for name, value in values.items():
-        if _KINDS[name] == "switch" and not isinstance(value, bool):
-            raise ConfigError(f"{name} must be True or False, got {value!r}")
-    seed = values.pop("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ConfigError(f"seed must be an integer, got {seed!r}")
+    values: dict[str, Any] = {name: parse_size(value, name) if _KINDS[name] == "size" else value
+                              for name, value in options.items()}
+    values |= {name: str(value) for name, value in values.items() if isinstance(value, Path)}
 
     def part(cls: type) -> Any:
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
-    return EngineConfig(part(ModelConfig), part(CacheConfig), part(SchedConfig), part(MeshConfig), seed)
+    return EngineConfig(part(ModelConfig), part(CacheConfig), part(SchedConfig), part(MeshConfig), values.get("seed", 0))
 
 
 def add_sampling_args(group: Any, names: Iterable[str] = SAMPLING_OPTIONS) -> None:

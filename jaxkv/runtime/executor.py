@@ -9,11 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -22,8 +20,9 @@ from jaxkv.device import sampling
 from jaxkv.device.batch import FIELDS, BatchLayout, BatchShape, batch_shapes, choose_shape
 from jaxkv.device.sampling.sampler import BAN_STOP_IDS, MASKED
 from jaxkv.device.spec import KVSpec, ModelSpec
-from jaxkv.device.state import EngineState, compile_zero_state, state_shardings
-from jaxkv.device.step import StepOutput, build_step
+from jaxkv.device.state import compile_zero_state
+from jaxkv.device.step import StepOutput
+from jaxkv.runtime.compile import ADMIT_TOKENS, compile_admit, compile_steps
 from jaxkv.runtime.disk import DiskStore
 from jaxkv.runtime.page_ops import PageForm
 from jaxkv.runtime.structured.matchers import TokenMasks
@@ -32,7 +31,6 @@ from jaxkv.types import Admit, Arrival, Chunk, Logprobs, StepHandle, StepPlan, S
 
 log = logging.getLogger("jaxkv")
 
-ADMIT_TOKENS = 1024  # tokens of a sequence told to the sampler at once
 _BY_SLOT = [f for f in FIELDS if f.dims == ("R",) and not f.name.startswith("row_")]
 
 
@@ -42,7 +40,7 @@ class JaxExecutor:
     def __init__(
         self, spec: ModelSpec, params: tuple, kv: KVSpec, mesh: Mesh, *, max_num_seqs: int, max_num_batched_tokens: int,
         max_model_len: int, host_bytes: int = 0, attention_impl: str = "auto", form: PageForm | None = None,
-        disk: DiskStore | None = None,
+        disk: DiskStore | None = None, check_batches: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.kv, self.mesh, self.slots, self.params = kv, mesh, max_num_seqs, params
@@ -53,6 +51,7 @@ class JaxExecutor:
         self._tables = np.zeros((len(kv.groups), max_num_seqs, self._pages_per_seq), np.int32)
         self._by_slot = {f.name: np.zeros(max_num_seqs, np.dtype(f.dtype)) for f in _BY_SLOT}
         self._ban_until = np.zeros(max_num_seqs, np.int32)  # first position at which stop ids may be sampled
+        self._check_batches = check_batches
         self._logprobs = [False] * max_num_seqs
         self._embed = [False] * max_num_seqs
         self.tiers = Tiers(kv, mesh, host_bytes, form or PageForm(kv, mesh), disk)
@@ -60,9 +59,9 @@ class JaxExecutor:
         self.state = self._zero_state()
         self._planners = {s: _planner(spec, kv, s, mesh.size, attention_impl) for s in self.shapes}
         self._layouts = {s: BatchLayout(s, len(kv.groups), self._pages_per_seq, p.size) for s, p in self._planners.items()}
-        self.steps = _compile_steps(spec, kv, mesh, params, self.state, self._layouts, attention_impl, progress)
+        self.steps = compile_steps(spec, kv, mesh, params, self.state, self._layouts, attention_impl, progress)
         self._vocab = spec.vocab_size
-        self._admit_op = _compile_admit(self.state, mesh)
+        self._admit_op = compile_admit(self.state, mesh)
         whole = NamedSharding(mesh, PartitionSpec())  # masks of a step that has none: never read, never sent again
         self._no_masks = {r: jax.device_put(np.zeros((r, sampling.mask_words(spec.vocab_size)), np.int32), whole)
                           for r in {s.rows for s in self.shapes}}
@@ -163,6 +162,9 @@ class JaxExecutor:
         b["token_seq"][:total] = np.repeat(np.arange(n, dtype=np.int32), lens)
         b["kv_lens"][:, :n] = ends
         b["page_table"][:, :n] = tables[:, slots]
+        if self._check_batches:
+            for group, most, table, kv_lens in zip(self.kv.groups, self.kv.num_pages, b["page_table"], b["kv_lens"]):
+                ops.check_batch(table, kv_lens, cu, num_pages=most, page_size=self.kv.page_size, window=group.window)
         if b["attention_plan"].size:
             for g, group in enumerate(self.kv.groups):
                 b["attention_plan"][g] = self._planners[shape](lens, ends, b["page_table"][g, :n], group.window)
@@ -282,36 +284,3 @@ def _logprobs(tokens: tuple[int, ...], arrays: list[np.ndarray], rows: range) ->
     chosen, rank, ids, values = arrays
     return tuple(Logprobs(t, float(chosen[r]), int(rank[r]), tuple(zip(ids[r].tolist(), values[r].tolist())))
                  for t, r in zip(tokens, rows))
-
-
-def _compile_steps(
-    spec: ModelSpec, kv: KVSpec, mesh: Mesh, params: tuple, state: EngineState, layouts: dict[BatchShape, BatchLayout],
-    attention_impl: str, progress: Callable[[int, int], None] | None,
-) -> dict[BatchShape, Callable]:
-    """One executable per batch shape, compiled ahead of time: afterwards nothing can compile, only fail loudly."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    state_at, options = state_shardings(kv, mesh), ops.compiler_options(mesh.devices.flat[0].platform)
-    like = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)  # noqa: E731
-    args = tuple(like(x, x.sharding) for x in params), jax.tree.map(like, state, state_at)
-
-    def compile_one(layout: BatchLayout) -> Callable:
-        step = build_step(spec, kv, layout, mesh, attention_impl)
-        jitted = jax.jit(step, donate_argnums=1, out_shardings=(state_at, whole), compiler_options=options)
-        inputs = (layout.words,), (layout.shape.rows, sampling.mask_words(spec.vocab_size))
-        return jitted.lower(*args, *(jax.ShapeDtypeStruct(s, jnp.int32, sharding=whole) for s in inputs)).compile()
-
-    out: dict[BatchShape, Callable] = {}
-    with ThreadPoolExecutor(2) as pool:  # tracing holds the interpreter lock, compiling does not
-        for shape, fn in zip(layouts, pool.map(compile_one, layouts.values())):
-            out[shape] = fn
-            if progress:
-                progress(len(out), len(layouts))
-    return out
-
-
-def _compile_admit(state: EngineState, mesh: Mesh) -> Callable:
-    whole = NamedSharding(mesh, PartitionSpec())
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)  # noqa: E731
-    args = jax.tree.map(like, (state.sampler, *sampling.admit_arguments(ADMIT_TOKENS)))
-    return jax.jit(sampling.admit, donate_argnums=0, out_shardings=jax.tree.map(lambda _: whole, args[0])).lower(
-        *args).compile()

@@ -6,8 +6,9 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -35,10 +36,12 @@ from jaxkv.sched.scheduler import Scheduler
 
 log = logging.getLogger("jaxkv")
 DISK_BYTES = 8 * 2**30
+LOG_S = 5.0  # at least, from one line about progress to the next
 
 
 def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine:
-    """An engine ready to serve. ConfigError, one line, for whatever cannot work."""
+    """An engine ready to serve. ``show_progress``: bars on stderr; without, the log says how far compiling is. ConfigError, one
+    line, for whatever cannot work."""
     start = time.perf_counter()
     use_compile_cache()
     mesh = make_mesh(config.mesh.tensor_parallel_size)
@@ -46,10 +49,10 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     if impl.startswith("mosaic_") and impl != f"mosaic_{platform}":
         raise ConfigError(f"attention_impl {impl} needs a {impl[-3:].upper()}, but the devices are {platform}")
     model = load_model(config.model.model, mesh, dtype=config.model.dtype, load_format=config.model.load_format,
-                       seed=config.seed, show_progress=show_progress, check=lambda spec: _check_codec(config.cache, spec))
+                       seed=config.seed, show_progress=show_progress, check=lambda spec: _check(config, spec))
     tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
     defaults = default_sampling(model.directory) if config.model.generation_config == "auto" else {}
-    max_model_len = resolve_max_model_len(config, model)
+    max_model_len = resolve_max_model_len(config, model.spec)
     cache, sched = config.cache, config.sched
     kv_dtype = cached_dtype(cache.kv_cache_dtype, model.spec.dtype)
     groups = kv_groups(model.spec, mesh.size, kv_dtype)
@@ -77,7 +80,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
             model.spec, model.params, kv, mesh, max_num_seqs=sched.max_num_seqs,
             max_num_batched_tokens=sched.max_num_batched_tokens, max_model_len=max_model_len,
             host_bytes=capacity.host_bytes, attention_impl=impl, form=form, disk=disk,
-            progress=lambda done, total: _advance(bar, done, total))
+            check_batches=sched.check_batches, progress=partial(_advance, bar) if show_progress else _logged())
     compiled = time.perf_counter()
     description = describe(config, model, mesh, kv, capacity, executor, loaded - start, compiled - loaded)
     eos_ids, vocab = eos_token_ids(model.directory, tokenizer), model.spec.vocab_size
@@ -90,11 +93,15 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
                         "kernels": _kernels()})
 
 
-def _check_codec(cache: CacheConfig, spec: ModelSpec) -> None:
+def _check(config: EngineConfig, spec: ModelSpec) -> None:
+    """What can be known to fail before a weight is read."""
     try:
-        ops.codec_spec(cache.kv_codec, spec.num_layers)
+        ops.codec_spec(config.cache.kv_codec, spec.num_layers)
     except ValueError as error:
         raise ConfigError(f"kv_codec: {error}") from None
+    window, unit, size = resolve_max_model_len(config, spec), CacheConfig.page_size, config.cache.page_size
+    if size > (most := -(-window // unit) * unit):  # one such page holds any sequence
+        raise ConfigError(f"page_size must be at most {most} (max_model_len is {window}), got {size}")
 
 
 def open_disk(cache: CacheConfig, form: PageForm, fingerprint: str, copies: int) -> DiskStore | None:
@@ -120,9 +127,9 @@ def make_mesh(tensor_parallel_size: int) -> Mesh:
     return Mesh(np.array(devices[:tensor_parallel_size]), ("tp",))
 
 
-def resolve_max_model_len(config: EngineConfig, model: LoadedModel) -> int:
+def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     """The window in tokens. ConfigError when more is asked for than the model's positions allow."""
-    wanted, window = config.model.max_model_len, model.spec.max_position
+    wanted, window = config.model.max_model_len, spec.max_position
     if wanted is not None and wanted > window:
         raise ConfigError(f"max_model_len is {wanted}, but the model's window is {window} tokens")
     return wanted or window
@@ -198,3 +205,16 @@ def _kernels() -> str:
 def _advance(bar: tqdm, done: int, total: int) -> None:
     bar.total = total
     bar.update(done - bar.n)
+
+
+def _logged() -> Callable[[int, int], None]:
+    """Progress as lines in the log, ``LOG_S`` apart."""
+    last = time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= LOG_S:
+            last = now
+            log.info("compiling step executables: %d of %d", done, total)
+
+    return advance

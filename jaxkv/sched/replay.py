@@ -41,6 +41,10 @@ class Recorder:
         self._sink({"event": "plan", "now": now})
         return self._scheduler.plan(now)
 
+    def plan_saves(self, pages: int, now: float) -> StepPlan | None:
+        self._sink({"event": "saves", "pages": pages, "now": now})
+        return self._scheduler.plan_saves(pages, now)
+
     def lose_host_tier(self) -> None:
         self._sink({"event": "host lost"})
         self._scheduler.lose_host_tier()
@@ -98,8 +102,10 @@ def replay(events: Iterable[dict[str, Any]], scheduler: Scheduler) -> list[StepP
             case "finish":
                 scheduler.finish(event["request_id"], event["reason"])
             case "plan":
-                plan = scheduler.plan(event["now"])
-                if plan is not None:
+                if (plan := scheduler.plan(event["now"])) is not None:
+                    plans.append(plan)
+            case "saves":
+                if (plan := scheduler.plan_saves(event["pages"], event["now"])) is not None:
                     plans.append(plan)
             case "commit":
                 result = StepResult(tuple(tuple(tokens) for tokens in event["tokens"]), failed=event["failed"])
@@ -109,5 +115,6 @@ def replay(events: Iterable[dict[str, Any]], scheduler: Scheduler) -> list[StepP
             case "host lost":
                 scheduler.lose_host_tier()
             case unknown if unknown != "disk":  # those are given by RecordedDisk
-                raise ValueError(f"event must be add, finish, plan, commit, arrived, host lost or disk, got {unknown!r}")
+                raise ValueError("event must be add, finish, plan, saves, commit, arrived, host lost or disk, "
+                                 f"got {unknown!r}")
     return plans

@@ -401,6 +401,17 @@ def test_a_count_speaks_for_its_part_of_the_node():
     assert policy.victim() == path[2] and policy.tail(path[0]) == 2
 
 
+def test_a_page_counts_once_in_a_request_during_which_its_node_was_cut():
+    policy, path = LFU(8), [key(i) for i in range(4)]
+    policy.add(path[0], path, 0)
+    policy.touch(path[0])
+    policy.split(path[0], path[2], 2, 2)
+    policy.touch(path[2])  # deeper than what was read before: the same request
+    policy.touch(path[0])
+    cohorts = [cohort for step in policy._directory.model._cohorts for cohort in step]
+    assert sum(cohort.count for cohort in cohorts) == 4 and min(cohort.count for cohort in cohorts) >= 0
+
+
 def test_gittins_index_is_the_best_rate():
     model = ReuseModel(100)
     rng = random.Random(2)

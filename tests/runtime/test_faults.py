@@ -114,3 +114,11 @@ def test_a_crash_of_the_detokenizer_ends_its_sequence_only(run, caplog):
             reasons[delta.request_id] = delta.finish_reason
         run.check()
     assert reasons == {"bad": "error", "good": "length"} and "bad byte" in caplog.text and not run._children
+
+
+def test_a_page_out_of_the_pool_is_found_before_the_step_runs(run, monkeypatch):
+    take = run.scheduler.cache.store.hbm[0].take_many
+    monkeypatch.setattr(run.scheduler.cache.store.hbm[0], "take_many", lambda n: [*take(n)[:-1], 10**6])
+    run.add_request("r", GOOD, greedy(3))
+    with pytest.raises(ValueError, match=r"sequence 0: page \d+ of its table must be in \[0, \d+\), got 1000000"):
+        run.step()

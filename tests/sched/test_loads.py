@@ -82,6 +82,26 @@ def test_who_comes_together_does_not_wait_for_the_pages_of_the_other(overlap):
     assert not [m for plan in plans if len(plan.chunks) > 1 for m in plan.moves if m.src[0] is Tier.HOST and m.dst]
 
 
+@pytest.mark.parametrize("groups", [FULL, FULL_AND_WINDOW], ids=["full", "full+window"])
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("cut", [41, 18], ids=["a leaf", "within a run"])
+def test_a_part_of_a_page_comes_from_the_host_while_others_run(cut, overlap, groups):
+    driver = Driver(pages=24, host_pages=80, max_model_len=96, overlap=overlap, groups=groups)
+    for name, prompt in LONG.items():
+        driver.add(request(name, prompt, 4, arrival=driver.clock))
+        driver.run()
+    driver.add(request("busy", [400], 60, arrival=driver.clock))
+    for _ in range(3):
+        driver.step()
+    copies = driver.inner.cache.stats.partial_copies
+    driver.add(request("a+", [*LONG["a"], *driver.tokens["a"]][:cut] + [7, 8], 3, arrival=driver.clock))
+    driver.run()
+    driver.check_outputs()
+    assert driver.cached["a+"] == cut and cut % 4 and driver.cached_below["a+"] == (cut, 0)
+    assert driver.inner.cache.stats.partial_copies == copies + 1
+    assert not [m for plan in driver.plans if len(plan.chunks) > 1 for m in plan.moves if m.src[0] is Tier.HOST and m.dst]
+
+
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_pages_that_fail_are_computed(tier):
     driver = Driver(pages=40, host_pages=60 * (tier == "host"), disk=tier == "disk", max_model_len=96, failures=1)

@@ -6,7 +6,8 @@ import pytest
 from sched_driver import FULL_AND_WINDOW, Driver, children, request
 
 from jaxkv.params import SamplingParams, Structured
-from jaxkv.sched.replay import replay
+from jaxkv.sched.replay import Recorder, replay
+from jaxkv.sched.scheduler import Scheduler
 from jaxkv.types import Request, StepPlan
 
 FULL_OF_FEATURES = SamplingParams(n=2, temperature=0.5, top_k=3, logit_bias=((3, 1.5), (4, -2.0)), logprobs=2, seed=7,
@@ -37,6 +38,25 @@ def test_replay_is_identical(overlap):
     assert fresh() == driver.plans
     events = [json.loads(line) for line in map(json.dumps, driver.log)]
     assert [p.to_dict() for p in fresh()] == [p.to_dict() for p in driver.plans]
+
+
+def test_pages_written_at_the_end_are_replayed():
+    driver = Driver(pages=60, host_pages=20, disk=True)
+    driver.add(request("a", range(30), 8))
+    driver.run()
+    while (plan := driver.scheduler.plan_saves(4, driver.clock)) is not None:
+        driver.plans.append(plan)
+        driver.scheduler.commit(plan, driver.device.apply(plan), driver.clock)
+    driver.add(request("b", range(30), 8))
+    driver.run()
+    driver.check_outputs()
+    assert sum(bool(plan.saves) and not plan.chunks for plan in driver.plans) > 1
+    assert driver.replayed([json.loads(line) for line in map(json.dumps, driver.log)]) == driver.plans
+
+
+def test_every_call_that_changes_a_scheduler_is_recorded():
+    calls = {name for name, value in vars(Scheduler).items() if name[0] != "_" and not isinstance(value, property)}
+    assert calls - set(vars(Recorder)) == {"check"}
 
 
 def test_values_survive_json():

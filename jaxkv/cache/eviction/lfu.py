@@ -71,7 +71,7 @@ class _Stream:
         return entry
 
     def _flush(self) -> None:
-        path = self._path[::-1]
+        path = list(dict.fromkeys(reversed(self._path)))  # pages of a node that was cut meanwhile may be there twice
         self._path.clear()
         if path:
             for directory in self.directories:
