@@ -3,6 +3,7 @@
     python -m bench.engine                                  the built-in model
     python -m bench.engine --model DIR --dtype float32      a checkpoint (its weights, random token ids)
     python -m bench.engine --shape small                    random weights of a named shape
+    python -m bench.engine --profile --shape llama-3-8b     steps of the engine beside their floors: bench.step_profile
     python -m bench.engine --model DIR --peers ../shared/peers --size small --peer openvino,vllm
                                                             and other engines on the same workloads in the same run
 
@@ -201,6 +202,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--rate", type=float, default=4.0, help="arrivals per second of the online runs")
     parser.add_argument("--quick", action="store_true", help="offline workloads only")
+    parser.add_argument("--profile", action="store_true", help="single steps beside what they must take (bench.step_profile)")
     parser.add_argument("--peers", metavar="DIR", help="directory of the peers harness")
     parser.add_argument("--peer", default="openvino,vllm", help="peers to run, as the harness names them")
     parser.add_argument("--size", default="small", help="the harness's model size")
@@ -212,6 +214,10 @@ def main() -> None:
         args.model, args.load_format, args.skip_tokenizer_init = config_dir(args.shape), "dummy", True
     with one_line_errors("bench.engine"):
         config = config_from_namespace(args)
+        if args.profile:
+            from bench import step_profile
+
+            return step_profile.run(config, None if args.json == parser.get_default("json") else args.json)
         report = run(args, config)
     write(report, Path(args.json))
     if args.peers:

@@ -120,9 +120,10 @@ def plan_for(impl: str, case: Case) -> jax.Array | None:
     return jnp.asarray(planner(np.asarray(case.batch.q_lens), np.asarray(case.batch.kv_lens), np.asarray(case.tables[0])))
 
 
-def attention(case: Case, impl: str, mass: str | None = None) -> tuple[Candidate, jax.Array]:
-    """Our attention as a candidate, and the output [T, Hq, D] of its first call. RuntimeError: with the reason, if the
-    implementation is not there or does not serve the call."""
+def attention(case: Case, impl: str, mass: str | None = None, *, check: bool = True) -> tuple[Candidate, jax.Array | None]:
+    """Our attention as a candidate, and the output [T, Hq, D] of its first call; without `check` perhaps None, which saves
+    the compiling of that call where a run has several turns. RuntimeError: with the reason, if the implementation is not there
+    or does not serve the call."""
     if impl not in IMPLEMENTATIONS:
         raise RuntimeError(f"not registered: {impl} is none of {', '.join(IMPLEMENTATIONS)}")
     try:
@@ -131,7 +132,7 @@ def attention(case: Case, impl: str, mass: str | None = None) -> tuple[Candidate
         call = jax.jit(lambda *a: _run(case, impl, mass, *a), compiler_options=pk.compiler_options(jax.default_backend()))
         run = Candidate(lambda: call(case.q, case.pools, case.tables, *rest), jax.block_until_ready, case.calls)
         first = run.wait(run.run())[2]
-        if first is None:
+        if first is None and check:
             first = call(case.q, case.pools, case.tables[:1], *rest)[2].block_until_ready()
     except Exception as error:  # whatever stops a kernel on this machine is a result
         raise RuntimeError(reason(error)) from error

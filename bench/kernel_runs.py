@@ -6,6 +6,7 @@ that differs is listed as wrong and has no time. Candidates of one shape are tim
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -17,14 +18,14 @@ import jax
 from bench.kernel_cases import TOLERANCE, Case, attention, difference, make_case, reason
 from bench.kernel_peers import peers
 from bench.page_moves import Sizes, moves
-from bench.roofline import QUANTISED, Limits, Work, attention_work, bound, kind_of
+from bench.roofline import KINDS, QUANTISED, Limits, Work, attention_work, bound, kind_of
 from bench.timing import Candidate, Timing, time_together
 from pallas_kernels.arg_specs import BATCHES, MODELS
 
 
 class Setup(NamedTuple):
-    """What is asked of a device. shapes: names in `arg_specs.BATCHES`; quantised, mass: the same, for those comparisons;
-    kv_dtypes: the first is what the others are compared with; layers: in one program."""
+    """What is asked of a device. shapes: names in `arg_specs.BATCHES`, of each kind the most important first; quantised, mass:
+    the same, for those comparisons; kv_dtypes: the first is what the others are compared with; layers: in one program."""
 
     model: str
     dtype: str
@@ -44,8 +45,9 @@ CPU = Setup("peers-small", "float32", 2, (
     ("decode-32-ragged",), ("bfloat16", "float32", "int8", "float8_e4m3fn"), ("decode-32-ragged",),
     (1, 64, 512), (1, 4, 16), 1024, (8, 32000))
 GPU = Setup("llama-3-8b", "bfloat16", 1, (
-    *(f"decode-{n}x{k}k" for k in (1, 4, 32) for n in (1, 8, 32, 128, 256)), "decode-64-shared-8k",
-    *(f"prefill-{k}k" for k in (2, 4, 8, 16, 32)), "mixed-64"),
+    *(f"decode-{n}" for n in ("32x4k", "1x32k", "128x4k", "8x32k", "1x4k", "32x32k", "256x4k", "128x1k", "8x4k", "1x1k",
+                              "32x1k", "256x1k", "8x1k", "128x32k", "256x32k")), "decode-64-shared-8k",
+    *(f"prefill-{k}k" for k in (8, 32, 2, 16, 4)), "mixed-64"),
     ("decode-32x4k", "decode-128x4k", "decode-8x32k", "prefill-8k"), ("bfloat16", "int8", "float8_e4m3fn"),
     ("decode-32x4k", "decode-8x32k"), (64, 8192), (1, 4, 16, 64, 256), 4096, (64, 151936))
 TINY = Setup("default", "float32", 1, ("decode-1",), ("decode-1",), ("bfloat16", "int8"), ("decode-1",), (8,), (2,), 16,
@@ -65,9 +67,12 @@ class Bench:
         self.peers = [p for p in everyone if p.absent is None]
         self.absent = {p.name: p.absent for p in everyone if p.absent is not None}
 
+    def late(self) -> bool:
+        return time.monotonic() > self.end
+
     def section(self, name: str, measure: Callable[[], None]) -> None:
         """Runs `measure` if there is time; what does not fit the device's memory is left out with its reason."""
-        if time.monotonic() > self.end:
+        if self.late():
             self.skipped.append(f"{name}: out of time")
             return
         print(f"{name} ...", flush=True)
@@ -112,6 +117,9 @@ class Bench:
         want = self.prepare(case, "", ready, errors, refused)
         ours = set(ready)
         for peer in self.peers if want is not None else ():
+            if self.late():
+                refused[peer.name] = "out of time"
+                continue
             try:
                 prepared = peer.prepare(case)
                 errors[peer.name] = difference(prepared.first(), want)
@@ -133,6 +141,9 @@ class Bench:
         """Our implementations under `prefix` + name; the first one's output, which the others are compared with."""
         want = None
         for name in self.names:
+            if self.late():
+                refused[prefix + name] = "out of time"
+                continue
             try:
                 ready[prefix + name], first = attention(case, name)
             except RuntimeError as error:
@@ -185,8 +196,11 @@ class Bench:
         work, ready, refused = attention_work(case.batch, case.heads, case.kv_dtype), {}, {}
         for name in self.names:
             for mass in (None, "page"):
+                if self.late():
+                    refused[name, mass] = "out of time"
+                    continue
                 try:
-                    ready[name, mass], _ = attention(case, name, mass)
+                    ready[name, mass], _ = attention(case, name, mass, check=False)
                 except RuntimeError as error:
                     refused[name, mass] = str(error)
         times = self.time(ready)
@@ -205,7 +219,7 @@ class Bench:
         for move in moves(sizes, self.platform, self.names):
             if move.kind not in kinds:
                 continue
-            if time.monotonic() > self.end:
+            if self.late():
                 self.skipped.append(f"{move.kind} {move.shape} {move.impl}: out of time")
                 continue
             timing, status = None, "ok"
@@ -224,24 +238,36 @@ class Bench:
         rows, vocab = self.setup.sampling
         runs = {name: jax.jit(partial(truncated_argmax, impl=name)) for name in ("xla", "ref")}
         for setting in ("top_p=0.9", "top_k=50 top_p=0.9"):
+            if self.late():
+                self.skipped.append(f"sampling {rows}x{vocab} {setting}: out of time")
+                continue
             ms = measure(runs, rows, vocab, SPREAD["peaked"], SETTINGS[setting], self.samples)
             for name, median in ms.items():
                 t = Timing(*[1e-3 * median] * 3, self.samples)
-                self.row("sampling", f"{rows}x{vocab} {setting}", name, Work(2 * 4 * rows * vocab, 0.0), timing=t)
+                self.row("sampling", f"{rows}x{vocab} {setting}", name, Work(2 * 4 * rows * vocab, 0.0), timing=t,
+                         speed_vs_sort=ms["ref"] / median)
 
 
-def measure_all(bench: Bench, kinds: set[str]) -> None:
-    """Every section of the setup that was asked for."""
+def sections(bench: Bench, kinds: set[str]) -> list[tuple[str, Callable[[], None]]]:
+    """What was asked for: the first of every kind, then the second of every kind, and so on, so that each gets some time."""
+    by_kind: dict[str, list[tuple[str, Callable[[], None]]]] = {kind: [] for kind in KINDS}
     for shape in bench.setup.shapes:
-        if kind_of(BATCHES[shape]) in kinds:
-            bench.section(shape, lambda s=shape: bench.attention(s))
-    if kinds & {"kv_write", "page_copy", "tier"}:
-        bench.section("moves", lambda: bench.moves(kinds))
-    if "sampling" in kinds:
-        bench.section("sampling", bench.sampling)
+        by_kind[kind_of(BATCHES[shape])].append((shape, partial(bench.attention, shape)))
     for what, shapes, measure in (("quantised", bench.setup.quantised, bench.quantised),
                                   ("mass", bench.setup.mass, bench.mass)):
         for shape in shapes:
             kind = f"{kind_of(BATCHES[shape])}-{what}"
-            if kind in kinds:
-                bench.section(f"{kind} {shape}", lambda s=shape, m=measure: m(s))
+            by_kind[kind].append((f"{kind} {shape}", partial(measure, shape)))
+    for kind in ("kv_write", "page_copy", "tier"):
+        by_kind[kind].append((kind, partial(bench.moves, {kind})))
+    by_kind["sampling"].append(("sampling", bench.sampling))
+    rounds = itertools.zip_longest(*(by_kind[kind] for kind in KINDS if kind in kinds))
+    return [section for turn in rounds for section in turn if section]
+
+
+def measure_all(bench: Bench, kinds: set[str], after: Callable[[list[str]], Any]) -> None:
+    """Every section of the setup that was asked for; `after` each, with the names of those that wait."""
+    todo = sections(bench, kinds)
+    for number, (name, measure) in enumerate(todo, 1):
+        bench.section(name, measure)
+        after([waiting for waiting, _ in todo[number:]])

@@ -6,10 +6,23 @@ a disturbance of the machine meets all of them; each sample is one run long enou
 
 from __future__ import annotations
 
+import faulthandler
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+
+@contextmanager
+def ends_within(seconds: float) -> Iterator[None]:
+    """Ends the process with a traceback of all threads and exit status 1 if the body takes longer, whatever it hangs in."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 class Candidate(NamedTuple):

@@ -1,11 +1,17 @@
 """Block sizes of the decode kernel on Hopper, as data.
 
-Not tuned on hardware: chosen by what compiles for an H100 without spills and within its shared memory, and by arithmetic.
+Those here are not tuned on hardware: chosen by what compiles for an H100 without spills and within its shared memory, and by
+arithmetic. Rows of `tuned.json`, which `python -m bench.tune --write` makes from measurements, count before them.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TUNED = Path(__file__).with_name("tuned.json")
 
 
 class Chip(NamedTuple):
@@ -30,6 +36,12 @@ class DecodeTuning(NamedTuple):
 
 CHIPS = {"h100": Chip("h100", 132, 232_448, 233_472)}
 
+
+def tuned(kind: str, blocks: Callable[..., Any], path: Path = TUNED) -> dict[Any, Any]:
+    """The measured rows for "decode" or "prefill" by key, each as `blocks`."""
+    return {tuple(row["key"]): blocks(**row["blocks"]) for row in json.loads(path.read_text())[kind]}
+
+
 _NARROW = {  # one byte per number
     64: DecodeTuning(64, 4, 2), 80: DecodeTuning(64, 3, 2), 96: DecodeTuning(64, 3, 2), 128: DecodeTuning(64, 3, 2),
     256: DecodeTuning(64, 3, 1, 64),  # 128 columns would spill
@@ -42,6 +54,7 @@ DECODE: dict[tuple[str, int, int | None, str | None], DecodeTuning] = {
     ("h100", 96, None, None): DecodeTuning(64, 2, 2),
     ("h100", 128, None, None): DecodeTuning(64, 2, 2),
     ("h100", 256, None, None): DecodeTuning(64, 3, 1),
+    **tuned("decode", DecodeTuning),
 }
 
 

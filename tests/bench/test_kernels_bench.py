@@ -9,11 +9,16 @@ import pytest
 from bench import kernels, roofline, tune
 from bench.kernel_cases import CACHE_BYTES, attention, dense, difference, make_case
 from bench.kernel_peers import peers
+from bench.kernel_runs import GPU, TINY, Bench, measure_all, sections
 from bench.page_moves import Sizes, moves
 from bench.roofline import TARGETS, Limits, Target, Work, attention_work, bound, judge, kind_of, losses, token_bytes
 from bench.timing import Candidate, time_together
+from bench.torch_peers import flex
 from pallas_kernels.arg_specs import BATCHES, MODELS, BatchSpec, HeadSpec
+from pallas_kernels.ragged_paged_attention import tuning
+from pallas_kernels.ragged_paged_attention.mosaic_gpu import prefill_tuning
 
+TABLE = tuning.TUNED
 HEADS = HeadSpec(q_heads=32, kv_heads=8, head_dim=128, layers=32)
 SMALL = HeadSpec(q_heads=4, kv_heads=2, head_dim=16, layers=2)
 
@@ -57,30 +62,45 @@ def row(kind, shape, batch, context, impl="xla", ours=True, head_dim=128, **figu
 def test_targets_speak_of_the_right_rows_and_take_our_fastest():
     decode = [t for t in TARGETS if t.platform == "gpu" and t.kind == "decode"]
     rows = [
-        row("decode", "32x4k", 32, 4096, copy_share=0.5),
-        row("decode", "32x4k", 32, 4096, impl="mosaic_gpu", copy_share=0.93),
-        row("decode", "32x4k", 32, 4096, impl="other", ours=False, copy_share=0.99),
-        row("decode", "128x32k", 128, 32768, copy_share=0.89),
-        row("decode", "8x32k", 8, 32768, copy_share=0.1),  # no target speaks of it
-        row("decode", "1x32k", 1, 32768, copy_share=0.75),
+        row("decode", "32x4k", 32, 4096, seconds=2.0, copy_share=0.5),
+        row("decode", "32x4k", 32, 4096, seconds=1.0, impl="mosaic_gpu", copy_share=0.93),
+        row("decode", "32x4k", 32, 4096, seconds=0.9, impl="other", ours=False, copy_share=0.99),
+        row("decode", "128x32k", 128, 32768, seconds=1.0, copy_share=0.89),
+        row("decode", "8x32k", 8, 32768, seconds=1.0, copy_share=0.1),  # no target speaks of it
+        row("decode", "1x32k", 1, 32768, seconds=1.0, copy_share=0.75),
         row("decode", "256x1k", 256, 1024),
     ]
     got = {(v.shape, v.value, v.least): v.verdict for v in judge(rows, "gpu", tuple(decode))}
     assert got == {("32x4k", 0.93, 0.9): "met", ("128x32k", 0.89, 0.9): "missed", ("1x32k", 0.75, 0.75): "met"}
 
 
+def test_the_best_ratio_of_a_slow_implementation_meets_no_target():
+    mass = [t for t in TARGETS if t.kind == "decode-mass"]
+    rows = [row("decode-mass", "m", 32, 4096, seconds=5.0, speed_vs_plain=0.99),
+            row("decode-mass", "m", 32, 4096, seconds=1.0, impl="mosaic_gpu", speed_vs_plain=0.7)]
+    assert [(v.value, v.verdict) for v in judge(rows, "gpu", tuple(mass))] == [(0.7, "missed")]
+    del rows[1]["speed_vs_plain"]
+    assert [v.verdict for v in judge(rows, "gpu", tuple(mass))] == ["not measured"]
+
+
+def test_every_kind_with_a_target_comes_before_those_without():
+    kinds = {t.kind for t in TARGETS if t.platform == "gpu"}
+    assert set(roofline.KINDS[:len(kinds)]) == kinds
+
+
 def test_targets_of_other_devices_and_without_rows():
-    verdicts = judge([row("prefill", "p", 1, 2048, head_dim=64, speed_vs_torch=0.7)], "cpu")
+    verdicts = judge([row("prefill", "p", 1, 2048, head_dim=64, seconds=1.0, speed_vs_torch=0.7)], "cpu")
     assert {v.verdict for v in verdicts if "copy" in v.target or "matmul" in v.target} == {"not on this device"}
     assert [v.verdict for v in verdicts if v.target.startswith("prefill within")] == ["met"]
     assert [v.verdict for v in verdicts if v.target.startswith("decode ahead")] == ["not measured"]
     only128 = Target("t", "cpu", "prefill", "x", 1.0, head_dim=128)
-    assert judge([row("prefill", "p", 1, 2048, head_dim=64, x=2.0)], "cpu", (only128,))[0].verdict == "not measured"
+    made = row("prefill", "p", 1, 2048, head_dim=64, seconds=1.0, x=2.0)
+    assert judge([made], "cpu", (only128,))[0].verdict == "not measured"
 
 
 @pytest.mark.parametrize("medians, best, verdict", [(1.2, 1.1, "met"), (0.8, 0.9, "missed"), (2.0, 0.5, "unclear")])
 def test_a_busy_machine_decides_nothing(medians, best, verdict):
-    made = row("decode", "d", 8, 512, speed_vs_torch=medians, speed_vs_torch_best=best)
+    made = row("decode", "d", 8, 512, seconds=1.0, speed_vs_torch=medians, speed_vs_torch_best=best)
     assert [v.verdict for v in judge([made], "cpu") if v.shape] == [verdict]
 
 
@@ -189,8 +209,8 @@ def test_one_tiny_run(tmp_path, monkeypatch, capsys):
                                      "--only", "decode,decode-quantised,tier"])
     assert kernels.main() == 0
     document = json.loads(path.read_text())
-    assert {"command", "device", "jax", "python", "driver", "commit", "limits", "rows", "targets", "losses", "absent",
-            "skipped", "tests"} <= set(document)
+    assert {"command", "device", "jax", "jaxlib", "cuda", "cudnn", "torch", "flashinfer", "python", "driver", "commit",
+            "limits", "rows", "targets", "losses", "absent", "skipped", "tests"} <= set(document)
     assert document["skipped"] == [] and {r["kind"] for r in document["rows"]} == {
         "decode", "decode-quantised", "tier"}
     for r in document["rows"]:
@@ -202,6 +222,89 @@ def test_one_tiny_run(tmp_path, monkeypatch, capsys):
     assert {v["target"] for v in document["targets"]} == {t.name for t in roofline.TARGETS}
     printed = capsys.readouterr().out
     assert "Shapes where a peer is faster" in printed and "not on this device" in printed
+
+
+def tiny_bench(seconds):
+    return Bench(TINY, "cpu", Limits(1e10, {"float32": 1e11, "bfloat16": 1e11}), seconds, 1)
+
+
+def test_every_kind_gets_its_turn_before_any_has_a_second():
+    bench = tiny_bench(1)
+    bench.setup = GPU
+    names = [name for name, _ in sections(bench, set(roofline.KINDS))]
+    assert names[:11] == ["decode-32x4k", "prefill-8k", "decode-quantised decode-32x4k", "page_copy",
+                          "decode-mass decode-32x4k", "sampling", "decode-64-shared-8k", "mixed-64", "kv_write", "tier",
+                          "prefill-quantised prefill-8k"]
+    assert names[11:13] == ["decode-1x32k", "prefill-32k"]
+    assert set(GPU.shapes) <= set(names) and len(set(names)) == len(names) == 22 + 4 + 2 + 4
+
+
+def test_what_there_was_no_time_for_is_a_row_or_a_line(monkeypatch):
+    bench = tiny_bench(1e6)
+    late = iter([False, False, *[True] * 99])  # for the section, for the first implementation
+    monkeypatch.setattr(bench, "late", lambda: next(late))
+    waiting = []
+    measure_all(bench, {"decode", "tier", "sampling"}, waiting.append)
+    assert waiting == [["sampling", "tier"], ["tier"], []]
+    ours, *peer = bench.rows
+    assert ours["impl"] == "xla" and ours["seconds"] > 0 and {r["status"] for r in peer} == ({"out of time"} if peer else set())
+    assert bench.skipped == ["sampling: out of time", "tier: out of time"]
+
+
+def test_a_run_that_is_killed_leaves_what_it_measured(tmp_path, monkeypatch):
+    path = tmp_path / "out.json"
+
+    def killed(self, kinds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.kernel_runs.Bench.moves", killed)
+    monkeypatch.setattr("bench.limits.measure_limits", lambda platform: Limits(1e10, {"float32": 1e11, "bfloat16": 1e11}))
+    monkeypatch.setattr("sys.argv", ["kernels", "--setup", "tiny", "--samples", "1", "--skip-tests", "--json", str(path),
+                                     "--only", "decode,tier,kv_write"])
+    with pytest.raises(KeyboardInterrupt):
+        kernels.main()
+    document = json.loads(path.read_text())
+    assert document["rows"] and {r["kind"] for r in document["rows"]} == {"decode"}
+    assert document["skipped"] == ["kv_write: not reached", "tier: not reached"]
+
+
+def test_the_device_tests_need_nothing_but_pytest(tmp_path, monkeypatch):
+    (tmp_path / "hypothesis.py").write_text("raise ImportError('not installed')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # no pytest-timeout
+    passed, said = kernels.device_tests(250)
+    assert passed and "skipped" in said, said
+
+
+def test_device_tests_that_fail_hang_or_cannot_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "TESTS", str(tmp_path / "test_it.py"))
+    (tmp_path / "test_it.py").write_text("def test_it():\n    assert False\n")
+    passed, said = kernels.device_tests(100)
+    assert not passed and said.startswith("1 failed")
+    (tmp_path / "test_it.py").write_text("def test_it():\n    __import__('time').sleep(100)\n")
+    passed, said = kernels.device_tests(5)
+    assert passed and said.startswith("not finished in 5 s")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert kernels.device_tests(5) == (True, "not run: pytest is not installed")
+
+
+def test_flex_attention_stays_compiled_after_many_shapes(monkeypatch):
+    torch = pytest.importorskip("torch", exc_type=ImportError)
+    real, made = torch.compile, []
+
+    def compile_plainly(fn, **options):
+        def backend(graph, inputs):
+            made.append(graph)
+            return lambda *args: (torch.zeros(1),)
+
+        return real(fn, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_plainly)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    for n in range(1, 5):
+        case = make_case("x", BatchSpec((1,) * n, (48,) * n), SMALL, platform="cpu", dtype="float32", kv_dtype="float32")
+        flex(case).candidate.run()
+        assert len(made) == n
 
 
 def test_an_unknown_kind_is_refused(monkeypatch, capsys):
@@ -226,6 +329,73 @@ def test_tuning_keeps_what_is_faster_and_lists_what_fails():
     with tune.entry(table, "new", 5):
         assert table == {"row": 1, "new": 5}
     assert table == {"row": 1}
+
+
+@pytest.fixture
+def tuned_json(tmp_path, monkeypatch):
+    """A copy of the kernels' measured rows, which `bench.tune` takes for the table, and a made-up GPU to fill it."""
+    path = tmp_path / "tuned.json"
+    path.write_text(tuning.TUNED.read_text())
+
+    def measure(cases, small, impl, want, samples, end=math.inf):
+        now = (tuning.DECODE if max(cases[0].q_lens) == 1 else prefill_tuning.BLOCKS)
+        tune.in_time(end)
+        blocks = now.get(("h100", 64, 16, "bfloat16")) or now.get(("h100", 64, "bfloat16"))
+        if blocks and blocks.stages == 6:
+            raise RuntimeError("refused: too many stages")
+        return {"shape": 0.5 if blocks in (tuning.DecodeTuning(128, 4, 2), prefill_tuning.PrefillBlocks(192, 4, True)) else 1.0}
+
+    monkeypatch.setattr(tuning, "TUNED", path)
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "make_case", lambda shape, batch, *args, **options: batch)
+    monkeypatch.setattr(tune, "attention", lambda *args, **options: (None, None))
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    return path
+
+
+def test_tuning_writes_the_rows_that_the_kernels_read(tuned_json, tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    monkeypatch.setattr("sys.argv", ["tune", "--head-dim", "64", "--json", str(out)])
+    assert tune.main() == 0 and json.loads(tuned_json.read_text()) == json.loads(TABLE.read_text())  # no --write
+    monkeypatch.setattr("sys.argv", ["tune", "--head-dim", "64", "--write", "--json", str(out)])
+    for _ in range(2):  # the second time in place of the first
+        assert tune.main() == 0
+        rows = json.loads(tuned_json.read_text())
+        assert [len(rows[kind]) for kind in ("decode", "prefill")] == [1, 1]
+        assert rows["decode"][0]["score"] == 0.5 and {"device", "jax", "driver", "commit"} <= set(rows["decode"][0])
+    decode = tuning.tuned("decode", tuning.DecodeTuning, tuned_json)
+    assert decode == {("h100", 64, 16, "bfloat16"): tuning.DecodeTuning(128, 4, 2)}
+    monkeypatch.setattr(tuning, "DECODE", tuning.DECODE | decode)
+    chip = tuning.CHIPS["h100"]
+    assert tuning.decode_tuning(chip, 64, 16, "bfloat16") == tuning.DecodeTuning(128, 4, 2)
+    assert tuning.decode_tuning(chip, 64, 32, "bfloat16") == tuning.DecodeTuning(64, 4, 2)  # another page size
+    assert tuning.tuned("prefill", prefill_tuning.PrefillBlocks, tuned_json) == {
+        ("h100", 64, "bfloat16"): prefill_tuning.PrefillBlocks(192, 4, True)}
+    document = json.loads(out.read_text())
+    assert {"command", "device", "jax", "driver", "commit"} <= set(document)
+    first, *others = document["results"]["decode"]
+    assert first == {"candidate": str(tuning.DecodeTuning(64, 4, 2)), "score": 1.0, "seconds": {"shape": 1.0}}
+    assert len(others) == 23 and {"refused: too many stages"} == {f["reason"] for f in others if f["score"] is None}
+
+
+def test_tuning_ends_in_time(tuned_json, tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    monkeypatch.setattr("sys.argv", ["tune", "--head-dim", "64", "--seconds", "0", "--write", "--json", str(out)])
+    assert tune.main() == 0 and json.loads(tuned_json.read_text()) == json.loads(TABLE.read_text())
+    for (first, *others) in json.loads(out.read_text())["results"].values():
+        assert first["score"] == 1.0 and {f["reason"] for f in others} == {"out of time"}
+
+
+def test_the_candidates_most_like_today_come_first():
+    today = tuning.DecodeTuning(64, 2, 2)
+    found = tune.candidates("decode", 128, today)
+    assert today not in found and len(found) == len(set(found)) == 23
+    assert [sum(a != b for a, b in zip(c, today)) for c in found[:7]] == [1] * 6 + [2]
+
+
+def test_a_head_dim_without_blocks_is_one_line(tuned_json, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune", "prefill", "--head-dim", "72", "--json", str(tmp_path / "out.json")])
+    assert tune.main() == 1 and "no block sizes for head_dim=72" in capsys.readouterr().err
 
 
 def test_tuning_the_kernels_needs_a_gpu(monkeypatch, capsys):

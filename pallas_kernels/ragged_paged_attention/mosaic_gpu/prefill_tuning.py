@@ -3,11 +3,14 @@
 Every row was chosen by compiling for sm_90a; none has been timed on a GPU yet. All fit in 232,448 bytes of shared memory
 (at most 219,408). Spills: none up to head_dim 128; at most 32 bytes there with window and soft cap together, at most 72 bytes
 at head_dim 256. In the code looked at, they lie outside the loop over unmasked blocks.
+Measured rows, in `tuned.json` by `python -m bench.tune --write`, count before these.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from ..tuning import tuned
 
 
 class PrefillBlocks(NamedTuple):
@@ -31,7 +34,8 @@ UNTUNED = {  # (chip, head_dim, KV dtype); chosen without a timing
 _QUANTISED = {64: PrefillBlocks(128, 3, True), 80: PrefillBlocks(128, 2, True), 96: PrefillBlocks(128, 2, True),
               128: PrefillBlocks(64, 3, True)}
 BLOCKS = (UNTUNED | {(chip, dim, "float16"): blocks for (chip, dim, _), blocks in UNTUNED.items()}
-          | {(CHIP, dim, dtype): blocks for dim, blocks in _QUANTISED.items() for dtype in ("int8", "float8_e4m3fn")})
+          | {(CHIP, dim, dtype): blocks for dim, blocks in _QUANTISED.items() for dtype in ("int8", "float8_e4m3fn")}
+          | tuned("prefill", PrefillBlocks))
 
 
 def blocks_for(head_dim: int, dtype: str) -> PrefillBlocks:
