@@ -27,6 +27,7 @@ from jaxkv.serve.calls import Call
 
 log = logging.getLogger("jaxkv")
 
+
 def run(config: EngineConfig, input_path: Path, output_path: Path, *, shard: tuple[int, int] = (0, 1),
         overrides: Mapping[str, Any] | None = None, show_progress: bool = False) -> int:
     """Answers the lines of ``input_path`` that ``output_path`` has no record of. Returns the exit code.
