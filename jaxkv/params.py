@@ -68,11 +68,13 @@ class SamplingParams:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  frozen: normalise once
         if isinstance(self.stop, str):
             put("stop", (self.stop,))
-        put("stop", tuple(self.stop or ()))
-        put("stop_token_ids", tuple(self.stop_token_ids or ()))
-        bias = self.logit_bias or ()
-        put("logit_bias", tuple((_int("logit_bias", t, 0), _number("logit_bias", b, -100.0, 100.0))
-                                for t, b in (bias.items() if isinstance(bias, dict) else bias)))
+        put("stop", _tuple("stop", self.stop))
+        put("stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
+        bias = self.logit_bias
+        pairs = _tuple("logit_bias", bias.items() if isinstance(bias, dict) else bias)
+        if any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in pairs):
+            raise ValueError("logit_bias must hold pairs of a token id and a number")
+        put("logit_bias", tuple((_int("logit_bias", t, 0), _number("logit_bias", b, -100.0, 100.0)) for t, b in pairs))
         if self.top_k == -1:
             put("top_k", 0)
         _int("n", self.n, 1, 128)
@@ -106,6 +108,8 @@ class SamplingParams:
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise ValueError(f"logit_bias may hold at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}")
         if isinstance(self.structured, dict):  # from JSON
+            if not {"kind"} <= set(self.structured) <= {"kind", "value"}:
+                raise ValueError(f"structured must hold kind and value, got {self.structured!r:.80}")
             put("structured", Structured(**self.structured))
         if not isinstance(self.structured, Structured | None):
             raise ValueError(f"structured must be a Structured, got {type(self.structured).__name__}")
@@ -117,6 +121,13 @@ class SamplingParams:
                     or self.repetition_penalty != 1.0)
 
 
+def _tuple(name: str, value: Any) -> tuple[Any, ...]:
+    try:
+        return () if value is None else tuple(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a list, got {value!r:.80}") from None
+
+
 def _int(name: str, value: Any, low: int, high: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be an integer, got {value!r}")
@@ -126,7 +137,7 @@ def _int(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")

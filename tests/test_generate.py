@@ -20,6 +20,7 @@ from jaxkv.generate import runner
 from jaxkv.generate.__main__ import main
 from jaxkv.generate.journal import Journal
 from jaxkv.generate.lines import Lines, pipeline
+from jaxkv.generate.work import Work
 from tests.text_models import SMALL, small_llm, small_model
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +117,40 @@ def test_every_format(generate, llm):
     assert len(first["logprobs"]["token_logprobs"]) == len(expected.token_ids)
     assert second["prompt"] == ids
     assert [output["text"] for output in second["outputs"]] == [expected.text] * 2
+
+
+def test_scored_prompts(generate, llm):
+    ask = {"prompt": "The quick", "n": 2, "echo": True, "logprobs": 1, "prompt_logprobs": 1, "temperature": 0}
+    code, records = generate(jsonl(batch("t", "/v1/completions", **ask, max_tokens=3), ask | {"max_tokens": 3},
+                                   ask | {"max_tokens": 0}, {"prompt": "The quick", "best_of": 2, "max_tokens": 3}))
+    assert code == 0
+    expected = llm.generate("The quick", SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=1), use_tqdm=False)[0]
+    count = len(expected.prompt_token_ids)
+    choices = records[0]["response"]["body"]["choices"]
+    for row, answer in [*((c, 3) for c in choices), *((o, 3) for o in records[1]["outputs"]), (records[1], 3), (records[2], 0)]:
+        assert row["text"] == "The quick" + (expected.outputs[0].text if answer else "")
+        assert len(row["logprobs"]["tokens"]) == count + answer
+        assert [one and {int(t) for t in one} for one in row["prompt_logprobs"]] == [
+            one and set(one) for one in expected.prompt_logprobs]
+    assert (records[1]["token_ids"], records[2]["token_ids"]) == (expected.outputs[0].token_ids, [])
+    assert set(records[3]) == {"line", "digest", "prompt", "text", "token_ids", "finish_reason", "stop_reason",
+                               "num_prompt_tokens", "num_cached_tokens"}, "nothing that was not asked for"
+
+
+@pytest.mark.parametrize("fault", ["take", "record"])
+def test_an_answer_that_cannot_be_worded_is_an_error_and_the_others_go_on(generate, monkeypatch, caplog, fault):
+    method = getattr(Work, fault)
+
+    def failing(work, *args):
+        if work.number == 1:
+            raise ValueError("no words")
+        return method(work, *args)
+
+    monkeypatch.setattr(Work, fault, failing)
+    code, records = generate(jsonl(*plain_rows(4, n=2)))
+    assert code == 0 and [n for n, record in records.items() if "error" in record] == [1]
+    assert records[1]["error"]["code"] == "generation_failed" and records[1]["error"]["type"] == "server_error"
+    assert "no words" in caplog.text and "line 1" in caplog.text
 
 
 def test_tools(generate):

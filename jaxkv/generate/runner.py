@@ -7,6 +7,7 @@ open lines are dropped unwritten and the next run does them again.
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ from jaxkv.generate.work import Preparer, Refused, Work
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.startup import build_engine
 from jaxkv.serve.calls import Call
+
+log = logging.getLogger("jaxkv")
 
 
 def run(config: EngineConfig, input_path: Path, output_path: Path, *, shard: tuple[int, int] = (0, 1),
@@ -84,11 +87,17 @@ class _Batch:
                 continue
             work, call = self._open[delta.request_id]
             if delta.finish_reason == "error":
-                self._drop(work)
-                self._write(work, work.fail(delta.error).record, error=True)
-            elif work.take(call, delta):
+                self._fail(work, delta.error)
+                continue
+            try:
+                record = work.record() if work.take(call, delta) else None
+            except Exception:  # ends this line and not the batch
+                log.exception("the answer to line %d cannot be written", work.number)
+                self._fail(work, "internal error: the answer cannot be written")
+                continue
+            if record is not None:
                 self._close(work)
-                self._write(work, work.record(), error=False)
+                self._write(work, record, error=False)
 
     def _top_up(self) -> None:
         while self._num_sequences < self._max_sequences and (item := next(self._work, None)) is not None:
@@ -107,6 +116,10 @@ class _Batch:
             self._drop(work)
             return work.refuse(error)
         return None
+
+    def _fail(self, work: Work, why: str) -> None:
+        self._drop(work)
+        self._write(work, work.fail(why).record, error=True)
 
     def _drop(self, work: Work) -> None:
         """Forgets a line, in the engine too."""

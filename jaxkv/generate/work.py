@@ -23,7 +23,7 @@ from jaxkv.serve.answer import Choice, Form, best_of, reasoning_usage
 from jaxkv.serve.calls import Call, Mailbox
 from jaxkv.serve.dialect import ChatOptions, choose_dialect
 from jaxkv.serve.errors import ApiError, bad_request, generation_failed
-from jaxkv.serve.logprobs import TokenText, completion_logprobs
+from jaxkv.serve.logprobs import TokenText
 from jaxkv.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
 
 _URLS = ("/v1/chat/completions", "/v1/completions")
@@ -74,7 +74,7 @@ class Work:
         cached = sum(choice.num_cached for choice in self._choices[:: self._n])
         best = best_of(self._choices, self._n, self._request.kept(self._n))
         if self._envelope.plain:
-            return self._envelope.fields | _plain_record(best, self._form.tokens, cached)
+            return self._envelope.fields | _plain_record(best, self._form, cached)
         usage = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
                  "prompt_tokens_details": {"cached_tokens": cached}} | reasoning_usage(self._choices)
         body = self._form.head | {"choices": [self._form.whole(choice) for choice in best], "usage": usage} \
@@ -166,7 +166,7 @@ class Preparer:
 def _request_of(data: Mapping[str, Any], plain: bool) -> tuple[str, dict[str, Any]]:
     """Endpoint and body. Raises ApiError."""
     if plain:
-        return _URLS[1], {key: value for key, value in data.items() if key != "id"}
+        return _URLS[1], {key: value for key, value in data.items() if key != "id"} | {"return_token_ids": True}
     if data.get("method", "POST") != "POST":
         raise bad_request(f"method must be \"POST\", got {data['method']!r:.80}", "method")
     url, body = data.get("url"), data.get("body")
@@ -177,17 +177,14 @@ def _request_of(data: Mapping[str, Any], plain: bool) -> tuple[str, dict[str, An
     return url, body
 
 
-def _plain_record(choices: list[Choice], tokens: TokenText, cached: int) -> dict[str, Any]:
+def _plain_record(choices: list[Choice], form: Form, cached: int) -> dict[str, Any]:
     """Fields of the first answer; of all of them under "outputs" if there are several."""
-    outputs = [_plain_output(choice, tokens) for choice in choices]
+    outputs = [_plain_output(form.whole(choice)) for choice in choices]
     record = outputs[0] | {"num_prompt_tokens": len(choices[0].call.prompt), "num_cached_tokens": cached}
     return record | ({"outputs": outputs} if len(outputs) > 1 else {})
 
 
-def _plain_output(choice: Choice, tokens: TokenText) -> dict[str, Any]:
-    output: dict[str, Any] = {"text": "".join(choice.text), "token_ids": choice.token_ids,
-                              "finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
-    top = choice.call.params.logprobs
-    if top is not None:
-        output["logprobs"], _ = completion_logprobs(zip(choice.token_ids, choice.logprobs, strict=True), top, tokens, 0)
-    return output
+def _plain_output(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice of a completion without what stands elsewhere or was not asked for."""
+    left_out = {"index", "prompt_token_ids"} | ({"logprobs"} if choice["logprobs"] is None else set())
+    return {name: value for name, value in choice.items() if name not in left_out}

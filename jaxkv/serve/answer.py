@@ -53,7 +53,6 @@ class Choice:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
-    prompt_logprobs: Sequence[Logprobs] = ()
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_cached: int = 0
@@ -66,7 +65,7 @@ class Choice:
         self.text.append(delta.text)
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs or ()
-        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+        self.call.prompt_logprobs = delta.prompt_logprobs or self.call.prompt_logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         if self.reader is not None:
             self.parts.append(self.reader.feed(delta.text, delta.finish_reason is not None, len(delta.token_ids)))
@@ -132,6 +131,7 @@ class Answer(Response):
         self.choices = [Choice(call.position * n + child, call, form.reader()) for call in calls for child in range(n)]
         self.unfinished = len(self.choices)
         self._n = n
+        self._held: list[tuple[Call, Delta]] = []  # of a stream, until the prompt is scored
         self.grammar: Grammar | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -142,7 +142,7 @@ class Answer(Response):
         try:
             await self._compile()
             self.loop.submit(self.calls)
-            first = await self.mailbox.next()  # a refusal comes before the status line
+            first = await self._next()  # a refusal comes before the status line
             if self.request.stream:
                 started = True
                 await self._stream(first, send)
@@ -151,7 +151,7 @@ class Answer(Response):
         except _Gone:
             pass
         except Exception as error:
-            refusal = error if isinstance(error, ApiError) else self._refusal(error)
+            refusal = error if isinstance(error, ApiError) else _fault(error)
             record.error = refusal.code
             if started:
                 await _body(send, self._last_event(refusal), more=False)
@@ -163,7 +163,7 @@ class Answer(Response):
 
     async def _compile(self) -> None:
         """Has what the answer must follow compiled on neither this thread nor the engine's, and holds it: the engine will
-        find it. ValueError says why it cannot be; ApiError when too many wait."""
+        find it. ApiError when it cannot be, or too many wait."""
         structured, engine = self.calls[0].params.structured, self.loop.engine
         if structured is None or engine is None or engine.grammars is None:
             return
@@ -173,13 +173,17 @@ class Answer(Response):
         except (CompilerBusy, TimeoutError):
             raise ApiError(429, "too many grammars wait to be compiled", code="too_many_requests",
                            headers={"retry-after": "1"}) from None
-        self.grammar = grammar_or_error(found)
+        try:
+            self.grammar = grammar_or_error(found)
+        except ValueError as error:
+            raise self.request.api_error(error) from None
 
-    def _refusal(self, error: Exception) -> ApiError:
-        if isinstance(error, ValueError):  # from engine.add_request, through the mailbox
-            return self.request.api_error(error)
-        log.error("a request failed", exc_info=error)
-        return ApiError(500, "internal server error", code="internal_error")
+    async def _next(self) -> list[tuple[Call, Delta]]:
+        """What has arrived. Raises ApiError for what the engine would not take."""
+        try:
+            return await self.mailbox.next()
+        except ValueError as error:  # from engine.add_request
+            raise self.request.api_error(error) from None
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -193,7 +197,7 @@ class Answer(Response):
                 self._take(call, delta)
             if not self.unfinished:
                 break
-            items = await self.mailbox.next()
+            items = await self._next()
         size = self._weight()
         write: Callable[[Any], bytes | list[bytes]] = dumps if size > PIECE else orjson.dumps
         await respond(send, 200, await self.worker.run(size, lambda: write(self._result())))
@@ -201,7 +205,7 @@ class Answer(Response):
     def _weight(self) -> int:
         """About how many bytes the whole answer has."""
         params = self.calls[0].params
-        entries = sum(len(choice.token_ids) + len(choice.prompt_logprobs) for choice in self.choices)
+        entries = sum(len(choice.token_ids) + len(choice.call.prompt_logprobs) for choice in self.choices)
         return entries * (1 + max(params.logprobs or 0, params.prompt_logprobs or 0)) * ENTRY_BYTES
 
     def _result(self) -> dict[str, Any]:
@@ -218,19 +222,30 @@ class Answer(Response):
         await send({"type": "http.response.start", "status": 200, "headers": [*_SSE_HEADERS]})
         head = self.form.head | {"object": self.form.chunk_kind}
         while True:
-            size = sum(len(delta.prompt_logprobs or ()) for _, delta in items) * ENTRY_BYTES
+            items = self._due(items)
+            first = [call for call, delta in items if not self._choice(call, delta).started]
+            size = sum(len(call.prompt_logprobs) for call in first) * ENTRY_BYTES
             events = await self.worker.run(size, lambda items=items: b"".join(self._events(items, head)))  # type: ignore[misc]
             await _body(send, events, more=bool(self.unfinished))
             if not self.unfinished:
                 return
-            items = await self.mailbox.next()
+            items = await self._next()
+
+    def _due(self, items: list[tuple[Call, Delta]]) -> list[tuple[Call, Delta]]:
+        """What may be written of all that came: no answer starts before its prompt is scored, which only child 0 reports."""
+        items = self._held + items
+        for call, delta in items:
+            call.prompt_logprobs = delta.prompt_logprobs or call.prompt_logprobs
+        due = [(call, delta) for call, delta in items if call.scored or delta.finish_reason == "error"]
+        self._held = [(call, delta) for call, delta in items if not call.scored]
+        return due
 
     def _events(self, items: list[tuple[Call, Delta]], head: dict[str, Any]) -> list[bytes]:
         """Server-sent events of everything that arrived, so that one write carries it."""
         events: list[bytes] = []
         with_usage, every = self.request.include_usage, self.request.usage_in_every_chunk
         for call, delta in items:
-            choice = self.choices[call.position * self._n + delta.index]
+            choice = self._choice(call, delta)
             extras = {} if choice.started else self.form.extras([choice])
             self._take(call, delta)
             for chunk in self.form.chunks(choice, delta):
@@ -248,9 +263,12 @@ class Answer(Response):
     def _take(self, call: Call, delta: Delta) -> None:
         if delta.finish_reason == "error":
             raise generation_failed(delta.error)
-        self.choices[call.position * self._n + delta.index].add(delta)
+        self._choice(call, delta).add(delta)
         if delta.finish_reason is not None:
             self.unfinished -= 1
+
+    def _choice(self, call: Call, delta: Delta) -> Choice:
+        return self.choices[call.position * self._n + delta.index]
 
     def _usage(self) -> dict[str, Any]:
         """A prompt counts once for its n answers; so does what the cache held of it."""
@@ -263,6 +281,12 @@ class Answer(Response):
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
                 "prompt_tokens_details": {"cached_tokens": cached, "cached_tokens_by_tier": tiers},
                 **reasoning_usage(self.choices)}
+
+
+def _fault(error: Exception) -> ApiError:
+    """The 500 of a fault of ours, which it logs."""
+    log.error("a request failed", exc_info=error)
+    return ApiError(500, "internal server error", code="internal_error")
 
 
 async def respond(send: Send, status: int, body: bytes | list[bytes], headers: dict[str, str] | None = None) -> None:

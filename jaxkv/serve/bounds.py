@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Annotated, Any, TypeVar
 
 import orjson
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from jaxkv.serve.errors import bad_request
+from jaxkv.serve.errors import bad_request, path_of
 from jaxkv.serve.pieces import PIECE, Outline, TooMany
 
 T = TypeVar("T")
@@ -34,7 +36,30 @@ def json_of(body: bytes, name: str = "the body") -> Any:
     except TooMany as error:
         raise bad_request(f"{name} holds too much: {error}") from None
     except orjson.JSONDecodeError as error:
+        if field := _not_finite(body):
+            raise bad_request(f"{field} must be a finite number", field) from None
         raise bad_request(f"{name} is not valid JSON: {error}", code="invalid_json") from None
+
+
+def _not_finite(body: bytes) -> str:
+    """The path of a number that is not finite, if the body is small and else valid."""
+    if len(body) > PIECE:
+        return ""
+    try:
+        place = _place(json.loads(body, parse_int=float))
+    except (ValueError, RecursionError):
+        return ""
+    return path_of(place or ()).encode(errors="replace").decode()
+
+
+def _place(value: Any) -> tuple[int | str, ...] | None:
+    """Where there is a number that is not finite."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ()
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if (found := _place(item)) is not None:
+            return (key, *found)
+    return None
 
 
 def check_levels(value: Any, name: str, param: str | None = None) -> None:

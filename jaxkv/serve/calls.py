@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from jaxkv.params import CacheHints, SamplingParams
 from jaxkv.runtime.outputs import Delta
-from jaxkv.types import Start
+from jaxkv.types import Logprobs, Start
 
 
 class Mailbox:
@@ -67,3 +67,9 @@ class Call:
     tokens: int = 0  # of all children
     cached: int = 0  # prompt tokens found in the cache
     reasons: list[str] = field(default_factory=list)  # why children finished, in the order they did
+    prompt_logprobs: tuple[Logprobs, ...] = ()  # of prompt[1:], if asked for, from the first child
+
+    @property
+    def scored(self) -> bool:
+        """Whether the prompt has all log-probabilities that were asked for."""
+        return self.params.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt) - 1

@@ -199,7 +199,7 @@ class ChatForm(Form):
             fields["prompt_token_ids"] = first.call.prompt
         if self.request.prompt_logprobs is not None:
             top = self.request.prompt_logprobs
-            fields["prompt_logprobs"] = prompt_logprobs(first.prompt_logprobs, top, self.tokens)
+            fields["prompt_logprobs"] = prompt_logprobs(first.call.prompt_logprobs, top, self.tokens)
         return fields
 
     def reader(self) -> MessageReader:

@@ -85,8 +85,7 @@ class CompletionForm(Form):
         entry: dict[str, Any] = {"index": choice.index, "text": text, "logprobs": None,
                                  "finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
         if request.logprobs is not None:
-            prompt = delta.prompt_logprobs or () if first else ()
-            entry["logprobs"], choice.offset = self._logprobs(choice, ids, logprobs or (), prompt, first)
+            entry["logprobs"], choice.offset = self._logprobs(choice, ids, logprobs, first)
         if request.return_token_ids:
             entry["token_ids"] = ids
             if first:
@@ -103,9 +102,9 @@ class CompletionForm(Form):
         entry: dict[str, Any] = {"index": choice.index, "text": text, "logprobs": None,
                                  "finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
         if request.logprobs is not None:
-            entry["logprobs"], _ = self._logprobs(choice, ids, logprobs, choice.prompt_logprobs, True)
+            entry["logprobs"], _ = self._logprobs(choice, ids, logprobs, True)
         if request.prompt_logprobs is not None:
-            entry["prompt_logprobs"] = prompt_logprobs(choice.prompt_logprobs, request.prompt_logprobs, self.tokens)
+            entry["prompt_logprobs"] = prompt_logprobs(choice.call.prompt_logprobs, request.prompt_logprobs, self.tokens)
         if request.return_token_ids:
             entry |= {"token_ids": ids, "prompt_token_ids": choice.call.prompt}
         return entry
@@ -117,8 +116,8 @@ class CompletionForm(Form):
         return call.text
 
     def _logprobs(self, choice: Choice, ids: Sequence[int], logprobs: Sequence[Logprobs],
-                  of_prompt: Sequence[Logprobs], first: bool) -> tuple[dict[str, Any], int]:
+                  first: bool) -> tuple[dict[str, Any], int]:
         entries: list[tuple[int, Logprobs | None]] = list(zip(ids, logprobs, strict=True))
         if first and self.request.echo:
-            entries = [*zip(choice.call.prompt, (None, *of_prompt), strict=True), *entries]
+            entries = [*zip(choice.call.prompt, (None, *choice.call.prompt_logprobs), strict=True), *entries]
         return completion_logprobs(entries, self.request.logprobs or 0, self.tokens, choice.offset)

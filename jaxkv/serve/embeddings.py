@@ -96,13 +96,14 @@ class Vectors(Response):
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
-                deltas = work.result()
+                try:
+                    deltas = work.result()
+                except ValueError as error:  # from engine.add_request, through the mailbox
+                    raise self.request.api_error(error) from None
                 size = sum(len(delta.hidden) for delta in deltas) * NUMBER_BYTES
                 await respond(send, 200, await self.worker.run(size, lambda: self._body(deltas)))
         except ApiError as error:
             await respond(send, error.status, error.render(), error.headers)
-        except ValueError as error:  # from engine.add_request, through the mailbox
-            await respond(send, 400, self.request.api_error(error).render())
         finally:
             work.cancel()
             gone.cancel()

@@ -63,16 +63,16 @@ def generation_failed(why: str) -> ApiError:
 def from_validation(error: ValidationError) -> ApiError:
     """The first complaint of pydantic as a 400 whose param is the path of the field."""
     errors = error.errors(include_url=False, include_context=False)
-    first, path = errors[0], _path(errors[0]["loc"])[:_MAX_PATH]
-    what = " or ".join(dict.fromkeys(e["msg"] for e in errors if _path(e["loc"])[:_MAX_PATH] == path))  # branches of a union
+    first, path = errors[0], path_of(errors[0]["loc"])
+    what = " or ".join(dict.fromkeys(e["msg"] for e in errors if path_of(e["loc"]) == path))  # branches of a union
     got = "" if first["type"] == "missing" else f", got {shown(first.get('input'))}"
     return bad_request(f"{path or 'body'}: {what}{got}", path or None)
 
 
-def _path(location: tuple[int | str, ...]) -> str:
+def path_of(location: tuple[int | str, ...]) -> str:
     """stop[0], messages[1].content; pydantic's names of union branches ("str", "list[str]", ...) are left out."""
     parts = [p for p in location if not (isinstance(p, str) and (p == "str" or p.startswith(("list[", "dict["))))]
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".")
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".")[:_MAX_PATH]
 
 
 def from_value_error(error: ValueError, fields: set[str], rename: dict[str, str]) -> ApiError:

@@ -70,7 +70,8 @@ class FakeEngine:
             raise ValueError(f"prompt holds token id {max(prompt_token_ids)}, outside of the vocabulary of 4096")
         room = self.max_model_len - len(prompt_token_ids)
         for i in range(params.n):
-            request = Request(f"{request_id}#{i}", tuple(prompt_token_ids), params,
+            own = replace(params, prompt_logprobs=None) if i else params  # as the engine: the first reports for all
+            request = Request(f"{request_id}#{i}", tuple(prompt_token_ids), own,
                               min(params.max_tokens or room, room), child=i, parent=request_id, priority=hints.priority,
                               namespace=hints.cache_salt, stop_ids=params.stop_token_ids, session_id=hints.session_id,
                               end_session=hints.end_session, retention=hints.retention, no_store=hints.no_store)
@@ -89,7 +90,7 @@ class FakeEngine:
         if self.crash:
             raise self.crash
         time.sleep(self.step_seconds)
-        deltas = [self._advance(key) for key in list(self.children)]
+        deltas = [self._advance(key) for key in list(self.children)[::-1]]  # the child that reports comes last
         self.metrics.generation_tokens += sum(len(delta.token_ids) for delta in deltas)
         self.metrics.running = len(self.children)
         return deltas

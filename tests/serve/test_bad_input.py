@@ -94,12 +94,24 @@ def test_top_logprobs_limit(http):
 
 
 @pytest.mark.parametrize("body", [
-    b"", b"{", b"[]", b"null", b'"x"', b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "top_p": Infinity}',
-    b'{"prompt": "a", "seed": 1e999}', b'{"prompt": "\\ud800"}', b"\xff\xfe", b"[" * 5000, b'{"prompt": "a",}',
+    b"", b"{", b"[]", b"null", b'"x"', b'{"prompt": "\\ud800"}', b"\xff\xfe", b"[" * 5000, b'{"prompt": "a",}', b"NaN",
+    b'{"prompt": "a", "temperature": NaN,}', b'{"prompt": "a", "temperature": nan}', b"[" * 5000 + b"NaN" + b"]" * 5000,
 ])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_malformed_json(http, path, body):
     refused(http.post(path, content=body, headers={"content-type": "application/json"}))
+
+
+@pytest.mark.parametrize(("fields", "param"), [
+    ('"temperature": NaN', "temperature"), ('"top_p": Infinity', "top_p"), ('"min_p": -Infinity', "min_p"),
+    ('"seed": 1e999', "seed"), ('"max_tokens": 1' + "0" * 5000, "max_tokens"), ('"logit_bias": {"5": 1e400}', "logit_bias.5"),
+    ('"stop_token_ids": [3, -1e999]', "stop_token_ids[1]"), ('"x": [{"a": 1}, {"b": [NaN]}]', "x[1].b[0]"),
+    ('"\\ud800": NaN', "?"), (f'"{"x" * 999}": NaN', "x" * 200),
+])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_numbers_that_are_not_finite(http, path, fields, param):
+    response = http.post(path, content=f'{{"prompt": "a", {fields}}}'.encode(), headers={"content-type": "application/json"})
+    assert refused(response, param=param) == f"{param} must be a finite number"
 
 
 def nested(levels, inner="1"):

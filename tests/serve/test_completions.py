@@ -4,6 +4,9 @@ import orjson
 import pytest
 from serve_fakes import REPLY
 
+from jaxkv.serve import engine_loop
+from jaxkv.serve.completions import CompletionForm
+
 
 def stream(http, path="/v1/completions", **body):
     """Events of a stream, without the last [DONE]."""
@@ -149,6 +152,37 @@ def test_echo_logprobs_score_the_prompt(http, tokenizer):
 def test_prompt_logprobs(http):
     rows = post(http, prompt=[9, 6, 7], prompt_logprobs=1)["choices"][0]["prompt_logprobs"]
     assert rows[0] is None and rows[1]["6"]["rank"] == 1 and "decoded_token" in rows[2]["7"]
+
+
+def test_every_answer_has_the_log_probabilities_of_its_prompt(http):
+    ask = {"prompt": [[9, 6, 7], [5], [4, 8]], "n": 2, "echo": True, "logprobs": 1, "max_tokens": 2}
+    choices = post(http, **ask, prompt_logprobs=1)["choices"]
+    assert [len(c["logprobs"]["tokens"]) for c in choices] == [5, 5, 3, 3, 4, 4]
+    assert [len(c["prompt_logprobs"]) for c in choices] == [3, 3, 1, 1, 2, 2]
+    assert choices[0]["prompt_logprobs"] == choices[1]["prompt_logprobs"]
+    parts = [event["choices"][0] for event in stream(http, **ask)]
+    for choice in choices:
+        own = [part["logprobs"] for part in parts if part["index"] == choice["index"]]
+        assert {name: [item for part in own for item in part[name]] for name in own[0]} == choice["logprobs"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_fault_of_ours_is_not_the_clients(http, caplog, monkeypatch, streaming):
+    def broken(form, choice, *_):
+        raise ValueError("max_tokens is ours")
+
+    monkeypatch.setattr(CompletionForm, "chunks" if streaming else "whole", broken)
+    response = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "stream": streaming})
+    assert response.status_code == (200 if streaming else 500)
+    error = orjson.loads(response.text.removeprefix("data: ").splitlines()[0])["error"]
+    assert (error["code"], error["param"]) == ("internal_error", None)
+    assert "max_tokens is ours" in caplog.text
+
+
+def test_a_prompt_that_is_refused_later_is_the_clients(http, monkeypatch):
+    monkeypatch.setattr(engine_loop, "ADD_TOKENS", 1)
+    response = http.post("/v1/completions", json={"prompt": [[5, 6], [5000]]})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "prompt", response.text
 
 
 def test_every_sampling_field_reaches_the_engine(http, fake):

@@ -83,6 +83,34 @@ def test_echo_scores_equal_decode_scores(http):
         assert tail == pytest.approx(scored["logprobs"]["token_logprobs"], abs=2e-3)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_scored_prompts_of_several_chunks_stream_as_they_are_answered(http, n):
+    ask = {"prompt": [CODE * 16, CODE * 20, "x"], "n": n, "echo": True, "logprobs": 1, "temperature": 0, "max_tokens": 4}
+    whole = post(http, **ask, prompt_logprobs=0, return_token_ids=True)["choices"]
+    assert len(whole[0]["prompt_token_ids"]) > 128, "more than a step takes"
+    assert all(len(c["prompt_logprobs"]) == len(c["prompt_token_ids"]) for c in whole)
+    for _ in range(2):  # all but the first answer to a prompt enter with it cached
+        parts = [event["choices"][0] for event in stream(http, **ask)]
+        for choice in whole:
+            own = [part for part in parts if part["index"] == choice["index"]]
+            assert "".join(part["text"] for part in own) == choice["text"]
+            scores = {name: [item for part in own for item in part["logprobs"][name]] for name in own[0]["logprobs"]}
+            expected = choice["logprobs"]
+            assert (scores["tokens"], scores["text_offset"]) == (expected["tokens"], expected["text_offset"])
+            assert scores["token_logprobs"][1:] == pytest.approx(expected["token_logprobs"][1:], abs=2e-3)
+
+
+def test_the_best_answers_have_the_log_probabilities_of_their_prompt(http):
+    talk = [{"role": "user", "content": "hi"}]
+    for seed in range(8):
+        chat = post(http, "/v1/chat/completions", messages=talk, seed=seed, best_of=3, max_tokens=2, prompt_logprobs=0)
+        assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
+        choice = post(http, prompt=CODE, seed=seed, best_of=3, echo=True, logprobs=0, max_tokens=3, prompt_logprobs=0,
+                      return_token_ids=True)["choices"][0]
+        assert len(choice["prompt_logprobs"]) == len(choice["prompt_token_ids"])
+        assert len(choice["logprobs"]["tokens"]) == len(choice["prompt_token_ids"]) + len(choice["token_ids"])
+
+
 def test_n_seed_and_sampling(client):
     ask = lambda seed: [c.text for c in client.completions.create(  # noqa: E731
         model=client.models.list().data[0].id, prompt=CODE, n=3, seed=seed, temperature=1.0, max_tokens=12).choices]

@@ -8,6 +8,7 @@ from serve_fakes import FakeEngine, raw_post, wait_for
 from test_bad_input import refused
 from test_completions import post
 
+from jaxkv.serve.embeddings import Embeddings
 from jaxkv.serve.schemas import EmbeddingResponse, ScoreResponse, TokenizeResponse
 
 
@@ -59,6 +60,14 @@ def test_truncation_priority_and_salt(http, fake):
 ])
 def test_bad_input(http, field, value):
     assert refused(http.post("/v1/embeddings", json={"input": "a", field: value}), param=field)
+
+
+def test_a_fault_of_ours_is_not_the_clients(http, monkeypatch):
+    def broken(answer, deltas):
+        raise ValueError("input is ours")
+
+    monkeypatch.setattr(Embeddings, "data", broken)
+    refused(http.post("/v1/embeddings", json={"input": "a"}), status=500)
 
 
 def test_scores(http, tokenizer):
