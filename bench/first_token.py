@@ -24,7 +24,8 @@ def measure(config: EngineConfig, repeat: int) -> dict[str, Any]:
     parts = asdict(config)
     options = parts["model"] | parts["cache"] | parts["sched"] | parts["mesh"] | {"seed": config.seed}
     command = [sys.executable, "-m", "bench.first_token", json.dumps(options)]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    root = str(Path(__file__).parent.parent)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     seconds = []
     for _ in range(1 + repeat):
         start = time.perf_counter()

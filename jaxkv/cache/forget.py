@@ -26,6 +26,6 @@ def drop_wrong(store: PageStore, seq: Sequence) -> list[bytes]:
 
 def drop_host(store: PageStore) -> None:
     """Drop all that the host tier held."""
-    tops = [n for n in store.trie.nodes() if n.tier is Tier.HOST and n.parent and n.parent.tier is Tier.HBM]
+    tops = [n for n in store.trie.nodes() if n.tier is Tier.HOST and n.parent is not None and n.parent.tier is Tier.HBM]
     for node in tops:
         store.discard(node)

@@ -34,7 +34,7 @@ class Prefetcher:
             self._store.trie.prune(hit.path[0])
             return False
         self._store.pin(hit.path[-1])
-        self._begin(seq, hit.path, hit.first, Load())
+        self._begin(seq, hit.path, self._store.first_visible(hit.pages * self._store.page_size), Load())
         return True
 
     def prefetch(self, seq: Sequence, plan_id: int, most: list[int], spare: list[int]) -> bool | None:
@@ -49,7 +49,7 @@ class Prefetcher:
         if any(room - own < others for room, own, others in zip(room_beside(store, hit), rest, spare)):
             store.trie.prune(hit.path[0])
             return None
-        part = None if keys or hit.source is None else hit.source.node
+        part = hit.source and hit.source.node
         if not keys and not part and all(node.tier is Tier.HBM for node in hit.path[1:]):
             for load in dict.fromkeys(node.load for node in hit.path[1:] if node.load is not None):
                 self._wait(seq, load)
@@ -120,19 +120,20 @@ class Prefetcher:
 
     def _worth(self, seq: Sequence, plan_id: int, hit: Hit, keys: list[bytes]) -> tuple[Hit, list[bytes]]:
         """As much of a hit and of what follows on disk as comes sooner than it is computed."""
-        store = self._store
+        store, costs, size = self._store, self._store.costs, self._store.page_size
         first, runs = cold_runs(store, hit)
-        part = hit.source if not keys else None
-        runs += [(Tier.HOST, 1)] * (part is not None)
         runs += [(Tier.DISK, min(DISK_RUN, len(keys) - at)) for at in range(0, len(keys), DISK_RUN)]
-        cut = store.costs.best_cut(first * store.page_size, runs, len(seq.tokens),
-                                  [tier for tier in (Tier.HOST, Tier.DISK) if self._loader.under_way(tier)])
+        busy = [tier for tier in (Tier.HOST, Tier.DISK) if self._loader.under_way(tier)]
+        cut = costs.best_cut(first * size, runs, len(seq.tokens), busy)
         found = sum(pages for _, pages in runs)
-        if cut < found - len(keys):
-            hit = find_hit(store, seq, plan_id, Use.COMING, first + cut)
-        store.stats.recomputed_tokens += (found - cut) * store.page_size
-        if part and cut < found:
-            store.stats.recomputed_tokens -= store.page_size - part.tokens
+        store.stats.recomputed_tokens += (found - cut) * size
+        part, end = hit.source, hit.pages * size
+        if part and not keys and cut == found and costs.measured \
+                and costs.fetch_seconds({Tier.HOST: 1}) > costs.prefill_seconds(end, end + part.tokens):
+            store.stats.recomputed_tokens += part.tokens
+            part = None
+        if cut < found - len(keys) or hit.source and (keys or not part):
+            hit = find_hit(store, seq, plan_id, Use.COMING, first + min(cut, found - len(keys)))
         return hit, keys[:max(0, cut - (found - len(keys)))]
 
     def _attach(self, parent: Node, data: bytes, keys: list[bytes], request: Request, load: Load) -> Node:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..compiler import refuse_other_gpus
 from ..layout import Pool, QuantPool, as_storage, from_storage, pool_dims
 
 PIECE_BYTES = 32 * 1024
@@ -66,7 +67,7 @@ class MoveShape(NamedTuple):
 
 def gather_pages(pools: tuple[Pool, ...], pages: jax.Array, *, layout: str, interpret: Any = False) -> jax.Array:
     """See `api.gather_pages`. NotImplementedError: what TMA cannot address."""
-    shape = _shape(pools, pages, layout)
+    shape = _shape(pools, pages, layout, interpret)
     out = jax.ShapeDtypeStruct(_flat_data(shape), shape.dtype)
     data = _kernel(shape, False, out, interpret)(pages, *_stored(shape, pools))
     return data.reshape(_data(shape))
@@ -78,7 +79,7 @@ def scatter_pages(
     """See `api.scatter_pages`. NotImplementedError: what TMA cannot address."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    shape = _shape(pools, pages, layout)
+    shape = _shape(pools, pages, layout, interpret)
     refs = tuple(jax.new_ref(pool, memory_space=plgpu.GMEM) for pool in _stored(shape, pools))
     _kernel(shape, True, (), interpret)(pages, data.reshape(_flat_data(shape)), *refs)
     like = jax.tree.leaves(pools[0])[0]
@@ -165,8 +166,10 @@ def _boxes(shape: MoveShape, layer, number, page, part, pool, data) -> tuple[Any
     return pool.at[page, tokens, kv], data.at[row, tokens]
 
 
-def _shape(pools: tuple[Pool, ...], pages: jax.Array, layout: str) -> MoveShape:
+def _shape(pools: tuple[Pool, ...], pages: jax.Array, layout: str, interpret: Any) -> MoveShape:
     """NotImplementedError with the reason if the kernel cannot serve the call."""
+    if not interpret:
+        refuse_other_gpus()
     if layout == "paired":
         raise NotImplementedError("paired pools: a key and its value are one row")
     if isinstance(pools[0], QuantPool):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from sched_driver import FULL, FULL_AND_WINDOW, Driver, request
 
+from jaxkv.cache.hit import Use, find_hit
 from jaxkv.types import Tier
 
 LONG = {name: [base + i % 30 for i in range(40)] for name, base in (("a", 0), ("b", 100), ("c", 200), ("d", 300))}
@@ -194,3 +195,66 @@ def test_the_host_tier_can_be_lost():
     driver.check_outputs()
     assert driver.device.num_moves["demote"] == demoted > 0 and not driver.device.host[0]
     assert driver.replayed(driver.log) == driver.plans
+
+
+def test_a_lost_host_tier_leaves_nothing_behind():
+    """Prefixes that are wholly in the host tier hang below the root."""
+    driver = Driver(pages=24, host_pages=80, max_model_len=96)
+    for name, prompt in LONG.items():
+        driver.add(request(name, prompt, 4, arrival=driver.clock))
+        driver.run()
+    nodes = driver.inner.cache.trie.nodes
+    assert any(node.tier is Tier.HOST and not node.start for node in nodes())
+    driver.scheduler.lose_host_tier()
+    driver.check()
+    assert all(node.tier is Tier.HBM for node in nodes())
+    driver.add(request("a+", [*LONG["a"], 7], 3, arrival=driver.clock))
+    driver.run()
+    driver.check_outputs()
+    assert not driver.device.host[0]
+
+
+@pytest.mark.parametrize("page_seconds, brought", [(0.010, 0), (0.0001, 1)])
+def test_a_part_of_a_page_is_worth_the_tokens_that_it_saves(page_seconds, brought, monkeypatch):
+    """One token that matches takes 1 ms to compute."""
+    monkeypatch.setattr("jaxkv.sched.scheduler.MEASURED_TOKENS", 10**9)  # the costs are those below
+    driver = Driver(pages=40, host_pages=200, max_model_len=256, page_size=16, budget=256, delay=3)
+    base, one = range(1000, 1100), 49
+    driver.add(request("a", base, 4))
+    driver.run()
+    for i in range(6):
+        driver.add(request(f"f{i}", range(5000 + 300 * i, 5150 + 300 * i), 4, arrival=driver.clock))
+        driver.run()
+    driver.add(request("a2", base[:one - 1], 1, arrival=driver.clock))  # the whole pages are in HBM again
+    driver.run()
+    driver.add(request("busy", [9], 60, arrival=driver.clock))
+    for _ in range(3):
+        driver.step()
+    cache = driver.inner.cache
+    for i in range(40):
+        n, start = 64 + i * 37 % 150, i * 53 % 90
+        cache.costs.stepped(n, n * start + n * n // 2, 0, 0.001 * n + 0.002)
+        cache.costs.fetched(Tier.HOST, 1 + i % 3, page_seconds * (1 + 0.05 * (i % 3)))
+    loads = cache.stats.loads
+    driver.add(request("b", [*base[:one], 7, 8], 3, arrival=driver.clock))
+    driver.run()
+    driver.check_outputs()
+    assert cache.stats.loads - loads == brought and driver.cached["b"] == one - 1 + brought
+
+
+def test_what_is_kept_of_a_window_is_enough_without_the_part_of_a_page():
+    """The part in the host tier is not kept in HBM, so that the start without it must be."""
+    driver = Driver(pages=40, host_pages=80, groups=FULL_AND_WINDOW)
+    prompt = list(range(100, 126))
+    driver.add(request("a", prompt, 1))
+    driver.run()
+    cache, store = driver.inner.cache, driver.inner.cache.store
+    while not any(node.tier is Tier.HOST for node in cache.trie.nodes()):
+        cache._tiering._evict(1)
+    driver.add(request("b", [*prompt, 7, 7], 4, arrival=driver.clock))
+    seq = driver.inner._roster.sequences["b"]
+    part = find_hit(store, seq, -5, Use.COMING)
+    assert part.pages == 6 and part.source.tokens == 2 and cache.keep(seq, -5)
+    while store.window_pool(1).idle:
+        cache._tiering._reclaim(1)
+    assert find_hit(store, seq, -5, Use.HOT).pages == 6

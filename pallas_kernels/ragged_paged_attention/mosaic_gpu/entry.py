@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...compiler import refuse_other_gpus
 from ...layout import Pool, QuantPool, from_storage, logical_dtype, pool_dims
 from ..params import AttentionParams
 from ..tuning import CHIPS, Chip, decode_tuning
@@ -69,11 +70,8 @@ def _shape(
     q: jax.Array, pool: Pool, page_table: jax.Array, params: AttentionParams, chip: Chip, interpret: Any
 ) -> tuple[PlanSpec, DecodeShape]:
     """What the kernels are compiled for; NotImplementedError with the reason if they cannot be."""
-    if not interpret and jax.default_backend() == "gpu":  # else they are compiled for a machine elsewhere
-        device = jax.local_devices()[0]
-        if device.compute_capability != "9.0":
-            raise NotImplementedError(f"{device.device_kind} has compute capability {device.compute_capability}: the kernels "
-                                      "are for 9.0 (H100, H200)")
+    if not interpret:
+        refuse_other_gpus()
     if params.layout != "head_major":
         raise NotImplementedError(f"pool layout {params.layout}: a page of one KV head must lie together (head_major)")
     quantised = isinstance(pool, QuantPool)
