@@ -11,14 +11,19 @@ from jaxkv.types import Tier
 LONG = {name: [base + i % 30 for i in range(40)] for name, base in (("a", 0), ("b", 100), ("c", 200), ("d", 300))}
 
 
-def chat(driver: Driver) -> None:
-    """Four conversations that do not fit together, then their second turns while another sequence decodes."""
+def crowd(driver: Driver) -> None:
+    """Four conversations that do not fit together, then another sequence that decodes."""
     for name, prompt in LONG.items():
         driver.add(request(name, prompt, 4, arrival=driver.clock))
         driver.run()
     driver.add(request("busy", [400], 60, arrival=driver.clock))
     for _ in range(3):
         driver.step()
+
+
+def chat(driver: Driver) -> None:
+    """Their second turns while the other one decodes."""
+    crowd(driver)
     for name, prompt in LONG.items():
         driver.add(request(f"{name}+", [*prompt, *driver.tokens[name], 7], 3, arrival=driver.clock))
     driver.run()
@@ -88,12 +93,7 @@ def test_who_comes_together_does_not_wait_for_the_pages_of_the_other(overlap):
 @pytest.mark.parametrize("cut", [41, 18], ids=["a leaf", "within a run"])
 def test_a_part_of_a_page_comes_from_the_host_while_others_run(cut, overlap, groups):
     driver = Driver(pages=24, host_pages=80, max_model_len=96, overlap=overlap, groups=groups)
-    for name, prompt in LONG.items():
-        driver.add(request(name, prompt, 4, arrival=driver.clock))
-        driver.run()
-    driver.add(request("busy", [400], 60, arrival=driver.clock))
-    for _ in range(3):
-        driver.step()
+    crowd(driver)
     copies = driver.inner.cache.stats.partial_copies
     driver.add(request("a+", [*LONG["a"], *driver.tokens["a"]][:cut] + [7, 8], 3, arrival=driver.clock))
     driver.run()
