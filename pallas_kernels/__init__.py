@@ -6,7 +6,7 @@ G = Hq / Hkv query heads per KV head. Every op has a folder with ``api.py`` (the
 """
 
 from .compiler import compiler_options
-from .dispatch import implementations_in_use
+from .dispatch import implementations_in_use, implementations_used, note_implementation
 from .kv_codec.api import decode_pages, encode_pages
 from .kv_codec.spec import CODECS, CodecSpec, codec_spec, encoded_bytes, encoded_shape
 from .kv_write.api import IMPLEMENTATIONS as KV_WRITE_IMPLEMENTATIONS
@@ -53,8 +53,10 @@ __all__ = [
     "encoded_shape",
     "gather_pages",
     "implementations_in_use",
+    "implementations_used",
     "kv_head_axis",
     "kv_write",
+    "note_implementation",
     "pool_format",
     "pool_page_bytes",
     "pool_shape",

@@ -7,11 +7,14 @@ serve a call (shape, dtype, platform) raises NotImplementedError and the next is
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 _log = logging.getLogger(__name__)
 _chosen: dict[tuple[str, str], None] = {}  # (op, implementation) in the order of their first use in this process
+_used: ContextVar[dict[tuple[str, str], None] | None] = ContextVar("used", default=None)
 
 
 def dispatch(op: str, implementations: Mapping[str, Callable[..., Any]], impl: str, *args: Any, **kwargs: Any) -> Any:
@@ -29,11 +32,29 @@ def dispatch(op: str, implementations: Mapping[str, Callable[..., Any]], impl: s
             error.add_note(f"implementation {name!r} of {op}")
             refusals.append(error)
         else:
-            if (op, name) not in _chosen:
-                _chosen[op, name] = None
-                _log.info("%s runs as %s", op, name)
+            note_implementation(op, name)
             return result
     raise ExceptionGroup(f"{op}: no implementation serves this call", refusals)
+
+
+def note_implementation(op: str, name: str) -> None:
+    """Say that `op` runs as `name`: `dispatch` does, and whoever has a function that was traced in another process."""
+    if (op, name) not in _chosen:
+        _chosen[op, name] = None
+        _log.info("%s runs as %s", op, name)
+    if (used := _used.get()) is not None:
+        used[op, name] = None
+
+
+@contextmanager
+def implementations_used() -> Iterator[dict[tuple[str, str], None]]:
+    """The (op, implementation) that this thread traces from here on to the end of the block, in order."""
+    used: dict[tuple[str, str], None] = {}
+    token = _used.set(used)
+    try:
+        yield used
+    finally:
+        _used.reset(token)
 
 
 def implementations_in_use() -> tuple[tuple[str, str], ...]:

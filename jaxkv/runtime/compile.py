@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -16,6 +18,7 @@ from jaxkv.device.batch import BatchLayout, BatchShape
 from jaxkv.device.spec import KVSpec, ModelSpec
 from jaxkv.device.state import EngineState, state_shardings
 from jaxkv.device.step import build_step
+from jaxkv.runtime.traced_steps import traced_steps
 
 ADMIT_TOKENS = 1024  # tokens of a sequence told to the sampler at once
 
@@ -31,14 +34,16 @@ def compile_steps(
     args = tuple(like(x, x.sharding) for x in params), jax.tree.map(like, state, state_at)
     # float32 products are float32 products: by default GPUs round their operands to TF32, TPUs to bfloat16
     exact = spec.dtype == "float32" and platform != "cpu"
+    kept = traced_steps(platform, spec, kv, mesh, attention_impl, jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), args))
 
     def compile_one(layout: BatchLayout) -> Callable:
+        shapes = (layout.words,), (layout.shape.rows, sampling.mask_words(spec.vocab_size))
+        inputs = (*args, *(jax.ShapeDtypeStruct(s, jnp.int32, sharding=whole) for s in shapes))
+        jitted = partial(jax.jit, donate_argnums=1, out_shardings=(state_at, whole))
         step = build_step(spec, kv, layout, mesh, attention_impl)
-        jitted = jax.jit(step, donate_argnums=1, out_shardings=(state_at, whole), compiler_options=options)
-        inputs = (layout.words,), (layout.shape.rows, sampling.mask_words(spec.vocab_size))
         with jax.default_matmul_precision("highest") if exact else nullcontext():
-            lowered = jitted.lower(*args, *(jax.ShapeDtypeStruct(s, jnp.int32, sharding=whole) for s in inputs))
-        return lowered.compile()
+            known = kept.get(layout, lambda: jax.export.export(jitted(step))(*inputs)).call if kept else step
+            return jitted(known, compiler_options=options).lower(*inputs).compile()
 
     out: dict[BatchShape, Callable] = {}
     with ThreadPoolExecutor(2) as pool:  # tracing holds the interpreter lock, compiling does not

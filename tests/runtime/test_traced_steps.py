@@ -1,0 +1,104 @@
+"""A start that finds its traced steps traces none of them; whatever they follow from is in their name."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_kernels as ops
+from jaxkv import LLM, SamplingParams
+from jaxkv.runtime.traced_steps import TracedSteps, traced_steps
+from pallas_kernels import dispatch
+from tests.text_models import SMALL, small_model
+
+
+@pytest.fixture
+def cache(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_second_start_traces_nothing(cache, monkeypatch):
+    def run() -> tuple[list[int], int]:
+        monkeypatch.setattr(dispatch, "_chosen", {})
+        with LLM(str(small_model()), **SMALL) as llm:
+            [output] = llm.generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
+            return output.outputs[0].token_ids, len(llm.engine.executor.shapes)
+
+    def fail(*_):
+        raise AssertionError("traced")
+
+    tokens, shapes = run()
+    kernels = set(ops.implementations_in_use())
+    assert {("ragged_paged_attention", "xla"), ("kv_write", "xla")} < kernels
+    assert len(list((cache / "traced-steps").glob("*.zip"))) == shapes > 1
+    monkeypatch.setattr("jaxkv.device.models.forward", fail)
+    assert run() == (tokens, shapes) and set(ops.implementations_in_use()) == kernels
+    shutil.rmtree(cache / "traced-steps")
+    with pytest.raises(AssertionError, match="traced"):
+        run()
+
+
+class Traces:
+    """Makes the step x -> x + 1 and counts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+
+    def get(self, *made_from: object, name: str = "step") -> int:
+        def trace() -> jax.export.Exported:
+            self.count += 1
+            return jax.export.export(jax.jit(lambda x: x + jnp.int32(1)))(jnp.int32(0))
+
+        assert TracedSteps(self.folder, *made_from).get(name, trace).call(jnp.int32(41)) == 42
+        return self.count
+
+
+def test_a_step_is_known_by_all_that_it_follows_from(tmp_path, monkeypatch):
+    steps = Traces(tmp_path / "steps")
+    assert [steps.get(), steps.get(), steps.get("spec"), steps.get("other"), steps.get("spec")] == [1, 1, 2, 3, 3]
+    assert [steps.get(name="larger"), steps.get(name="larger"), steps.get()] == [4, 4, 4]
+    before = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        assert steps.get() == 5
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+    sources = tmp_path / "kernels"
+    sources.mkdir()
+    monkeypatch.setattr(ops, "__path__", [str(sources)])
+    for text, count in [("a = 1", 6), ("a = 2", 7), ("a = 2", 7), ("a = 1", 7)]:
+        (sources / "kernel.py").write_text(text)
+        assert steps.get() == count
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:100], lambda data: b"", lambda data: data[:400] + bytes([data[400] ^ 1]) + data[401:]],
+    ids=["cut", "empty", "flipped"])
+def test_a_damaged_file_is_replaced(damage, tmp_path, caplog):
+    steps = Traces(tmp_path)
+    assert steps.get() == 1
+    [path] = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    assert [steps.get(), steps.get()] == [2, 2]
+    assert [r.levelno for r in caplog.records] == [logging.WARNING] and str(path) in caplog.text
+
+
+def test_a_folder_that_takes_nothing_is_said(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    steps = Traces(tmp_path / "file" / "steps")
+    assert [steps.get(), steps.get()] == [1, 2]
+    assert "cannot keep traced steps" in caplog.text
+
+
+def test_there_are_none_without_a_folder_or_on_untried_platforms(cache):
+    assert traced_steps("cpu") is not None and traced_steps("gpu") is None
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
+    assert traced_steps("cpu") is None
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert traced_steps("cpu") is None
