@@ -21,7 +21,6 @@ from pathlib import Path
 import jax
 from jax import export
 
-import jaxkv
 import pallas_kernels as ops
 from jaxkv.device.sampling import SamplerState, TokenLogprobs
 from jaxkv.device.state import EngineState
@@ -41,8 +40,8 @@ class TracedSteps:
         settings = sorted((name, str(value)) for name, value in jax.config.values.items())  # type: ignore[attr-defined]
         self._folder = folder
         self._digest = blake2b(repr((version("jax"), version("jaxlib"), settings, made_from)).encode(), digest_size=20)
-        for package in (jaxkv, ops):
-            for path in sorted(Path(package.__path__[0]).rglob("*")):
+        for package in (Path(__file__).parent.parent, Path(ops.__path__[0])):
+            for path in sorted(package.rglob("*")):
                 if path.suffix in (".py", ".json"):
                     self._digest.update(path.name.encode() + path.read_bytes())
 

@@ -121,6 +121,7 @@ def _merge(
         plgpu.barrier_wait(lse_ready.at[stage])
         each_chunk(lambda chunk, rows: plgpu.barrier_wait(o_ready.at[stage * blocks.chunks + chunk]))
         new_lse, new = shape.place(lse_smem[stage, rows], row_layout), shape.place(o_smem[stage], layout)
+        plgpu.commit_smem()  # all warps have read the stage before it is written again
         pl.when(number + blocks.stages < count)(lambda: fetch(number + blocks.stages))
         new_top = jnp.maximum(top, new_lse)
         shrink, weight = jnp.exp2(top - new_top), jnp.exp2(new_lse - new_top)
