@@ -1,7 +1,7 @@
 """The TPU kernels, and the engine step with them, compiled for v5e and v6e chips that nobody has here.
 
-Needs libtpu (no TPU): `pip install "libtpu==0.0.42.*"` for jax 0.10.2, `"libtpu==0.0.48.*"` for 0.11.2. Skipped without it,
-unless JAXKV_REQUIRE_TPU_COMPILER says that it must be there. VMEM and HBM that do not suffice are compile errors.
+Needs libtpu (no TPU), which `pip install "jax[tpu]"` brings. Skipped without it, unless JAXKV_REQUIRE_TPU_COMPILER says that
+it must be there. VMEM and HBM that do not suffice are compile errors.
 """
 
 import os
