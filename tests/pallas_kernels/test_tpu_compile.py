@@ -116,21 +116,20 @@ def bytes_of(tree, devices=1) -> int:
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)) // devices
 
 
-def lower_in(mesh: Mesh, function, *args, **jit_options):
-    with jax.set_mesh(mesh):
-        return jax.jit(function, **jit_options).lower(*args).compile()
+def compile_for(function, *args, **jit_options):
+    return jax.jit(function, **jit_options).lower(*args).compile()
 
 
 def compile_attention(s: Shapes, **options):
     static = dict(scale=0.1) | options
     sinks = s.array((s.heads[0],), "float32", "tp") if static.pop("sinks", False) else None
     call = partial(s.ops.ragged_paged_attention, **static)
-    return lower_in(s.mesh, lambda q, pool, table, kv, cu, sinks: call(q, pool, table, kv, cu, sinks=sinks), s.rows(s.heads[0]),
+    return compile_for(lambda q, pool, table, kv, cu, sinks: call(q, pool, table, kv, cu, sinks=sinks), s.rows(s.heads[0]),
                     s.pool(), s.ints(s.seqs, s.columns), s.ints(s.seqs), s.ints(s.seqs + 1), sinks)
 
 
 def compile_write(s: Shapes):
-    return lower_in(s.mesh, s.ops.kv_write, s.pool(), s.rows(s.heads[1]), s.rows(s.heads[1]), s.ints(s.tokens),
+    return compile_for(s.ops.kv_write, s.pool(), s.rows(s.heads[1]), s.rows(s.heads[1]), s.ints(s.tokens),
                     donate_argnums=0, out_shardings=s.formats())
 
 
@@ -201,9 +200,9 @@ def test_page_moves(chip, kv_dtype, head_dim):
     pools, formats, n = (s.pool(),) * 32, (s.formats(),) * 32, 16
     width, dtype = ops.canonical_row(kv_dtype, s.head_dim)
     data = s.array((n, 32, 2, s.page_size, 8, width), dtype)
-    gathered = lower_in(s.mesh, s.ops.gather_pages, pools, s.ints(n))
-    scattered = lower_in(s.mesh, s.ops.scatter_pages, pools, s.ints(n), data, donate_argnums=0, out_shardings=formats)
-    copied = lower_in(s.mesh, s.ops.copy_pages, pools, s.ints(n), s.ints(n), donate_argnums=0, out_shardings=formats)
+    gathered = compile_for(s.ops.gather_pages, pools, s.ints(n))
+    scattered = compile_for(s.ops.scatter_pages, pools, s.ints(n), data, donate_argnums=0, out_shardings=formats)
+    copied = compile_for(s.ops.copy_pages, pools, s.ints(n), s.ints(n), donate_argnums=0, out_shardings=formats)
     parts = len(jax.tree.leaves(pools[0]))
     assert [kernels(c) for c in (gathered, scattered, copied)] == [parts, parts, 2 * parts]
     for compiled in (gathered, scattered, copied):
@@ -277,7 +276,7 @@ def test_executables_agree_on_the_format_and_size_of_the_pools(chip, kv_dtype, l
 def test_bytes_of_a_page(layout, shape):
     pool = jax.eval_shape(lambda: ops.zero_pool(layout, 64, *shape, "tpu"))
     at = NamedSharding(tpu_mesh("v5e:2x2", 1), PartitionSpec())
-    sizes = [lower_in(at.mesh, partial(jnp.zeros, x.shape, x.dtype), out_shardings=ops.pool_format(x.ndim, at, "tpu"))
+    sizes = [compile_for(partial(jnp.zeros, x.shape, x.dtype), out_shardings=ops.pool_format(x.ndim, at, "tpu"))
              .memory_analysis().output_size_in_bytes for x in jax.tree.leaves(pool)]
     assert sum(sizes) == 64 * ops.pool_page_bytes(layout, *shape, "tpu")
 
@@ -297,6 +296,6 @@ def compile_step(config: dict, mesh: Mesh, shape: BatchShape, pages: int, kv_dty
     state = EngineState(pools, jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=whole), sampler)
     buffer = jax.ShapeDtypeStruct((layout.words,), jnp.int32, sharding=whole)
     masks = jax.ShapeDtypeStruct((shape.rows, mask_words(spec.vocab_size)), jnp.int32, sharding=whole)
-    compiled = lower_in(mesh, build_step(spec, kv, layout, mesh), params, state, buffer, masks, donate_argnums=1,
+    compiled = compile_for(build_step(spec, kv, layout, mesh), params, state, buffer, masks, donate_argnums=1,
                         out_shardings=(shardings, whole))
     return compiled, kv, params
