@@ -125,12 +125,12 @@ def compile_attention(s: Shapes, **options):
     sinks = s.array((s.heads[0],), "float32", "tp") if static.pop("sinks", False) else None
     call = partial(s.ops.ragged_paged_attention, **static)
     return compile_for(lambda q, pool, table, kv, cu, sinks: call(q, pool, table, kv, cu, sinks=sinks), s.rows(s.heads[0]),
-                    s.pool(), s.ints(s.seqs, s.columns), s.ints(s.seqs), s.ints(s.seqs + 1), sinks)
+                       s.pool(), s.ints(s.seqs, s.columns), s.ints(s.seqs), s.ints(s.seqs + 1), sinks)
 
 
 def compile_write(s: Shapes):
     return compile_for(s.ops.kv_write, s.pool(), s.rows(s.heads[1]), s.rows(s.heads[1]), s.ints(s.tokens),
-                    donate_argnums=0, out_shardings=s.formats())
+                       donate_argnums=0, out_shardings=s.formats())
 
 
 def kernels(compiled) -> int:
@@ -297,5 +297,5 @@ def compile_step(config: dict, mesh: Mesh, shape: BatchShape, pages: int, kv_dty
     buffer = jax.ShapeDtypeStruct((layout.words,), jnp.int32, sharding=whole)
     masks = jax.ShapeDtypeStruct((shape.rows, mask_words(spec.vocab_size)), jnp.int32, sharding=whole)
     compiled = compile_for(build_step(spec, kv, layout, mesh), params, state, buffer, masks, donate_argnums=1,
-                        out_shardings=(shardings, whole))
+                           out_shardings=(shardings, whole))
     return compiled, kv, params
