@@ -42,8 +42,9 @@ def compile_steps(
         jitted = partial(jax.jit, donate_argnums=1, out_shardings=(state_at, whole))
         step = build_step(spec, kv, layout, mesh, attention_impl)
         with jax.default_matmul_precision("highest") if exact else nullcontext():
-            known = kept.get(layout, lambda: jax.export.export(jitted(step))(*inputs)).call if kept else step
-            return jitted(known, compiler_options=options).lower(*inputs).compile()
+            if kept:
+                step = kept.get(layout, lambda: jax.export.export(jitted(step), platforms=[platform])(*inputs)).call
+            return jitted(step, compiler_options=options).lower(*inputs).compile()
 
     out: dict[BatchShape, Callable] = {}
     with ThreadPoolExecutor(2) as pool:  # tracing holds the interpreter lock, compiling does not

@@ -1,7 +1,9 @@
 """A start that finds its traced steps traces none of them; whatever they follow from is in their name."""
 
 import logging
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -10,7 +12,8 @@ import pytest
 
 import pallas_kernels as ops
 from jaxkv import LLM, SamplingParams
-from jaxkv.runtime.traced_steps import TracedSteps, traced_steps
+from jaxkv.runtime import traced_steps as module
+from jaxkv.runtime.traced_steps import TracedSteps, sources_digest, traced_steps
 from pallas_kernels import dispatch
 from tests.text_models import SMALL, small_model
 
@@ -69,12 +72,41 @@ def test_a_step_is_known_by_all_that_it_follows_from(tmp_path, monkeypatch):
         assert steps.get() == 5
     finally:
         jax.config.update("jax_default_matmul_precision", before)
-    sources = tmp_path / "kernels"
-    sources.mkdir()
-    monkeypatch.setattr(ops, "__path__", [str(sources)])
-    for text, count in [("a = 1", 6), ("a = 2", 7), ("a = 2", 7), ("a = 1", 7)]:
-        (sources / "kernel.py").write_text(text)
-        assert steps.get() == count
+    with ThreadPoolExecutor(1) as other, jax.default_matmul_precision("highest"):  # which other threads do not see
+        assert [other.submit(steps.get).result(), steps.get()] == [5, 5]
+    monkeypatch.setattr(module, "SOURCES", b"edited")
+    assert steps.get() == 6
+
+
+def test_sources_are_known_by_their_text(tmp_path):
+    def digest(text: str) -> bytes:
+        (tmp_path / "kernel.py").write_text(text)
+        return sources_digest(tmp_path)
+
+    (tmp_path / ".#lock.py").symlink_to("nowhere")
+    assert digest("a = 1") == digest("a = 1") != digest("a = 2")
+
+
+def test_files_are_for_all_and_the_oldest_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "KEPT", 2)
+    steps, before = Traces(tmp_path), os.umask(0o022)
+    for i, name in enumerate("abc"):
+        steps.get(name=name)
+        [new] = [path for path in tmp_path.iterdir() if path.stat().st_mtime > 1000]
+        assert new.stat().st_mode & 0o777 == 0o644
+        os.utime(new, (i, i))
+    os.umask(before)
+    assert [steps.get(name="a"), len(list(tmp_path.iterdir()))] == [4, 3], "the first had gone, before it was made again"
+    assert [steps.get(name="c"), steps.get(name="a")] == [4, 4]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module.zipfile.ZipFile, "writestr", full)
+    assert Traces(tmp_path).get() == 1
+    assert list(tmp_path.iterdir()) == [] and "No space left" in caplog.text
 
 
 @pytest.mark.parametrize("damage", [
@@ -96,8 +128,11 @@ def test_a_folder_that_takes_nothing_is_said(tmp_path, caplog):
     assert "cannot keep traced steps" in caplog.text
 
 
-def test_there_are_none_without_a_folder_or_on_untried_platforms(cache):
+def test_there_are_none_without_a_folder_or_on_untried_platforms(cache, monkeypatch):
     assert traced_steps("cpu") is not None and traced_steps("gpu") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "find_spec", lambda name: None)
+        assert traced_steps("cpu") is None
     jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
     assert traced_steps("cpu") is None
     jax.config.update("jax_compilation_cache_dir", None)
