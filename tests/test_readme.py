@@ -23,8 +23,8 @@ def test_the_policy_in_20_lines_works(monkeypatch):
     assert code.count("\n") <= 20
     names: dict = {}
     exec(code, names)
-    monkeypatch.setitem(POLICIES, "fifo", names["FIFO"])
-    driver = Driver(pages=24, host_pages=30, policy="fifo", max_model_len=64)
+    monkeypatch.setitem(POLICIES, "reused", names["Reused"])
+    driver = Driver(pages=24, host_pages=30, policy="reused", max_model_len=64)
     for round_ in range(2):
         for base in range(0, 300, 50):
             driver.add(request(f"r{base}.{round_}", range(base, base + 30), 4, arrival=driver.clock))
