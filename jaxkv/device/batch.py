@@ -6,13 +6,16 @@ Passing one numpy buffer costs ~9 us a step, eight separate arrays ~260 us.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+ALIGN = 64  # words: 256 bytes. XLA may pass a column to a kernel as a pointer into the buffer, and Mosaic GPU wants that
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,21 @@ FIELDS = (
 )
 
 
+class Column(NamedTuple):
+    """Where a column lies: ``parts`` of equal size, ``stride`` 4-byte words apart."""
+
+    start: int
+    parts: int
+    stride: int
+    dims: tuple[int, ...]
+    dtype: str
+
+    def of(self, buffer: Any) -> Any:
+        """The column of an int32 buffer: of a numpy array a view."""
+        whole = buffer[self.start : self.start + self.parts * self.stride].reshape(self.parts, self.stride)
+        return whole[:, : math.prod(self.dims) // self.parts].reshape(self.dims)
+
+
 @dataclass(frozen=True)
 class BatchLayout:
     """Where each column of ``FIELDS`` lies in the buffer of one batch shape."""
@@ -69,34 +87,35 @@ class BatchLayout:
     plan_words: int
 
     @cached_property
-    def columns(self) -> dict[str, tuple[int, int, tuple[int, ...], str]]:
-        """name -> (start, stop, shape, dtype), in 4-byte words."""
+    def columns(self) -> dict[str, Column]:
+        """By name. Each starts at a multiple of ``ALIGN`` words, and so does what belongs to each KV group."""
         s = self.shape
         sizes = {"T": s.tokens, "S": s.seqs, "S+1": s.seqs + 1, "R": s.rows, "G": self.groups,
                  "P": self.pages_per_seq, "A": self.plan_words}
         out, at = {}, 0
         for field in FIELDS:
             dims = tuple(d if isinstance(d, int) else sizes[d] for d in field.dims)
-            size = int(np.prod(dims))
-            out[field.name] = (at, at + size, dims, field.dtype)
-            at += size
+            parts = self.groups if field.dims[0] == "G" else 1
+            stride = -(-int(np.prod(dims)) // parts // ALIGN) * ALIGN
+            out[field.name] = Column(at, parts, stride, dims, field.dtype)
+            at += parts * stride
         return out
 
     @property
     def words(self) -> int:
-        return list(self.columns.values())[-1][1]
+        return max(c.start + c.parts * c.stride for c in self.columns.values())
 
     def new(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """A fresh zeroed buffer and writable views of its columns. Fresh, because JAX may alias it while a step is pending."""
         buffer = np.zeros(self.words, np.int32)
-        return buffer, {name: buffer[a:b].view(dtype).reshape(dims) for name, (a, b, dims, dtype) in self.columns.items()}
+        return buffer, {name: column.of(buffer).view(column.dtype) for name, column in self.columns.items()}
 
     def unpack(self, buffer: jax.Array) -> dict[str, jax.Array]:
         """The columns of a traced buffer, int32 [words]."""
         out = {}
-        for name, (a, b, dims, dtype) in self.columns.items():
-            words = buffer[a:b].reshape(dims)
-            out[name] = words if dtype == "int32" else jax.lax.bitcast_convert_type(words, jnp.float32)
+        for name, column in self.columns.items():
+            words = column.of(buffer)
+            out[name] = words if column.dtype == "int32" else jax.lax.bitcast_convert_type(words, jnp.float32)
         return out
 
 

@@ -18,7 +18,16 @@ def test_buffer_round_trip_through_the_jit():
     for name, view in columns.items():
         assert out[name].dtype == view.dtype
         np.testing.assert_array_equal(out[name], view)
-    assert sum(v.size for v in columns.values()) == layout.words
+
+
+def test_columns_and_the_parts_of_each_group_are_aligned_as_mosaic_gpu_wants_its_arguments():
+    layout = BatchLayout(BatchShape(8, 3, 2), groups=2, pages_per_seq=7, plan_words=5)
+    buffer, columns = layout.new()
+    parts = [part for f in FIELDS for part in (columns[f.name] if f.dims[0] == "G" else [columns[f.name]])]
+    places = [(part.__array_interface__["data"][0] - buffer.__array_interface__["data"][0], part.nbytes) for part in parts]
+    assert len(places) == len(FIELDS) + 3 and all(start % 256 == 0 for start, _ in places)
+    assert all(start + size <= next_start for (start, size), (next_start, _) in zip(places, places[1:]))
+    assert places[-1][0] + places[-1][1] <= buffer.nbytes
 
 
 def test_buffers_are_fresh():

@@ -44,7 +44,7 @@ def sharding() -> NamedSharding:
     return NamedSharding(Mesh(np.array(topology.devices), ("x",)), PartitionSpec())
 
 
-def compile_call(sharding, dtype, head_dim, page_size, groups, tokens, sinks=False, **options):
+def compile_call(sharding, dtype, head_dim, page_size, groups, tokens, sinks=False, queries="bfloat16", **options):
     defaults = dict(layout="head_major", scale=0.1, window=None, soft_cap=None, max_q_len=1, mass=None)
     params = AttentionParams(**defaults | options)
     quantised = dtype in ("int8", "float8_e4m3fn")
@@ -56,7 +56,7 @@ def compile_call(sharding, dtype, head_dim, page_size, groups, tokens, sinks=Fal
     if quantised:
         pool = QuantPool(pool, shape("float32", *pool.shape[:-1]))
     i32 = jnp.int32
-    args = (shape("bfloat16" if quantised else dtype, tokens, q_heads, head_dim), pool, shape(i32, SEQS, PAGES),
+    args = (shape(queries if quantised else dtype, tokens, q_heads, head_dim), pool, shape(i32, SEQS, PAGES),
             shape(i32, SEQS), shape(i32, SEQS + 1), shape("float32", q_heads) if sinks else None,
             shape(i32, plan.plan_size(spec)))
     call = jax.jit(lambda *a: entry.ragged_paged_attention(*a, params=params), out_shardings=sharding)
@@ -81,6 +81,8 @@ def compile_call(sharding, dtype, head_dim, page_size, groups, tokens, sinks=Fal
         ("int8", 80, 16, 4, 64, dict(mass="token")),
         ("float8_e4m3fn", 128, 64, 8, 512, dict(max_q_len=8, window=512, soft_cap=30.0)),
         ("int8", 64, 256, 4, 64, dict(sinks=True)),
+        ("int8", 128, 16, 4, 64, dict(queries="float16")),
+        ("float8_e4m3fn", 80, 64, 4, 64, dict(queries="float16")),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else str(x),
 )
@@ -104,6 +106,15 @@ def test_compiles_without_spills_within_shared_memory(
         [smem] = {int(x) for x in re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", passes)}
         assert smem <= CHIP.block_smem
         assert together * (smem + RESERVED) <= CHIP.sm_smem and together * 128 * registers <= 65536, (smem, registers)
+
+
+@pytest.mark.parametrize("tokens, max_q_len", [(64, 1), (512, 512)])
+def test_slices_that_a_kernel_gets_as_pointers_into_their_whole_are_aligned(sharding, tokens, max_q_len):
+    """Mosaic GPU refuses arguments that do not start at 256 bytes. XLA makes such pointers since jax 0.11."""
+    compiled, _ = compile_call(sharding, "bfloat16", 128, 16, 4, tokens, max_q_len=max_q_len)
+    fused = [body for body in compiled.as_text().split("\n\n") if "mosaic_gpu_v2" in body and not body.startswith("ENTRY")]
+    starts = [int(start) for body in fused for start in re.findall(r"slice=\{\[(\d+):", body)]
+    assert all(4 * start % 256 == 0 for start in starts) and (starts or jax.__version_info__ < (0, 11)), starts
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

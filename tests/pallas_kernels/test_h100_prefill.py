@@ -23,6 +23,7 @@ import pallas_kernels as pk
 from pallas_kernels.layout import QuantPool
 from pallas_kernels.page_copy import mosaic_gpu
 from pallas_kernels.ragged_paged_attention.mosaic_gpu.prefill import prefill_attention
+from pallas_kernels.ragged_paged_attention.mosaic_gpu.prefill_shape import CONSUMERS, registers
 from pallas_kernels.ragged_paged_attention.params import AttentionParams
 
 SHARED_MEMORY = 232448
@@ -63,16 +64,17 @@ def compile_prefill(head_dim, page_size, groups, *, dtype="bfloat16", kv_dtype=N
                             ((seqs,), jnp.int32), ((seqs + 1,), jnp.int32), ((tokens // 128 + seqs, 4), jnp.int32))
 
 
-def resources(call: str, folder: Path) -> tuple[int, int]:
-    """Bytes of spill stores and of dynamic shared memory that compiling `call` takes. In a process of its own: the compiler
-    reads where to dump from its environment."""
+def resources(call: str, folder: Path) -> tuple[int, int, int]:
+    """Bytes of spill stores and of dynamic shared memory, and registers of a thread at launch, that compiling `call` takes.
+    In a process of its own: the compiler reads where to dump from its environment."""
     code = f"from tests.pallas_kernels.test_h100_prefill import *\n{call}"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"MOSAIC_GPU_DUMP_TO": str(folder)},
                    cwd=Path(__file__).parents[2], capture_output=True, text=True)
     (assembler,), (passes,) = folder.glob("*.ptxas"), folder.glob("*.mlir-passes.log")
     spills = re.findall(r"(\d+) bytes spill stores", assembler.read_text())
     shared = re.findall(r"dynamic_shared_memory_size %c(\d+)", passes.read_text())
-    return max(map(int, spills)), max(map(int, shared))
+    [registers] = re.findall(r"Used (\d+) registers", assembler.read_text())
+    return max(map(int, spills)), max(map(int, shared)), int(registers)
 
 
 @pytest.mark.parametrize("head_dim, page_size, groups, options", [
@@ -96,8 +98,11 @@ def test_prefill_compiles(head_dim, page_size, groups, options):
 def test_prefill_spills_nothing_and_fits_shared_memory(head_dim, page_size, groups, most, kv_dtype, tmp_path):
     """At head_dim 256 a few scalars of a job are spilled, outside the loop over unmasked blocks."""
     compile_prefill(64, 16, 1)  # skips without a compiler
-    spills, shared = resources(f"compile_prefill({head_dim}, {page_size}, {groups}, kv_dtype={kv_dtype!r})", tmp_path)
+    call = f"compile_prefill({head_dim}, {page_size}, {groups}, kv_dtype={kv_dtype!r})"
+    spills, shared, launched = resources(call, tmp_path)
     assert spills <= most and 0 < shared <= SHARED_MEMORY
+    consumer, producer, widener = registers(head_dim, kv_dtype is not None)
+    assert CONSUMERS * consumer + producer + widener <= (3 if kv_dtype is None else 4) * launched, "setmaxnreg would hang"
 
 
 def test_prefill_temporaries_do_not_grow_with_the_pool():

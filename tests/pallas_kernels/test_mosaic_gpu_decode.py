@@ -158,6 +158,21 @@ def test_quantised_pools(kv_dtype, q_dtype, head_dim, page_size, options):
         assert (np.asarray(mass)[want[2] == 0] == 0).all() and (mass > 0).any()
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
+def test_small_weights_of_small_quantised_values_do_not_underflow_in_float16(kv_dtype):
+    """The first key takes nearly all, as it often does, but its value is 0; the others' weights are 1e-4, their scales too."""
+    case = make_case([1], [60], heads=(1, 1), head_dim=64)
+    q, pool, *rest = case.args
+    first = case.page_table[0, 0]
+    pool = pool.at[:, 0].multiply(0.0).at[first, 0, 0, 0].set(q[0, 0]).at[:, 1].set(0.01 * jnp.abs(pool[:, 1]))
+    pool, q = quantised(pool.at[first, 1, 0, 0].set(0.0), kv_dtype), q.astype("float16")
+    params = params_of(scale=9.0 / float(jnp.square(q[0].astype(jnp.float32)).sum()))
+    out, *_ = entry.ragged_paged_attention(q, pool, *rest, None, None, params=params, chip=SMALL,
+                                           interpret=InterpretGPUParams())
+    want = ref.ragged_paged_attention(q.astype(jnp.float32), pool, *rest, None, None, params=params)[0]
+    np.testing.assert_allclose(out[:1].astype(jnp.float32), want[:1], rtol=0.01)
+
+
 @settings(max_examples=4)
 @given(lengths=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 120)), min_size=4, max_size=4), seed=st.integers(0, 99),
        window=st.sampled_from([None, 20]))

@@ -178,7 +178,7 @@ def serving(build: Callable[[], EngineLike], *, max_open: int = 256, max_body: i
     loop = EngineLoop(build, max_open, step_timeout)
     shared = Service(loop, name, Limits(max_body=max_body, **limits), chat=chat, **service)
     app = build_app(shared, KeyRing(api_keys), **options)
-    http = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, log_level="warning",
+    http = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, log_level="warning", timeout_keep_alive=60,
                                          timeout_graceful_shutdown=1))
     sock = socket.create_server(("127.0.0.1", 0))
     up = threading.Event()

@@ -133,12 +133,13 @@ def _attend(
         shrink = jnp.exp2(top - new_top)
         total = total * shrink + weights.sum(axis=1)
         plgpu.barrier_wait(v_ready.at[stage])
-        if shape.quantised:
+        if shape.quantised and not shape.scaled_values:
             weights = jnp.where(weights > 0, weights * _by_key(shape, scales.at[stage, :, 1]), 0.0)  # unseen scales may be NaN
         p_smem[...] = weights.astype(p_smem.dtype)
         if shape.quantised:
             v_block = wide_smem.at[:, pl.ds(0, shape.width)]
-            widen(shape, v_smem.at[stage], v_block, lambda values: _known(shape, first, item, values))
+            factor = scales_of(shape, scales.at[stage, :, 1], axis=1) if shape.scaled_values else None
+            widen(shape, v_smem.at[stage], v_block, lambda values: _known(shape, first, item, _times(values, factor)))
         else:
             v_block = v_smem.at[stage]
             _clear_values(shape, first, item, v_block)
@@ -208,6 +209,13 @@ def _visible(shape: DecodeShape, first, last_seen: jax.Array, item: _Item) -> ja
 def _by_key(shape: DecodeShape, pieces) -> jax.Array:
     """Scales as they came as a factor of scores."""
     return shape.place(jax.lax.broadcast_in_dim(scales_of(shape, pieces), (TILE_ROWS, shape.block_keys), [1]))
+
+
+def _times(values: jax.Array, factor: jax.Array | None) -> jax.Array:
+    """`values` [keys, .] times the factor of their row, if there is one."""
+    if factor is None:
+        return values
+    return (values.astype(jnp.float32) * jax.lax.broadcast_in_dim(factor, values.shape, [0])).astype(values.dtype)
 
 
 def _clear_values(shape: DecodeShape, first, item: _Item, v_smem) -> None:

@@ -70,6 +70,7 @@ def _shape(
     if blocks is None:
         blocks = blocks_for(dims.head_dim, dtype.name)
         blocks = blocks._replace(ctas=2) if interpret else blocks  # interpreted one after the other
+    assert blocks.stages > 1, "the consumers would wait for each other"
     sizes = sorted((dims.page_size, blocks.keys))
     if dims.page_size % 8 or sizes[1] % sizes[0]:
         raise NotImplementedError(f"page_size={dims.page_size}: must be a multiple of 8 that divides, or is a multiple of, "
@@ -80,5 +81,5 @@ def _shape(
     columns = next((n for n in (64, 32, 16) if dims.head_dim % n == 0), None)
     if columns is None:
         raise NotImplementedError(f"head_dim={dims.head_dim}: must be a multiple of 16")
-    return PrefillShape(q.shape[1], dims.kv_heads, dims.head_dim, dims.page_size, dims.num_pages, pack, columns, params.scale,
+    return PrefillShape(q.shape[1], dims.kv_heads, dims.head_dim, dims.page_size, pack, columns, params.scale,
                         params.window, params.soft_cap, blocks, quantised, interpret)

@@ -28,7 +28,7 @@ from jax import lax
 
 from .prefill_consumer import consume
 from .prefill_jobs import FIELDS
-from .prefill_shape import CONSUMERS, PRODUCER, TILE, WIDENER, Job, PrefillShape, Ring
+from .prefill_shape import CONSUMERS, PRODUCER, TILE, WIDENER, Job, PrefillShape, Ring, registers
 from .prefill_widen import widen
 from .shape import tiled
 
@@ -81,7 +81,7 @@ def _body(shape, q, table, total, jobs, *refs, k_ring: Ring, v_ring: Ring, raw=N
     *pages, out, lse = refs
     wide = k_ring, v_ring
     brought = raw if shape.quantised else wide
-    consumer_registers, producer_registers, widener_registers = shape.registers
+    consumer_registers, producer_registers, widener_registers = registers(shape.head_dim, shape.quantised)
     wg = lax.axis_index("wg")
     cta, ctas = lax.axis_index("cta"), min(shape.blocks.ctas, jobs.shape[0] * shape.groups)
 
@@ -143,7 +143,7 @@ def _bring(shape: PrefillShape, job: Job, done: jax.Array, pages, table, rings: 
             key = i * keys + part * shape.span
             page = table[job.seq, jnp.clip(lax.div(key, shape.page_size), low, last)]
             offset = pl.multiple_of(lax.rem(key, shape.page_size), shape.span)
-            places.append((part, jnp.clip(page, 0, shape.num_pages - 1), pl.ds(offset, shape.span)))
+            places.append((part, page, pl.ds(offset, shape.span)))
         for number, ring in enumerate(rings):
             @pl.when(count >= stages)
             def _(ring=ring):

@@ -24,7 +24,6 @@ class PrefillShape(NamedTuple):
     kv_heads: int
     head_dim: int
     page_size: int
-    num_pages: int
     pack: int
     columns: int
     scale: float
@@ -54,10 +53,13 @@ class PrefillShape(NamedTuple):
         """That bring a block."""
         return self.blocks.keys // self.span
 
-    @property
-    def registers(self) -> tuple[int, int, int]:
-        """Of a thread of a consumer, of the producer and of the widener, which share 65,536."""
-        return (200, 48, 64) if self.quantised else (240, 32, 0)
+
+def registers(head_dim: int, quantised: bool) -> tuple[int, int, int]:
+    """Of a thread of a consumer, of the producer and of the widener. Together no more than the kernel is launched with, which
+    is 168 for each of three warpgroups and 128 for each of four: else a consumer waits for its share for ever."""
+    if quantised:
+        return 200, 48, 64
+    return (240, 24, 0) if head_dim > 128 else (232, 40, 0)  # by what spills least
 
 
 class Ring(NamedTuple):

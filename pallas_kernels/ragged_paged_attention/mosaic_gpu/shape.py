@@ -46,6 +46,11 @@ class DecodeShape(NamedTuple):
         return self.kv_dtype != self.dtype
 
     @property
+    def scaled_values(self) -> bool:
+        """Whether values are scaled as they are widened, not the weights, which as float16 would underflow."""
+        return self.quantised and self.dtype == "float16"
+
+    @property
     def columns(self) -> int:
         """Elements of a row in one swizzled tile of shared memory."""
         return next(n for n in (64, 32, 16) if self.head_dim % n == 0)
