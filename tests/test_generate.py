@@ -119,6 +119,18 @@ def test_every_format(generate, llm):
     assert [output["text"] for output in second["outputs"]] == [expected.text] * 2
 
 
+def test_usage_says_how_much_of_each_prompt_was_cached_and_where(generate):
+    text = jsonl(batch("u", "/v1/completions", prompt=[list(range(20, 60)), list(range(60, 100))], max_tokens=3, n=2,
+                       ignore_eos=True))
+    generate(text)
+    generate.target.unlink()
+    usage = generate(text)[1][0]["response"]["body"]["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (80, 12, 92)
+    details = usage["prompt_tokens_details"]
+    assert set(details["cached_tokens_by_tier"]) == {"hbm", "host", "disk"}
+    assert 40 < sum(details["cached_tokens_by_tier"].values()) == details["cached_tokens"] < 80
+
+
 def test_scored_prompts(generate, llm):
     ask = {"prompt": "The quick", "n": 2, "echo": True, "logprobs": 1, "prompt_logprobs": 1, "temperature": 0}
     code, records = generate(jsonl(batch("t", "/v1/completions", **ask, max_tokens=3), ask | {"max_tokens": 3},

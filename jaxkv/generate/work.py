@@ -19,7 +19,7 @@ from jaxkv.runtime.outputs import Delta
 from jaxkv.runtime.structured.compiler import Grammar, GrammarCompiler
 from jaxkv.runtime.tokenizer import Tokenizer
 from jaxkv.serve import chat, completions
-from jaxkv.serve.answer import Choice, Form, best_of, reasoning_usage
+from jaxkv.serve.answer import Choice, Form, best_of, usage_of
 from jaxkv.serve.calls import Call, Mailbox
 from jaxkv.serve.dialect import ChatOptions, choose_dialect
 from jaxkv.serve.errors import ApiError, bad_request, generation_failed
@@ -69,14 +69,11 @@ class Work:
 
     def record(self) -> dict[str, Any]:
         """The output record, "line" and "digest" left to the journal."""
-        prompt = sum(len(call.prompt) for call in self.calls)
-        answer = sum(len(choice.token_ids) for choice in self._choices)
-        cached = sum(choice.num_cached for choice in self._choices[:: self._n])
+        usage = usage_of(self.calls, self._choices)
         best = best_of(self._choices, self._n, self._request.kept(self._n))
         if self._envelope.plain:
+            cached = usage["prompt_tokens_details"]["cached_tokens"]
             return self._envelope.fields | _plain_record(best, self._form, cached)
-        usage = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
-                 "prompt_tokens_details": {"cached_tokens": cached}} | reasoning_usage(self._choices)
         body = self._form.head | {"choices": [self._form.whole(choice) for choice in best], "usage": usage} \
             | self._form.extras(best)
         return self._envelope.answer(200, body)

@@ -85,11 +85,20 @@ def best_of(choices: list[Choice], n: int, keep: int) -> list[Choice]:
     return best
 
 
-def reasoning_usage(choices: Sequence[Choice]) -> dict[str, Any]:
-    """The part of `usage` that says how many tokens were reasoning, of answers that are messages."""
+def usage_of(calls: Sequence[Call], choices: Sequence[Choice]) -> dict[str, Any]:
+    """`usage` of all ``choices`` of the calls, in order. A prompt counts once for its n answers; so does what the cache held of
+    it. Reasoning is counted where answers are messages."""
+    prompt = sum(len(call.prompt) for call in calls)
+    answer = sum(len(choice.token_ids) for choice in choices)
+    first = choices[:: calls[0].params.n]
+    cached = sum(choice.num_cached for choice in first)
+    host, disk = (sum(choice.cached_below[i] for choice in first) for i in (0, 1))
+    tiers = {"hbm": cached - host - disk, "host": host, "disk": disk}  # ours: the other fields are OpenAI's
+    usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
+                             "prompt_tokens_details": {"cached_tokens": cached, "cached_tokens_by_tier": tiers}}
     readers = [choice.reader for choice in choices if choice.reader is not None]
-    count = sum(reader.reasoning_tokens for reader in readers)
-    return {"completion_tokens_details": {"reasoning_tokens": count}} if readers else {}
+    reasoning = {"reasoning_tokens": sum(reader.reasoning_tokens for reader in readers)}
+    return usage | ({"completion_tokens_details": reasoning} if readers else {})
 
 
 class Form(ABC):
@@ -271,16 +280,7 @@ class Answer(Response):
         return self.choices[call.position * self._n + delta.index]
 
     def _usage(self) -> dict[str, Any]:
-        """A prompt counts once for its n answers; so does what the cache held of it."""
-        prompt = sum(len(call.prompt) for call in self.calls)
-        answer = sum(len(choice.token_ids) for choice in self.choices)
-        first = self.choices[:: self._n]
-        cached = sum(choice.num_cached for choice in first)
-        host, disk = (sum(choice.cached_below[i] for choice in first) for i in (0, 1))
-        tiers = {"hbm": cached - host - disk, "host": host, "disk": disk}  # ours: the other fields are OpenAI's
-        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
-                "prompt_tokens_details": {"cached_tokens": cached, "cached_tokens_by_tier": tiers},
-                **reasoning_usage(self.choices)}
+        return usage_of(self.calls, self.choices)
 
 
 def _fault(error: Exception) -> ApiError:
