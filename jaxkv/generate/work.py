@@ -13,7 +13,6 @@ from typing import Any
 
 import orjson
 
-from jaxkv.generate.envelope import Envelope, envelope_of
 from jaxkv.generate.lines import digest
 from jaxkv.runtime.outputs import Delta
 from jaxkv.runtime.structured.compiler import Grammar, GrammarCompiler
@@ -22,6 +21,7 @@ from jaxkv.serve import chat, completions
 from jaxkv.serve.answer import Choice, Form, best_of, usage_of
 from jaxkv.serve.calls import Call, Mailbox
 from jaxkv.serve.dialect import ChatOptions, choose_dialect
+from jaxkv.serve.envelope import Envelope, envelope_of
 from jaxkv.serve.errors import ApiError, bad_request, generation_failed
 from jaxkv.serve.logprobs import TokenText
 from jaxkv.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse

@@ -19,8 +19,8 @@ import orjson
 from fastapi import FastAPI, Request
 from starlette.types import ASGIApp, Message
 
-from jaxkv.generate.envelope import Envelope, envelope_of
 from jaxkv.serve.bounds import Metadata, check_levels, json_of
+from jaxkv.serve.envelope import Envelope, envelope_of
 from jaxkv.serve.errors import ApiError, bad_request
 from jaxkv.serve.files import Draft, FileStore, Limit, Records, add_files, page
 from jaxkv.serve.limits import owner_of
