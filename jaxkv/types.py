@@ -268,9 +268,3 @@ class StepHandle(Protocol):
     """A submitted step; ``read`` blocks until its result is on the host."""
 
     def read(self) -> StepResult: ...
-
-
-class Executor(Protocol):
-    """Runs plans in the order they are submitted."""
-
-    def submit(self, plan: StepPlan) -> StepHandle: ...

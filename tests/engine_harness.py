@@ -43,7 +43,7 @@ def model(windows: bool, devices: int = 1, dtype: str = "float32") -> tuple[Mode
     spec = models.spec_from_config(CONFIG, dtype, tp=devices, out_first=True)
     spec = replace(spec, windows=(None, WINDOW if windows else None))
     mesh = Mesh(np.array(jax.devices()[:devices]), ("tp",))
-    params = tuple(map(jax.device_put, models.init_params(spec, jax.random.key(3)), param_shardings(spec, mesh)))
+    params = tuple(map(jax.device_put, models.init_leaves(spec, jax.random.key(3)), param_shardings(spec, mesh)))
     return spec, params, mesh
 
 

@@ -24,7 +24,7 @@ class _Slot:
 
 
 class SimDevice:
-    """``apply`` runs a plan and returns its result; also an ``Executor`` (``submit``) whose handle is ready at once."""
+    """``apply`` runs a plan and returns its result; ``submit`` as the executor's, with a handle that is ready at once."""
 
     def __init__(self, groups: tuple[KVGroup, ...], page_size: int, num_pages: tuple[int, ...],
                  num_host_pages: tuple[int, ...] | None = None, vocab_size: int = 97) -> None:

@@ -66,11 +66,6 @@ def init_leaves(spec: ModelSpec, key: jax.Array) -> Iterator[jax.Array]:
         yield init_leaf(decl, jax.random.fold_in(key, i))
 
 
-def init_params(spec: ModelSpec, key: jax.Array) -> Params:
-    """All of ``init_leaves``."""
-    return tuple(init_leaves(spec, key))
-
-
 def forward(
     spec: ModelSpec, params: Params, token_ids: jax.Array, positions: jax.Array, attend: Attend
 ) -> tuple[jax.Array, jax.Array]:

@@ -71,7 +71,7 @@ def test_linear_experts() -> None:
 def test_quantised_model_runs() -> None:
     """A params tuple may mix plain and quantised leaves; the model code does not change."""
     spec = models.spec_from_config(LLAMA, out_first=True)
-    params = list(models.init_params(spec, jax.random.key(0)))
+    params = list(models.init_leaves(spec, jax.random.key(0)))
     attend = lambda layer, q, k, v: q  # noqa: E731
     ids = jnp.arange(6, dtype=jnp.int32)
     run = jax.jit(lambda params: models.finish(spec, params, *models.forward(spec, params, ids, ids, attend)))
@@ -88,7 +88,7 @@ def test_angles_are_computed_once() -> None:
     """Not for every head of every layer, as XLA:CPU would; and what it is told to do about that changes no bit."""
     spec = models.spec_from_config(LLAMA, out_first=True)
     ids = jnp.arange(40, dtype=jnp.int32)
-    params = models.init_params(spec, jax.random.key(0))
+    params = tuple(models.init_leaves(spec, jax.random.key(0)))
     run = jax.jit(lambda ids: models.forward(spec, params, ids, ids, lambda layer, q, k, v: q + jnp.tile(k + v, (1, 4, 1))))
     assert spec.num_layers > 1 and run.lower(ids).compile().as_text().count(" cosine(") == 1
     positions = jnp.asarray([0, 1, 77, 5000, 131071], jnp.int32)
@@ -145,7 +145,7 @@ def test_same_random_model_for_every_mesh() -> None:
     outs = []
     for tp, out_first in ((1, True), (1, False), (2, False), (4, True)):
         spec = models.spec_from_config(LLAMA, tp=tp, out_first=out_first)
-        params = models.init_params(spec, jax.random.key(3))
+        params = tuple(models.init_leaves(spec, jax.random.key(3)))
 
         def run(params: models.Params, spec=spec) -> jax.Array:
             hidden = models.finish(spec, params, *models.forward(spec, params, ids, ids, attend))
