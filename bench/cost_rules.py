@@ -1,6 +1,6 @@
 """Bring KV back or compute it again: measured costs against fixed rules, in a virtual clock.
 
-    python -m bench.cost_rules                    table, JSON in bench/results/cost-rules.json
+    python -m bench.cost_rules
     python -m bench.cost_rules --trace FILE       with a cut of a trace (JSON lines: timestamp, input_length, hash_ids)
 
 The real Scheduler and CacheController serve conversations that share system prompts on a virtual machine
@@ -18,9 +18,9 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from bench.report import add_json, write
 from bench.virtual import Link, Machine, VirtualDisk, VirtualEngine
 from jaxkv.cache.controller import CacheController
 from jaxkv.cache.costs import Costs
@@ -29,7 +29,6 @@ from jaxkv.params import SamplingParams
 from jaxkv.sched.scheduler import Scheduler
 from jaxkv.types import KVGroup, Request, Tier
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE_SIZE = 16
 LATENCY = {Tier.HOST: 30e-6, Tier.DISK: 200e-6}  # seconds
 # Llama-3-8B in bfloat16 on an H100: weights read at 3.2 TB/s, 2 * 8e9 FLOP per token and 4 * 32 * 4096 per token and
@@ -183,7 +182,7 @@ def main() -> None:
     parser.add_argument("--trace", default="", help="path of a trace, plain or .gz")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "cost-rules.json")
+    add_json(parser)
     args = parser.parse_args()
     print("mean time to first token, ms; rates in GB/s, \">\": changes in the middle of the run")
     print(f"{'machine':24} load {'host':>16} {'disk':>16}" + "".join(f"{rule:>13}" for rule in RULES) + "  / best")
@@ -195,8 +194,8 @@ def main() -> None:
     worst = {name: max(one["ratio"] for one in points if bool(one["case"]["later"]) is changes)
              for name, changes in (("constant links", False), ("links that change", True))}
     print(f"worst over the best fixed rule: {worst}")
-    head = json.dumps({"machines": {name: asdict(m) for name, m in MACHINES.items()}, "worst": worst})
-    args.json.write_text(head[:-1] + ', "points": [\n' + ",\n".join(map(json.dumps, points)) + "\n]}\n")
+    write(args.json, {"machines": {name: asdict(m) for name, m in MACHINES.items()}, "worst": worst, "points": points},
+          device=False)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The disk tier against plain files: GB/s of writing and reading pages, and the time to reopen.
 
-    python -m bench.disk          512 MiB in pages of Llama-3-8B and of a small model, JSON in bench/results/disk.json
+    python -m bench.disk          512 MiB in pages of Llama-3-8B and of a small model
 
 Plain: the same bytes from the same arrays in calls of one batch, synced as often as the store seals a segment; read back page
 by page into new arrays. Both take turns, best of --repeat. "cold" reads come after the system was asked to forget the files,
@@ -10,7 +10,6 @@ which a virtual disk's host may not do.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -22,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from bench.report import add_json, write
 from jaxkv.runtime.disk import DiskFormat, DiskStore
 from jaxkv.runtime.disk.segment import write_all
 from jaxkv.runtime.disk.store import BATCH_BYTES, BATCHES_PER_SEGMENT
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"Llama-3-8B, 16 tokens": (32, 2, 16, 8, 128), "small, 16 tokens": (8, 2, 16, 4, 64)}
 READ_PAGES = 64  # per read call: a prefix of 1,024 tokens
 DISTINCT = 64  # arrays that take turns
@@ -127,7 +126,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--dir", type=Path, help="where to write; default: the system's temporary directory")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "disk.json")
+    add_json(parser)
     args = parser.parse_args()
     rows = []
     for name, shape in SHAPES.items():
@@ -140,7 +139,7 @@ def main() -> None:
             plain, store = rate[f"plain_{job}"], rate[f"store_{job}"]
             print(f"{row['shape']:<24}{row['page_bytes'] >> 10:>6}{job:>12}{plain:>12.2f}{store:>12.2f}{store / plain:>7.2f}")
         print(f"{row['shape']:<24}{'':>6}{'reopen':>12}{row['pages']:>8} pages in {row['reopen_s'] * 1e3:.1f} ms")
-    args.json.write_text(json.dumps({"cpus": os.cpu_count(), "load": os.getloadavg()[0], "rows": rows}, indent=1) + "\n")
+    write(args.json, {"load": os.getloadavg()[0], "rows": rows}, device=False)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@
                                                             and other engines on the same workloads in the same run
 
 Offline: all requests of a workload at once (conversations turn by turn). Online: Poisson arrivals at ``--rate``.
-Every figure is the median over ``--repeat`` runs with new token ids each; JSON holds all of them. Products: what the matrix
-products of a run's steps take by themselves (``bench.products``), the limit that it works against. A start is a process of its
-own, from its launch to a first token. Executables that were compiled are those that the compile cache did not have.
+Every figure is the median over ``--repeat`` runs with new token ids each; ``--json FILE`` gets all of them. Products: what the
+matrix products of a run's steps take by themselves (``bench.products``), the limit that it works against. A start is a process
+of its own, from its launch to a first token. Executables that were compiled are those that the compile cache did not have.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import first_token
+from bench.report import add_json, write
 from bench.workloads import Job, make
 
 SHAPES = {  # hidden, layers, heads, kv heads, head_dim, mlp, vocab
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--peers", metavar="DIR", help="directory of the peers harness")
     parser.add_argument("--peer", default="openvino,vllm", help="peers to run, as the harness names them")
     parser.add_argument("--size", default="small", help="the harness's model size")
-    parser.add_argument("--json", default="bench/results/engine.json")
+    add_json(parser)
     args = parser.parse_args()
     if args.peers and not Path(args.peers, "run.py").is_file():
         parser.error(f"peers must be the directory of the peers harness, but {args.peers} has no run.py")
@@ -217,24 +217,16 @@ def main() -> None:
         if args.profile:
             from bench import step_profile
 
-            return step_profile.run(config, None if args.json == parser.get_default("json") else args.json)
+            return step_profile.run(config, args.json)
         report = run(args, config)
-    write(report, Path(args.json))
+    write(args.json, report)
     if args.peers:
         report["peers"] = run_peers(args)
-        write(report, Path(args.json))
-
-
-def write(report: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nwrote {path}")
+        write(args.json, report)
 
 
 def run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     from dataclasses import replace
-
-    import jax
 
     from bench.products import count_steps, product_seconds
     from jaxkv.runtime.startup import build_engine
@@ -256,10 +248,7 @@ def run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
             rows.append({"workload": f"{name} {kind}", "median": median, "min_s": min(r["wall_s"] for r in runs),
                          "max_s": max(r["wall_s"] for r in runs), "runs": runs, "products_s": product_seconds(
                              engine.executor, config.model.model, engine.metrics.info["dtype"], counts) / args.repeat})
-    report = {"command": " ".join([Path(sys.executable).name, "-m", "bench.engine", *sys.argv[1:]]),
-              "device": jax.devices()[0].device_kind, "cpus": os.cpu_count(), "python": platform.python_version(),
-              "jax": jax.__version__, "commit": commit(), "workloads": rows,
-              "host_us_per_decode_step": decode_host_work(engine, vocab),
+    report = {"workloads": rows, "host_us_per_decode_step": decode_host_work(engine, vocab),
               "executables": executables, **started,
               "rss_mib": {"after imports": imported >> 20, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
                           "weights": engine.weight_bytes >> 20, "pools": engine.capacity.pool_bytes >> 20}}
@@ -273,12 +262,6 @@ def run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
         if key in report:
             print(f"{key}: {report[key]}")
     return report
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                          cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

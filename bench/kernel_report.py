@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.metadata
-import json
-import os
-import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
+from bench.report import origin
 from bench.roofline import Limits, Verdict
 
 HEAD = ("kind", "shape", "KV", "implementation", "time us", "min-max", "GB/s", "TFLOP/s", "of limit", "note")
@@ -70,63 +63,10 @@ def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 
 def document(
-    command: str, limits: Limits, rows: list[dict[str, Any]], verdicts: list[Verdict], lost: list[dict[str, Any]],
-    absent: dict[str, str], skipped: list[str], tests: str,
+    limits: Limits, rows: list[dict[str, Any]], verdicts: list[Verdict], lost: list[dict[str, Any]], absent: dict[str, str],
+    skipped: list[str], tests: str,
 ) -> dict[str, Any]:
     """What is written as JSON: where and how it was measured, then every figure."""
-    return {"command": command, **machine(), "tests": tests,
+    return {**origin(), "tests": tests,
             "limits": {"copy": limits.copy, "matmul": dict(limits.matmul)}, "rows": rows,
             "targets": [v._asdict() for v in verdicts], "losses": lost, "absent": absent, "skipped": skipped}
-
-
-def machine() -> dict[str, Any]:
-    """Device, processor, commit and versions; None for what is not there. CUDA and cuDNN are those that JAX loaded."""
-    import jax
-
-    return {"device": jax.devices()[0].device_kind, "platform": jax.default_backend(), "machine": platform.machine(),
-            "cpus": os.cpu_count(), "jax": jax.__version__, "jaxlib": installed("jaxlib"), "cuda": cuda("cuda_runtime"),
-            "cudnn": cuda("cudnn"), "torch": installed("torch"), "flashinfer": installed("flashinfer-python"),
-            "python": platform.python_version(), "driver": driver(), "commit": commit()}
-
-
-def installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def cuda(library: str) -> int | None:
-    """The version of "cuda_runtime" or "cudnn" as JAX's plugin gives it, one number."""
-    for plugin in ("jax_cuda13_plugin", "jax_cuda12_plugin"):
-        try:
-            return getattr(importlib.import_module(f"{plugin}._versions"), f"{library}_get_version")()
-        except Exception:  # no plugin, or one whose library does not load
-            continue
-    return None
-
-
-def write(path: Path, document: dict[str, Any]) -> None:
-    """Whole or not at all, so that a process that is killed leaves the document before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    part.replace(path)
-
-
-@functools.cache
-def driver() -> str | None:
-    """The GPU driver's version, where there is one to ask."""
-    try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
-                              text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip().split("\n")[0] or None if done.returncode == 0 else None
-
-
-@functools.cache
-def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                          cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"

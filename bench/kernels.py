@@ -2,12 +2,12 @@
 
     python -m bench.kernels                          this machine's device: under 8 minutes on an H100, 2 on two CPU cores
     python -m bench.kernels --only decode,prefill    some kinds of rows
-    python -m bench.kernels --json result.json
+    python -m bench.kernels --json FILE              and the figures as JSON
 
 First the kernels' tests that need the device run (pytest marker `gpu`), then the limits are measured, then the rows
 (`kernel_runs`). Times are per call and layer. Shares refer to the measured limits, never to a data sheet.
 
-`--seconds` bounds all of it from the start: the tests end after two fifths, no row starts after them, and the JSON is written
+`--seconds` bounds all of it from the start: the tests end after two fifths, no row starts after them, and FILE is written
 after every section. What there was no time for is listed. A run that hangs ends 90 seconds later, with a traceback.
 """
 
@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+from bench.report import add_json, write
 from bench.roofline import KINDS, judge, losses
 from bench.timing import ends_within
 
@@ -48,7 +49,7 @@ def device_tests(seconds: float) -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Prints the table and writes the JSON. Exit status 1: a test failed, so that there is nothing to measure."""
+    """Prints the table. Exit status 1: a test failed, so that there is nothing to measure."""
     parser = argparse.ArgumentParser(prog="bench.kernels", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(KINDS), help="kinds of rows, separated by commas")
@@ -56,7 +57,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="for everything; what is left then is listed as not measured")
     parser.add_argument("--samples", type=int, default=7, help="of each time, taken in turn")
     parser.add_argument("--skip-tests", action="store_true")
-    parser.add_argument("--json", type=Path)
+    add_json(parser)
     args = parser.parse_args()
     if set(args.only.split(",")) - set(KINDS):
         parser.error(f"--only: kinds are {', '.join(KINDS)}, got {args.only!r}")
@@ -71,29 +72,26 @@ def measure(args: argparse.Namespace, start: float, said: str) -> int:
     """All but the tests, of which `said` is the outcome."""
     import jax
 
-    from bench.kernel_report import document, show, write
+    from bench.kernel_report import document, show
     from bench.kernel_runs import CPU, GPU, TINY, Bench, measure_all
     from bench.limits import measure_limits
 
     platform = jax.default_backend()
     setups = {"cpu": CPU, "gpu": GPU, "tiny": TINY}
     setup = setups["cpu" if platform == "cpu" else "gpu"] if args.setup == "auto" else setups[args.setup]
-    path = args.json or ROOT / "bench" / "results" / f"kernels-{platform if args.setup == 'auto' else args.setup}.json"
     limits = measure_limits(platform)
     end = start + (args.seconds or (CPU_SECONDS if platform == "cpu" else SECONDS))
     bench = Bench(setup, platform, limits, end - time.monotonic(), args.samples)
-    command = " ".join(["python", "-m", "bench.kernels", *sys.argv[1:]])
 
     def save(waiting: list[str]) -> dict:
         rows = sorted(bench.rows, key=lambda row: KINDS.index(row["kind"]))
-        result = document(command, limits, rows, judge(rows, platform), losses(rows), bench.absent,
+        result = document(limits, rows, judge(rows, platform), losses(rows), bench.absent,
                           bench.skipped + [f"{name}: not reached" for name in waiting], said)
-        write(path, result)
+        write(args.json, result)
         return result
 
     measure_all(bench, set(args.only.split(",")), save)
     show(save([]))
-    print(f"\nwrote {os.path.relpath(path)}")
     return 0
 
 

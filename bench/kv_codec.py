@@ -1,6 +1,7 @@
 """What the KV codec of the lower tiers costs: quality by layer and by codec, and the time to encode and decode.
 
-    python -m bench.kv_codec                      the built-in model; bench/results/kv-codec.json and kv-codec-layers.png
+    python -m bench.kv_codec                      the built-in model
+    python -m bench.kv_codec --json FILE          and the figures as JSON; beside it FILE's name with -layers.png, a plot
 
 Quality as `bench.kv_quality` takes it, with one difference: before a chunk of a sequence runs, every full page of the
 tokens before it has been through the codec once, as if it came back from the host. Encoding decoded pages again changes
@@ -11,7 +12,6 @@ Rates: GB/s of plain pages on this machine, shapes of Llama-3-8B, beside a memcp
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ import matplotlib
 import numpy as np
 
 import pallas_kernels as pk
-from bench.kv_quality import ROOT, Questions, ask, card, make_llm
+from bench.kv_quality import Questions, ask, card, make_llm
+from bench.report import add_json, earlier, write
 from bench.timing import Candidate, time_together
 from jaxkv.runtime.executor import JaxExecutor
 from jaxkv.types import StepPlan
@@ -161,16 +162,17 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="of 2,047 held-out tokens")
     parser.add_argument("--pages", type=int, default=64, help="in a timed batch")
     parser.add_argument("--part", choices=("quality", "rates"), help="this one only; the JSON keeps the other")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "kv-codec.json")
+    add_json(parser)
     args = parser.parse_args()
-    result = json.loads(args.json.read_text()) if args.json.exists() else {}
+    result = earlier(args.json)
     if args.part != "quality":
         result["rates"] = {"pages": args.pages, "rows": rates(args.pages)}
     if args.part != "rates":
         codecs, layers = quality(ask(args.prompts, args.windows))
         result["quality"] = {"prompts": args.prompts, "windows": args.windows, "codecs": codecs, "layers": layers}
-        plot(layers, args.json.with_name(args.json.stem + "-layers.png"))
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+        if args.json:
+            plot(layers, args.json.with_name(args.json.stem + "-layers.png"))
+    write(args.json, result)
 
 
 if __name__ == "__main__":

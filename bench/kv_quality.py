@@ -1,6 +1,6 @@
 """What a quantised KV cache costs in quality: perplexity, recall and tokens, through the engine, against exact KV.
 
-    python -m bench.kv_quality                    all dtypes, the built-in model, JSON in bench/results/kv-quality.json
+    python -m bench.kv_quality                    all dtypes, the built-in model
 
 Perplexity: log-probabilities of the first windows of the held-out standard-library files, in chunks, so that most keys are
 read back from the cache. Recall: unseen prompts of the model's own recall task, greedy, the whole value or nothing.
@@ -10,7 +10,6 @@ Agreement: share of greedy tokens before the first that differs from exact KV's.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from bench.report import add_json, write
 from jaxkv import LLM, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,8 +70,8 @@ def ask(prompts: int, windows: int) -> Questions:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--windows", type=int, default=16, help="of 2,048 held-out tokens")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "kv-quality.json")
+    parser.add_argument("--windows", type=int, default=16, help="of 2,047 held-out tokens")
+    add_json(parser)
     args = parser.parse_args()
 
     questions = ask(args.prompts, args.windows)
@@ -89,8 +89,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['kv_cache_dtype']:14} {row['bytes_per_token']:11,} {row['perplexity']:11.4f} {row['loss_more']:+9.5f} "
               f"{row['recall']:8.1%} {row['agreement']:10.2%}")
-    args.json.write_text(json.dumps({"command": f"python -m bench.kv_quality --prompts {args.prompts} --windows "
-                                                f"{args.windows}", "rows": rows}, indent=1) + "\n")
+    write(args.json, {"rows": rows})
 
 
 if __name__ == "__main__":

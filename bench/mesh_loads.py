@@ -1,6 +1,6 @@
 """Pages from host memory to the pools of an N-way mesh: each device its own heads, or each its own pages and then a reshard.
 
-    python -m bench.mesh_loads                    2 and 4 devices (virtual ones on CPU); bench/results/mesh-loads.json
+    python -m bench.mesh_loads                    2 and 4 devices (virtual ones on CPU)
 
 heads: what the engine does. A page is stored in N parts, each device loads its heads of every page over its own link, and
 scatters them; nothing crosses the mesh. pages: a page is stored whole, device i loads every N-th page of the batch over its own
@@ -12,12 +12,9 @@ device memory ("load"), and until it is in the pools ("total").
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import pallas_kernels as pk
-from bench.engine import commit
+from bench.report import add_json, write
 from jaxkv.device.spec import KVSpec
 from jaxkv.device.state import Pools, pool_formats, zero_pools
 from jaxkv.runtime.page_ops import BATCHES, PageForm, compile_page_ops
@@ -34,7 +31,6 @@ from jaxkv.runtime.startup import make_mesh
 from jaxkv.types import KVGroup
 from pallas_kernels.arg_specs import MODELS
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = (16, 64)  # of a batch, of a fetch
 PAGE, BATCH = 16, BATCHES[-1]
 Arrays = list[jax.Array]
@@ -117,7 +113,7 @@ def main() -> None:
     parser.add_argument("--models", default="peers-small,llama-3-8b", help="whose pages, with commas")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "mesh-loads.json")
+    add_json(parser)
     args = parser.parse_args()
     wanted = [int(n) for n in args.devices.split(",")]
     jax.config.update("jax_num_cpu_devices", max(wanted))
@@ -133,8 +129,7 @@ def main() -> None:
                 print(f"| {devices} | {model} x {count} | {r['bytes'] / 2**20:.1f} | {r['heads_load_ms']:.2f} | "
                       f"{r['heads_total_ms']:.2f} | {r['pages_load_ms']:.2f} | {r['pages_total_ms']:.2f} | "
                       f"{r['pages_total_ms'] / r['heads_total_ms']:.2f} |", flush=True)
-    args.json.write_text(json.dumps({"device": jax.devices()[0].device_kind, "cpus": os.cpu_count(), "jax": jax.__version__,
-                                     "commit": commit(), "dtype": args.dtype, "rows": rows}, indent=1) + "\n")
+    write(args.json, {"dtype": args.dtype, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The experiments behind the engine, as tables and plots.
 
-    python -m bench.motivation swap          moving KV out and in against computing it; bench/results/swap.json and swap.png
+    python -m bench.motivation swap                moving KV out and in against computing it
+    python -m bench.motivation swap --json FILE    and the figures as JSON; beside it the same name with .png, a plot
 
 swap: prefill alone, and the whole request, for the built-in model up to its window and for a model of Llama-3-8B's widths and
 KV size (random weights; 32 layers, or ``--layers`` of them and seconds multiplied), exact and with the KV codec. "kept" is the
@@ -11,15 +12,14 @@ quicker than computing; "in" for KV that is below HBM already, "out + in" for KV
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import matplotlib
 
-from bench.engine import commit, config_dir
+from bench.engine import config_dir
+from bench.report import add_json, earlier, write
 from bench.swap import Compute, break_even, compute_seconds, swap_seconds
 from jaxkv.cli import engine_config
 from jaxkv.runtime.startup import build_engine
@@ -30,7 +30,6 @@ from pallas_kernels.arg_specs import MODELS
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
 
-ROOT = Path(__file__).resolve().parent.parent
 CASES: dict[str, dict[str, Any]] = {  # tokens of prompts, of the whole request's prompt and answer
     "default": {"lengths": (16, 32, 64, 128, 256, 512, 1024, 2048, 3584), "answer": 512, "steps": 512},
     "llama-3-8b": {"lengths": (512, 1024, 2048, 4096, 8192, 16384), "answer": 2048, "steps": 33},
@@ -127,17 +126,17 @@ def main() -> None:
     parser.add_argument("--codecs", default="exact,int8,int4", help=f"with commas, of {', '.join(CODECS)}")
     parser.add_argument("--layers", type=int, help="of the large model that compute (default: 1 on CPU, else all)")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "swap.json")
+    add_json(parser)
     args = parser.parse_args()
-    old = json.loads(args.json.read_text())["models"] if args.json.exists() else []
+    old = earlier(args.json).get("models", [])
     layers = args.layers or (1 if jax.default_backend() == "cpu" else MODELS["llama-3-8b"].layers)
     new = {name: experiment(name, args.codecs.split(","), layers, args.repeat) for name in args.models.split(",")}
-    results = [new.get(name) or next((r for r in old if r["model"] == name), None) for name in CASES]
-    report = {"device": jax.devices()[0].device_kind, "cpus": os.cpu_count(), "jax": jax.__version__, "commit": commit(),
-              "models": [result for result in results if result]}
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    plot(report["models"], args.json.with_suffix(".png"))
-    print(table(report["models"]))
+    either = [new.get(name) or next((r for r in old if r["model"] == name), None) for name in CASES]
+    results = [result for result in either if result]
+    print(table(results))
+    write(args.json, {"models": results})
+    if args.json:
+        plot(results, args.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

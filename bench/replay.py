@@ -14,8 +14,6 @@ Prefill work and bytes are those of Llama-3-8B: 6.98e9 weights per token outside
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ from bench.replay_one import GROUP, PARAMS, REST, serve
 from bench.replay_optimum import optimum
 from bench.replay_speed import touches_per_second
 from bench.replay_trace import BLOCK, SYNTHETIC, Line, distinct_blocks, load, synthetic
+from bench.report import add_json, write
 from jaxkv.cache.controller import CacheController
 from jaxkv.cache.eviction import GDSF, POLICIES
 from jaxkv.types import Request
@@ -123,11 +122,6 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _write(path: str | None, out: dict[str, Any]) -> None:
-    if path:
-        Path(path).write_text(json.dumps({"command": ["python", "-m", "bench.replay", *sys.argv[1:]], **out}, indent=1) + "\n")
-
-
 def _shares(text: str) -> list[float]:
     values = [float(part) for part in text.split(",")]
     if any(not 0 <= value <= 1 for value in values):
@@ -151,14 +145,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--session-hints", action="store_true", help="an oracle tells when a session ends")
     parser.add_argument("--speed", type=int, metavar="NODES", help="no trace: block touches per second with so many nodes")
     parser.add_argument("--plot", metavar="FILE")
-    parser.add_argument("--json", metavar="FILE")
+    add_json(parser)
     args = parser.parse_args(argv)
     if args.speed:
         rows = [{"policy": policy, "nodes": args.speed, "touches_per_second": touches_per_second(policy, args.speed)}
                 for policy in args.policy]
         for found in rows:
             print(f"{found['policy']:<12} {found['nodes']} nodes {found['touches_per_second'] / 1e3:>8.0f} k block touches/s")
-        _write(args.json, {"rows": rows})
+        write(args.json, {"rows": rows}, device=False)
         return 0
     if args.trace is None:
         parser.error("a trace is needed")
@@ -177,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = measure(lines, args.policy, args.capacity, args.host_capacity, args.session_hints)
     if args.plot:
         plot(rows, Path(args.trace).name + (" (session-end oracle)" if args.session_hints else ""), args.plot)
-    _write(args.json, {"trace": args.trace, "session_hints_oracle": args.session_hints, "rows": rows})
+    write(args.json, {"trace": args.trace, "session_hints_oracle": args.session_hints, "rows": rows}, device=False)
     return 0
 
 

@@ -2,7 +2,6 @@
 
     python -m bench.sampling                               all sizes, about two minutes on two cores
     python -m bench.sampling --vocab 151936 --rows 64      one size
-    python -m bench.sampling --json result.json
 
 Timed is ``pallas_kernels.sampling``'s ``truncated_argmax`` of given log-probabilities and noise; every run has new noise
 and the two must choose the same tokens. "peaked": half of a row's mass or more lies on its 10 likeliest tokens, as
@@ -12,19 +11,16 @@ with a language model; "flat": thousands of tokens share it. Peers: none, the so
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.report import add_json, write
 from pallas_kernels.sampling.api import truncated_argmax
 
 SETTINGS = {  # top_k, top_p, min_p
@@ -69,12 +65,12 @@ def measure(
 
 
 def main() -> None:
-    """Prints the table; writes the JSON if asked to."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, nargs="+", default=[4096, 32000, 151936])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--repeat", type=int, default=5, help="runs per figure; ten times as many below 300,000 logits")
-    parser.add_argument("--json", type=Path, help="where to write the results")
+    add_json(parser)
     args = parser.parse_args()
 
     runs = {"sort": jax.jit(partial(truncated_argmax, impl="ref")), "two_stage": jax.jit(partial(truncated_argmax, impl="xla"))}
@@ -91,12 +87,7 @@ def main() -> None:
                                         sort_ms=ms["sort"], two_stage_ms=ms["two_stage"]))
                     print(f"{vocab:7} {rows:4} {logits:6} {name:20} {ms['sort']:9.3f} {ms['two_stage']:12.3f} {ratio:6.2f}",
                           flush=True)
-    document = dict(jax=jax.__version__, device=jax.devices()[0].device_kind, cpus=os.cpu_count(),
-                    machine=platform.machine(), peers="none", results=results)
-    if args.json:
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
-    else:
-        print(json.dumps(document))
+    write(args.json, {"peers": "none", "results": results})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 64 requests at once, streamed, by a client in another process. API CPU is the CPU time of the thread of the event loop (HTTP,
 JSON, tokenising); text is made on the engine's thread, by ``output``. A long prompt then arrives beside running streams.
-Ratios are of medians of turns that alternate; on a busy machine only they and CPU times mean something.
+Turns of server and engine alternate. The ratio is the median of each turn's own; on a busy machine only it and CPU times mean
+something.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from bench.engine import SHAPES, commit, config_dir, drive, percentile
+from bench.engine import SHAPES, config_dir, drive, percentile
+from bench.report import add_json, write
 from bench.workloads import Job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,7 +145,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead of the built-in model")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    add_json(parser)
     args = parser.parse_args()
     name = args.shape or "default"
     options: dict[str, Any] = {"kv_cache_memory": "512M", "host_kv_memory": 0}
@@ -156,16 +158,14 @@ def main() -> None:
     flags = [part for key, value in options.items() for part in
              ([f"--{key.replace('_', '-')}"] if value is True else [f"--{key.replace('_', '-')}", str(value)])]
     with Server(flags) as server:
-        report = {"model": name, "streams": STREAMS, "prompt_tokens": PROMPT, "answer_tokens": TOKENS, "cpus": os.cpu_count(),
-                  "commit": commit(), "load_average": os.getloadavg()[0], **measure(server, engine, args.repeat),
+        report = {"model": name, "streams": STREAMS, "prompt_tokens": PROMPT, "answer_tokens": TOKENS,
+                  "load_average": os.getloadavg()[0], **measure(server, engine, args.repeat),
                   "long_prompt": long_prompt(server, engine), "idle_cpu_s_in_2_s": idle(server)}
     for key, value in report.items():
         if isinstance(value, float):
             print(f"{key:22} {value:12.3f}")
     print("long prompt:", {key: round(value, 1) for key, value in report["long_prompt"].items()})
-    path = args.json or ROOT / "bench" / "results" / f"server-{name}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"wrote {path}")
+    write(args.json, report)
 
 
 if __name__ == "__main__":

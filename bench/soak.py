@@ -1,6 +1,7 @@
 """Long proofs at full size, in small steps: interrupted at any time, the next run goes on where the JSON ends.
 
-    python -m bench.soak                           all proofs, JSON in bench/results/soak.json
+    python -m bench.soak                           all proofs; the JSON is runs/soak.json, which git ignores
+    python -m bench.soak --json FILE               or another
     python -m bench.soak --only disk_kills --steps 10
 
 A proof is a function of a step's number that raises if something is wrong, and else returns counts to be summed. The test suite
@@ -10,16 +11,14 @@ runs one step in a hundred.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.report import add_json, earlier, write
 from bench.soak_cache import abort, operate
 from bench.soak_disk import kill_once
 from bench.soak_server import disconnect, flat, malform, queue, step_of
@@ -66,22 +65,15 @@ def run(name: str, state: dict[str, dict], steps: int | None, save: Callable[[],
           + ", ".join(f"{key} {value}" for key, value in sorted(mine["counts"].items())))
 
 
-def write(path: Path, state: dict[str, dict]) -> None:
-    """All or nothing: a kill leaves the old file or the new one."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(state, indent=1) + "\n")
-    os.replace(new, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(PROOFS), action="append")
     parser.add_argument("--steps", type=int, help="of each proof, at most")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "soak.json")
+    add_json(parser, ROOT / "runs" / "soak.json", "counts so far, read before and written after every step (%(default)s)")
     args = parser.parse_args()
-    state = json.loads(args.json.read_text()) if args.json.exists() else {}
+    state = earlier(args.json)
     for name in args.only or PROOFS:
-        run(name, state, args.steps, partial(write, args.json, state))
+        run(name, state, args.steps, lambda: write(args.json, state, device=False))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ KV is that of random tokens; sequences have the same, but each its own pages.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,8 +28,9 @@ import jax
 import numpy as np
 
 from bench.kernel_cases import reason
-from bench.kernel_report import machine, print_table, write
+from bench.kernel_report import print_table
 from bench.limits import measure_limits
+from bench.report import origin, write
 from bench.roofline import Limits
 from bench.timing import Candidate, ends_within, time_together
 from jaxkv import SamplingParams
@@ -49,13 +49,11 @@ SECONDS = 470
 HEAD = ("kind", "shape", "time ms", "min-max", "floor ms", "over floor", "GB/s", "TFLOP/s", "of matmul", "tokens/s", "host us")
 
 
-def run(config: EngineConfig, path: str | None) -> None:
-    """Prints the table and writes the JSON, after every row. ConfigError for settings that no engine starts with."""
+def run(config: EngineConfig, path: Path | None) -> None:
+    """Prints the table; writes the JSON there, after every row. ConfigError for settings that no engine starts with."""
     jax.config.update("jax_enable_compilation_cache", False)
-    target = Path(path or Path(__file__).parent / "results" / "engine-profile.json")
     with ends_within(SECONDS + 90):
-        show(profile(config, save=lambda document: write(target, document)))
-    print(f"\nwrote {target}")
+        show(profile(config, save=lambda document: write(path, document)))
 
 
 def profile(
@@ -84,9 +82,9 @@ def profile(
         jobs.append((f"prefill {chunk} after {before}", lambda before=before: bench.prefill(chunk, before)))
     for n in moves:
         jobs += [(f"tier {n} pages {way}", lambda n=n, way=way: bench.move(n, way)) for way in ("to host", "to device")]
-    document = {"command": " ".join(["python", "-m", "bench.engine", *sys.argv[1:]]), **machine(), "info": engine.metrics.info,
-                "limits": {"copy": limits.copy, "matmul": dict(limits.matmul)}, "start": start,
-                "weight_bytes": bench.weights, "rows": [], "skipped": [f"{name}: not reached" for name, _ in jobs]}
+    document = {**origin(), "info": engine.metrics.info, "limits": {"copy": limits.copy, "matmul": dict(limits.matmul)},
+                "start": start, "weight_bytes": bench.weights, "rows": [],
+                "skipped": [f"{name}: not reached" for name, _ in jobs]}
     skipped = []
     for number, (name, measure) in enumerate(jobs, 1):
         print(f"{name} ...", flush=True)

@@ -1,6 +1,6 @@
 """What the tiers below HBM give: TTFT of conversations and of questions on documents whose KV is four times the HBM pool.
 
-    python -m bench.tiers                    the built-in model; bench/results/tiers.json
+    python -m bench.tiers                    the built-in model
     python -m bench.tiers --model DIR        another model, with random token ids
 
 The same requests, arrival times and think times for each cell, cells in turn, ``--repeat`` times, each time with new tokens
@@ -20,19 +20,17 @@ Decode: 4 streams, and a prefix of 512 tokens that comes back every 4 steps, fro
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from bench.engine import commit, drive, percentile
+from bench.engine import drive, percentile
+from bench.report import add_json, earlier, write
 from bench.workloads import Job, conversations, questions
 from jaxkv import SamplingParams
 from jaxkv.cache.controller import CacheController
@@ -48,7 +46,6 @@ from jaxkv.runtime.weights import find_model, read_config, resolve_dtype
 from jaxkv.sched.scheduler import Scheduler
 from jaxkv.types import StepPlan, Tier
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARE = 4  # footprint over HBM pool
 MAX_LEN = 2048
 PAGE = 16
@@ -255,15 +252,14 @@ def main() -> None:
     parser.add_argument("--cells", default=",".join(CELLS), help="with commas; the first is the one to beat")
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="with commas; the JSON keeps the others")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "tiers.json")
+    add_json(parser)
     args = parser.parse_args()
     wanted = {name: WORKLOADS[name] for name in args.workloads.split(",")}
-    report = {"device": jax.devices()[0].device_kind, "cpus": os.cpu_count(), "jax": jax.__version__, "commit": commit(),
-              **compare(args.model, args.cells.split(","), wanted, args.repeat)}
-    old = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
-    report["rows"] = [row for row in old if row["workload"] not in wanted] + report["rows"]
+    report = compare(args.model, args.cells.split(","), wanted, args.repeat)
+    kept = [row for row in earlier(args.json).get("rows", []) if row["workload"] not in wanted]
+    report["rows"] = kept + report["rows"]
     print(table(report))
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
+    write(args.json, report)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 Every candidate's output is compared with the reference's on a small batch before it is timed on large ones; one that is
 refused, does not compile, differs or is out of time is listed with the reason. decode and prefill need a GPU: exit status 2
 without one. Best is the lowest geometric mean of the times relative to today's row; a fiftieth less is noise. The candidates
-most like today's row come first, so that a run after `--write` goes on from there. The JSON is written after each of them.
+most like today's row come first, so that a run after `--write` goes on from there. `--json FILE` is written after each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import jax
 
 from bench.kernel_cases import TOLERANCE, Case, attention, difference, make_case
-from bench.kernel_report import machine, write
+from bench.report import add_json, origin, replace, write
 from bench.timing import ends_within, time_together
 from pallas_kernels.arg_specs import BATCHES, MODELS, BatchSpec, HeadSpec
 from pallas_kernels.ragged_paged_attention import tuning, xla
@@ -155,7 +155,7 @@ def write_row(what: str, key: tuple, blocks: Any, facts: dict[str, Any], path: P
     table = json.loads(path.read_text())
     rows = [row for row in table[what] if tuple(row["key"]) != key] + [{"key": list(key), "blocks": blocks._asdict(), **facts}]
     table[what] = sorted(rows, key=lambda row: str(row["key"]))
-    write(path, table)
+    replace(path, table)
 
 
 def tune_xla(samples: int, end: float, save: Save) -> None:
@@ -193,7 +193,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=470, help="for everything; no candidate is begun after them")
     parser.add_argument("--write", action="store_true", help="put what is faster into the table that the kernels read")
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "tune.json")
+    add_json(parser)
     args = parser.parse_args()
     end, platform = time.monotonic() + args.seconds, jax.default_backend()
     if args.what == "xla" and args.write:
@@ -202,8 +202,7 @@ def main() -> int:
         print(f"bench.tune {args.what or 'decode'}: needs a GPU, this is {platform}", file=sys.stderr)
         return 2
     kinds = (args.what,) if args.what else ("decode", "prefill")
-    command = " ".join(["python", "-m", "bench.tune", *sys.argv[1:]])
-    document: dict[str, Any] = {"command": command, **machine(), "results": {}}
+    document: dict[str, Any] = {**origin(), "results": {}}
     facts = {name: document[name] for name in ("device", "jax", "driver", "commit")}
 
     def keep(what: str, found: list[dict[str, Any]]) -> None:
@@ -227,7 +226,8 @@ def main() -> int:
             print(f"\n{row[0]}: {row[1]}, {row[2]:.3f} of the time before\n" if row else "\ntoday's row is best\n", flush=True)
             if row and args.write:
                 write_row(what, *row[:2], {"score": row[2], **facts}, tuning.TUNED)
-    print(f"wrote {args.json}" + f" and what was faster to {tuning.TUNED}" * args.write)
+    if args.write:
+        print(f"wrote what was faster to {tuning.TUNED}")
     return status
 
 

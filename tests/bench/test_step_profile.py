@@ -2,6 +2,7 @@
 
 import math
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,7 +91,7 @@ def test_nan_is_no_figure(config):
         steps.decode(1, 16)
 
 
-@pytest.mark.parametrize("options, path", [([], None), (["--json", "here.json"], "here.json")])
+@pytest.mark.parametrize("options, path", [([], None), (["--json", "here.json"], Path("here.json"))])
 def test_the_command(options, path, monkeypatch):
     runs = []
     monkeypatch.setattr(step_profile, "run", lambda *args: runs.append(args))
