@@ -86,26 +86,38 @@ def _entry(file: Path, name: str, info: dict[str, Any], base: int) -> TensorEntr
     return TensorEntry(file, name, info["dtype"], shape, base + start, end - start)
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, [] when it has none."""
+def read_headers(directory: Path) -> dict[str, TensorEntry]:
+    """All tensors of a model directory: of model.safetensors, else those that the index names, each from its file, else of all
+    files. ConfigError when there are none, and for a tensor in two files or not in the one that the index names."""
     single, index = directory / "model.safetensors", directory / INDEX
     if single.is_file():
-        return [single]
+        return read_header(single)
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"cannot read {index}: {error!r}") from None
-        return [directory / name for name in names]
-    return sorted(f for f in directory.glob("*.safetensors") if not f.name.startswith("consolidated"))
-
-
-def read_headers(directory: Path) -> dict[str, TensorEntry]:
-    """All tensors of a model directory, single file or shards. ConfigError when there are none."""
-    files = weight_files(directory)
+        names = _read_index(index)
+        headers = {name: read_header(directory / name) for name in sorted(set(names.values()))}
+        for tensor, name in names.items():
+            if tensor not in headers[name]:
+                raise ConfigError(f"tensor {tensor} is not in {directory / name}, where {INDEX} has it")
+        return {tensor: headers[name][tensor] for tensor, name in names.items()}
+    files = sorted(f for f in directory.glob("*.safetensors") if not f.name.startswith("consolidated"))
     if not files:
         raise ConfigError(f"{directory} has no weights (no *.safetensors file)")
     entries: dict[str, TensorEntry] = {}
     for file in files:
-        entries |= read_header(file)
+        header = read_header(file)
+        if twice := sorted(header.keys() & entries.keys()):
+            raise ConfigError(f"tensor {twice[0]} is both in {entries[twice[0]].file} and in {file}")
+        entries |= header
     return entries
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor. ConfigError for a file outside of the directory."""
+    try:
+        names = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        for tensor, name in names.items():
+            if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"weight_map has {name!r} for {tensor}, which is no file of the directory")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"cannot read {index}: {error!r}") from None
+    return names

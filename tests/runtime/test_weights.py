@@ -164,6 +164,39 @@ def test_sharded_index_errors(tmp_path: Path) -> None:
     assert len(read_headers(tmp_path)) == len(read_header(tmp_path / "one.safetensors"))
 
 
+def test_the_index_says_which_file_a_tensor_is_from(tmp_path: Path) -> None:
+    tensors = tensors_of(LLAMA)
+    expected = logits(load_model(str(write(tmp_path, tensors=tensors)), MESH))
+    (tmp_path / "model.safetensors").unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    names = {name: f"{'ba'[i % 2]}.safetensors" for i, name in enumerate(tensors)}
+    for file in ("a.safetensors", "b.safetensors"):  # what belongs to the other file is there too, but stale
+        save_file({k: v if names[k] == file else v + 1 for k, v in tensors.items()}, tmp_path / file)
+    index.write_text(json.dumps({"weight_map": names}))
+    np.testing.assert_array_equal(logits(load_model(str(tmp_path), MESH)), expected)
+    save_file({UP: tensors[UP]}, tmp_path / "a.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != UP}, tmp_path / "b.safetensors")
+    index.write_text(json.dumps({"weight_map": {name: "b.safetensors" for name in tensors}}))
+    assert f"tensor {UP} is not in {tmp_path / 'b.safetensors'}" in refusal(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused_without_an_index(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    save_file({UP: tensors_of(LLAMA)[UP]}, tmp_path / "b.safetensors")
+    text = refusal(tmp_path)
+    assert UP in text and "a.safetensors" in text and "b.safetensors" in text
+
+
+@pytest.mark.parametrize("name", ["../one.safetensors", "/one.safetensors", "x/../../one.safetensors", "", 3, None])
+def test_an_index_names_files_of_its_directory(tmp_path: Path, name: str | int | None) -> None:
+    write(tmp_path / "one").joinpath("model.safetensors").rename(tmp_path / "one.safetensors")
+    index = tmp_path / "one" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {UP: name}}))
+    text = refusal(tmp_path / "one")
+    assert str(index) in text and UP in text and repr(name) in text
+
+
 @pytest.mark.parametrize("source", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("wanted", ["auto", "bfloat16"])
 def test_dtypes(tmp_path: Path, source: str, wanted: str) -> None:
