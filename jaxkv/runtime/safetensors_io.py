@@ -70,20 +70,26 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             header = json.loads(f.read(length))
         entries = {name: _entry(file, name, info, 8 + length) for name, info in header.items()
                    if name != "__metadata__"}
-        end = max((e.start + e.nbytes for e in entries.values()), default=0)
-        if end > size:
-            raise ValueError(f"cut off: {size} bytes, {end} expected")
+        last = 8 + length
+        for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
+            if entry.nbytes and entry.start < last:
+                raise ValueError(f"tensor {entry.name} overlaps another")
+            last = max(last, entry.start + entry.nbytes)
+        if last > size:
+            raise ValueError(f"cut off: {size} bytes, {last} expected")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"cannot read {file}: {error}") from None
     return entries
 
 
 def _entry(file: Path, name: str, info: dict[str, Any], base: int) -> TensorEntry:
-    start, end = info["data_offsets"]
-    shape = tuple(info["shape"])
-    if info["dtype"] in DTYPES and end - start != math.prod(shape) * np.dtype(DTYPES[info["dtype"]]).itemsize:
-        raise ValueError(f"tensor {name} has {end - start} bytes for shape {shape} of {info['dtype']}")
-    return TensorEntry(file, name, info["dtype"], shape, base + start, end - start)
+    (start, end), shape, dtype = info["data_offsets"], info["shape"], info["dtype"]
+    sizes = [start, end, end - start, *shape]
+    if not isinstance(shape, list) or not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in sizes):
+        raise ValueError(f"tensor {name} has shape {shape!r}, data_offsets {[start, end]} and dtype {dtype!r}")
+    if dtype in DTYPES and end - start != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
+        raise ValueError(f"tensor {name} has {end - start} bytes for shape {tuple(shape)} of {dtype}")
+    return TensorEntry(file, name, dtype, tuple(shape), base + start, end - start)
 
 
 def read_headers(directory: Path) -> dict[str, TensorEntry]:

@@ -152,6 +152,22 @@ def test_corrupt_weight_files_are_refused(tmp_path: Path, damage: str) -> None:
     assert "model.safetensors" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(("shape", "offsets", "dtype"), [
+    ([4], [-16, 0], "F32"), ([4], [0.0, 16.0], "F32"), ([True], [False, 4], "F32"), ([-2, -2], [0, 16], "F32"),
+    ([4], [16, 0], "I8"), ([], [0, True], "I8"), ("", [0, 16], "I8"), ("4", [0, 16], "I8"), ([4.0], [0, 16], "F32"),
+    ([4], [0, 16, 16], "F32"), ([4], [0, 16], ["F32"]), ([4], [12, 28], None),
+    ([4], [8, 24], "F32"), ([1], [4, 8], "F32"),  # overlaps of the other tensor
+])
+def test_malformed_headers_are_refused(tmp_path: Path, shape: object, offsets: object, dtype: object) -> None:
+    tensors = {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]},
+               "b": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+    header = json.dumps(tensors).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    with pytest.raises(ConfigError, match="model.safetensors"):
+        read_header(file)
+
+
 def test_sharded_index_errors(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "one.safetensors")
