@@ -140,15 +140,16 @@ def rename(spec: ModelSpec, entries: Mapping[str, TensorEntry]) -> dict[str, Ten
     """The checkpoint's tensors under the names of the weight table, exactly those it wants.
 
     Files of a bare decoder lack the prefix "model." or "transformer."; a tied model may hold its one table under
-    either name. ConfigError names a tensor that is missing, extra or misshapen.
+    either name, or the same under both. ConfigError names a tensor that is missing, extra or misshapen.
     """
     wanted = {s.name: s.shape for decl in models.weight_table(spec) for s in decl.sources}
     base = models.FAMILIES[spec.family].BASE
     if not any(name.startswith(base) for name in entries):
         entries = {name if name in wanted else base + name: entry for name, entry in entries.items()}
     found = {name: entry for name, entry in entries.items() if not HARMLESS.search(name)}
-    if spec.tied and (head := found.pop(HEAD, None)) is not None:
-        found.setdefault(next(iter(wanted)), head)
+    first, head = next(iter(wanted)), found.pop(HEAD, None) if spec.tied else None
+    if head is not None:
+        found.setdefault(first, head)
     for name, shape in wanted.items():
         if name not in found:
             raise ConfigError(f"tensor {name} is missing from the checkpoint")
@@ -157,7 +158,16 @@ def rename(spec: ModelSpec, entries: Mapping[str, TensorEntry]) -> dict[str, Ten
     for name in found:
         if name not in wanted:
             raise ConfigError(f"unexpected tensor {name} in {found[name].file}")
+    if head is not None and not _same(head, found[first]):
+        raise ConfigError(f"tensor {HEAD} in {head.file} differs from {first}, but tie_word_embeddings makes them one; "
+                          "false in config.json uses both")
     return found
+
+
+def _same(a: TensorEntry, b: TensorEntry) -> bool:
+    if a is b or (a.shape, a.dtype) != (b.shape, b.dtype):
+        return a is b
+    return np.array_equal(a.read().reshape(-1).view(np.uint8), b.read().reshape(-1).view(np.uint8))
 
 
 def pack_tensors(spec: ModelSpec, entries: Mapping[str, TensorEntry]) -> Iterator[np.ndarray]:

@@ -142,6 +142,21 @@ def test_tied_table_under_either_name(tmp_path: Path, present: str) -> None:
     np.testing.assert_array_equal(logits(loaded), expected)
 
 
+@pytest.mark.parametrize("change", ["value", "shape", "dtype"])
+def test_a_tied_model_with_a_head_of_its_own_is_refused(tmp_path: Path, change: str) -> None:
+    config = {**LLAMA, "tie_word_embeddings": True}
+    tensors = tensors_of(config)
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    head = {"value": head, "shape": head[:-1].copy(), "dtype": head.astype(np.float16)}[change]
+    text = refusal(write(tmp_path, config, {**tensors, "lm_head.weight": head}))
+    assert "lm_head.weight" in text and "tie_word_embeddings" in text
+    if change == "value":  # with what the line says, both are used
+        one = logits(load_model(str(write(tmp_path / "tied", config, tensors)), MESH))
+        two = logits(load_model(str(write(tmp_path, LLAMA, {**tensors, "lm_head.weight": head})), MESH))
+        assert np.abs(one - two)[:, -1].max() > 0.1
+
+
 @pytest.mark.parametrize("damage", ["cut", "header", "length", "empty", "offsets"])
 def test_corrupt_weight_files_are_refused(tmp_path: Path, damage: str) -> None:
     file = write(tmp_path) / "model.safetensors"
