@@ -6,7 +6,7 @@ mesh: a leaf that the mesh wants laid out otherwise is repacked on the way. Orba
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ def save_params(directory: Path, spec: ModelSpec, params: models.Params) -> None
         checkpointer.save((directory / FOLDER).resolve(), tree)
 
 
-def read_leaves(directory: Path, spec: ModelSpec) -> Iterator[np.ndarray]:
-    """The leaves in the layout of ``spec``, one at a time, in the dtype they were saved in.
+def read_leaves(directory: Path, spec: ModelSpec, seen: Callable[[str, np.ndarray], None]) -> Iterator[np.ndarray]:
+    """The leaves in the layout of ``spec``, one at a time, in the dtype they were saved in. ``seen`` is given each as saved.
 
     ConfigError names a leaf that is missing, extra or misshapen.
     """
@@ -79,6 +79,7 @@ def read_leaves(directory: Path, spec: ModelSpec) -> Iterator[np.ndarray]:
             args = {origin.name: ocp.RestoreArgs(restore_type=np.ndarray)}
             wish = ocp.args.PyTreeRestore(item, args, partial_restore=True)
             leaf = checkpointer.restore(path, args=wish)[origin.name]
+            seen(origin.name, leaf)
             yield leaf if decl == replace(origin, dtype=decl.dtype) else pack(decl, to_tensors((origin,), (leaf,)))
 
 

@@ -1,4 +1,4 @@
-"""Reading safetensors files: headers, tensors one at a time, and samples for the fingerprint.
+"""Reading safetensors files: headers, and tensors one at a time.
 
 Tensors are read, not memory-mapped: mapped pages of a checkpoint would count towards the process as long as the map
 lives. bfloat16 is ml_dtypes' (numpy has none). Owns no knowledge of models.
@@ -48,15 +48,6 @@ class TensorEntry:
                     raise ConfigError(f"tensor {self.name} in {self.file} is cut off")
                 done += got
         return data
-
-    def sample(self, size: int = 4096) -> bytes:
-        """The first, middle and last ``size`` bytes."""
-        with open(self.file, "rb", buffering=0) as f:
-            parts = []
-            for offset in (0, max(0, self.nbytes // 2 - size // 2), max(0, self.nbytes - size)):
-                f.seek(self.start + offset)
-                parts.append(f.read(min(size, self.nbytes - offset)))
-        return b"".join(parts)
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:

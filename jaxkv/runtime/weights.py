@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
+from xxhash import xxh3_128_hexdigest
 
 from jaxkv.config import ConfigError
 from jaxkv.device import models
@@ -75,20 +77,22 @@ def load_model(
     spec = models.spec_from_config(config, dtype, weight_dtype=weight_dtype, tp=tp, out_first=platform == "cpu")
     if check:
         check(spec)
+    contents = hashlib.blake2b(digest_size=32)
     if load_format == "dummy":
+        contents.update(f"dummy {seed}".encode())
         leaves: Iterator[np.ndarray | jax.Array] = models.init_leaves(spec, jax.random.key(seed))
     elif orbax:
-        leaves = read_leaves(directory, spec)
+        leaves = read_leaves(directory, spec, partial(_digest, contents))
     else:
-        leaves = pack_tensors(spec, rename(spec, entries))
+        leaves = pack_tensors(spec, rename(spec, entries), partial(_digest, contents))
     table, params = models.weight_table(spec), []
     with tqdm(desc="loading weights", total=sum(decl.nbytes for decl in table), unit="B", unit_scale=True, leave=False,
               disable=not show_progress) as bar:
         for decl, leaf in zip(table, leaves, strict=True):
             params.append(place(decl, leaf, mesh))
             bar.update(decl.nbytes)
-    tag = f"dummy {seed}" if load_format == "dummy" else _digest_weights(directory, entries)
-    return LoadedModel(spec, tuple(params), directory, model or BUILT_IN_NAME, config, fingerprint(spec, config, tag))
+    return LoadedModel(spec, tuple(params), directory, model or BUILT_IN_NAME, config,
+                       fingerprint(spec, config, contents.hexdigest()))
 
 
 def find_model(model: str | None) -> Path:
@@ -170,10 +174,15 @@ def _same(a: TensorEntry, b: TensorEntry) -> bool:
     return np.array_equal(a.read().reshape(-1).view(np.uint8), b.read().reshape(-1).view(np.uint8))
 
 
-def pack_tensors(spec: ModelSpec, entries: Mapping[str, TensorEntry]) -> Iterator[np.ndarray]:
-    """The leaves in table order, read one at a time, in the file's dtype."""
+def pack_tensors(
+    spec: ModelSpec, entries: Mapping[str, TensorEntry], seen: Callable[[str, np.ndarray], None],
+) -> Iterator[np.ndarray]:
+    """The leaves in table order, read one at a time, in the file's dtype. ``seen`` is given every tensor, once."""
     for decl in models.weight_table(spec):
-        yield pack(decl, {s.name: entries[s.name].read() for s in decl.sources})
+        tensors = {name: entries[name].read() for name in dict.fromkeys(s.name for s in decl.sources)}
+        for name, tensor in tensors.items():
+            seen(name, tensor)
+        yield pack(decl, tensors)
 
 
 def place(decl: WeightDecl, leaf: np.ndarray | jax.Array, mesh: Mesh) -> jax.Array:
@@ -183,21 +192,16 @@ def place(decl: WeightDecl, leaf: np.ndarray | jax.Array, mesh: Mesh) -> jax.Arr
 
 
 def fingerprint(spec: ModelSpec, config: dict[str, Any], weights: str) -> str:
-    """BLAKE2b (256 bit) of the config, the dtypes and ``weights``, a digest of the weight files."""
+    """BLAKE2b (256 bit) of the config, the dtypes and ``weights``, a digest of the weights' contents."""
     text = json.dumps([config, spec.dtype, spec.weight_dtype, weights], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
 
 
-def _digest_weights(directory: Path, entries: Mapping[str, TensorEntry]) -> str:
-    """Of every tensor: name, dtype, shape and its first, middle and last 4 KB (a whole read would take seconds).
+def _digest(contents: Any, name: str, tensor: np.ndarray) -> None:
+    """Feeds a tensor's name, dtype, shape and the XXH3 (128 bit) of all its bytes to the BLAKE2b ``contents``.
 
-    Not covered: a change elsewhere inside a tensor. For an Orbax folder: names, sizes and times of its files.
+    XXH3, since every start waits for it: a core does 12 GB/s where BLAKE2b does 0.8 and SHA-256 1.4 (measured). No two
+    checkpoints meet by accident; one made to collide with another could, so a disk tier is for checkpoints one trusts.
     """
-    h = hashlib.blake2b(digest_size=32)
-    for name, entry in sorted(entries.items()):
-        h.update(f"{name} {entry.dtype} {entry.shape}\n".encode() + entry.sample())
-    if not entries:
-        for file in sorted(f for f in directory.rglob("*") if f.is_file()):
-            stat = file.stat()
-            h.update(f"{file.relative_to(directory)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return h.hexdigest()
+    data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+    contents.update(f"{name} {tensor.dtype} {tensor.shape} {xxh3_128_hexdigest(data.data)}\n".encode())

@@ -277,6 +277,24 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert len({one.fingerprint, *others}) == 6
 
 
+@pytest.mark.parametrize("kind", ["hf", "orbax"])
+def test_every_byte_of_the_weights_is_in_the_fingerprint(tmp_path: Path, kind: str) -> None:
+    config = {**LLAMA, "vocab_size": 1024}
+    tensors = tensors_of(config)
+
+    def prints(name: str) -> set[str]:
+        directory = write(tmp_path / name, config, tensors)
+        if kind == "orbax":
+            assert convert.main(["--to", "orbax", str(directory), str(tmp_path / f"{name}.orbax")]) == 0
+            directory = tmp_path / f"{name}.orbax"
+        return {load_model(str(directory), over).fingerprint for over in (MESH, mesh(2))}
+
+    one = prints("a")
+    assert len(one) == 1 and prints("b") == one
+    tensors["model.embed_tokens.weight"].view(np.uint8)[260, 7] ^= 1  # 64 KB; far from both ends and the middle
+    assert len(one | prints("c")) == 2
+
+
 def test_dummy_weights_do_not_depend_on_the_mesh(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     one, four = (logits(load_model(str(tmp_path), mesh(tp), load_format="dummy")) for tp in (1, 4))
