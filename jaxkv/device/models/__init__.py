@@ -39,7 +39,7 @@ def family_of(config: dict[str, Any]) -> str:
     """The family of a Hugging Face config, by ``architectures[0]``, else ``model_type``. ConfigError names it."""
     names = config.get("architectures") or []
     name = names[0] if isinstance(names, list) and names else None
-    family = config.get("model_type") if name is None else ARCHITECTURES.get(name)
+    family = config.get("model_type") if name is None else ARCHITECTURES.get(str(name))
     if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(f"unsupported architecture {name or config.get('model_type')!r}; supported: "
                           f"{', '.join(ARCHITECTURES)}")

@@ -32,7 +32,7 @@ def make_spec(config: dict[str, Any]) -> ModelSpec:
         scale=(hidden // heads) ** -0.5,
         activation=hf.activation(config, "activation_function", "gelu_new"),
         norm_eps=hf.number(config, "layer_norm_epsilon", 1e-5),
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tied=hf.flag(config, "tie_word_embeddings", True),
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,

@@ -6,37 +6,48 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxkv.config import ConfigError
 from jaxkv.device.models import layers
 from jaxkv.device.spec import ModelSpec, Rope
 
+LARGEST = float(jnp.finfo(jnp.float32).max)
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 """attend(layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, Hq, D]; k is already rotated."""
 
 
-def integer(config: dict[str, Any], *names: str, default: int | None = None) -> int:
-    """The first of ``names`` that the config has, as a positive int. ConfigError names the field."""
+def integer(config: dict[str, Any], *names: str, default: int | None = None, least: int = 1) -> int:
+    """The first of ``names`` that the config has, as an int from ``least``. ConfigError names the field."""
     value = next((config[n] for n in names if config.get(n) is not None), default)
     if value is None:
         raise ConfigError(f"config.json lacks {names[0]}")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"config.json: {names[0]} must be a positive integer, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ConfigError(f"config.json: {names[0]} must be {kind}, got {value!r}")
     return value
 
 
 def number(config: dict[str, Any], name: str, default: float | None = None) -> float:
-    """A positive number. ConfigError names the field."""
+    """A positive number that float32 holds. ConfigError names the field."""
     value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
         raise ConfigError(f"config.json: {name} must be a positive number, got {value!r}")
     return float(value)
+
+
+def flag(config: dict[str, Any], name: str, default: bool) -> bool:
+    """True or false; ``default`` where the config has none. ConfigError names the field."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"config.json: {name} must be true or false, got {value!r}")
+    return default if value is None else value
 
 
 def activation(config: dict[str, Any], name: str, default: str) -> str:
     """A key of ``layers.ACTIVATIONS``."""
     value = config.get(name) or default
-    if value not in layers.ACTIVATIONS:
+    if not isinstance(value, str) or value not in layers.ACTIVATIONS:
         raise ConfigError(f"config.json: {name} {value!r} is not supported ({', '.join(layers.ACTIVATIONS)} are)")
     return value
 
@@ -54,7 +65,8 @@ def rope(config: dict[str, Any]) -> Rope:
     if not isinstance(scaling, dict):
         raise ConfigError(f"config.json: rope_parameters must be an object, got {scaling!r}")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = number({"rope_theta": scaling.get("rope_theta") or config.get("rope_theta") or 10000.0}, "rope_theta")
+    theta = next((c["rope_theta"] for c in (scaling, config) if c.get("rope_theta") is not None), 10000.0)
+    theta = number({"rope_theta": theta}, "rope_theta")
     refuse({**config, **scaling}, partial_rotary_factor=1.0)
     if kind == "default":
         return Rope(theta)
@@ -107,7 +119,7 @@ def gated_spec(family: str, config: dict[str, Any], **features: Any) -> ModelSpe
         "activation": activation(config, "hidden_act", "silu"),
         "norm_eps": number(config, "rms_norm_eps", 1e-6),
         "rope": rope(config),
-        "tied": bool(config.get("tie_word_embeddings", False)),
+        "tied": flag(config, "tie_word_embeddings", False),
         "init_std": number(config, "initializer_range", 0.02),
         **features,
     })

@@ -22,9 +22,9 @@ def make_spec(config: dict[str, Any]) -> ModelSpec:
     """From a Hugging Face config dict. ConfigError names what is missing or unsupported."""
     return hf.gated_spec(
         "llama", config,
-        qkv_bias=bool(config.get("attention_bias", False)),
-        out_bias=bool(config.get("attention_bias", False)),
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        qkv_bias=hf.flag(config, "attention_bias", False),
+        out_bias=hf.flag(config, "attention_bias", False),
+        mlp_bias=hf.flag(config, "mlp_bias", False),
     )
 
 

@@ -27,8 +27,8 @@ def make_spec(config: dict[str, Any]) -> ModelSpec:
                           f"({hidden}) is not supported")
     hf.refuse(config, layer_norm_elementwise_affine=True)
     hf.check_heads(hidden, heads, hidden // heads)
-    bias = bool(config.get("enable_bias", True))
-    norm_first = bool(config.get("do_layer_norm_before", True))
+    bias = hf.flag(config, "enable_bias", True)
+    norm_first = hf.flag(config, "do_layer_norm_before", True)
     return ModelSpec(
         family="opt",
         vocab_size=hf.integer(config, "vocab_size"),
@@ -42,12 +42,12 @@ def make_spec(config: dict[str, Any]) -> ModelSpec:
         scale=(hidden // heads) ** -0.5,
         activation=hf.activation(config, "activation_function", "relu"),
         norm_eps=1e-5,
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tied=hf.flag(config, "tie_word_embeddings", True),
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=bias,
         norm_first=norm_first,
-        final_norm=norm_first and not config.get("_remove_final_layer_norm", False),
+        final_norm=norm_first and not hf.flag(config, "_remove_final_layer_norm", False),
         init_std=hf.number(config, "init_std", 0.02),
     )
 

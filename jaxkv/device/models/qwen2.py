@@ -22,10 +22,10 @@ def layer_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
     Without ``use_sliding_window`` nothing does, whatever ``sliding_window`` says.
     """
     count = hf.integer(config, "num_hidden_layers")
-    if not config.get("use_sliding_window", False):
+    if not hf.flag(config, "use_sliding_window", False):
         config = {**config, "layer_types": None, "sliding_window": None}
     elif config.get("sliding_window", 4096) is not None and config.get("layer_types") is None:
-        first = config.get("max_window_layers", 28)
+        first = hf.integer({"max_window_layers": 28, **config}, "max_window_layers", least=0)
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
         config = {**config, "sliding_window": config.get("sliding_window", 4096), "layer_types": kinds}
     return hf.windows(config, count)

@@ -14,6 +14,6 @@ __all__ = ["BASE", "finish", "forward", "make_spec", "weight_table"]
 
 def make_spec(config: dict[str, Any]) -> ModelSpec:
     """From a Hugging Face config dict. ConfigError names what is missing or unsupported."""
-    bias = bool(config.get("attention_bias", False))
+    bias = hf.flag(config, "attention_bias", False)
     return hf.gated_spec("qwen3", {"head_dim": 128, **config}, windows=layer_windows(config), qk_norm=True,
                          qkv_bias=bias, out_bias=bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -195,6 +196,19 @@ def test_indivisible_shapes_are_refused(change: dict, tp: int, words: tuple[str,
     ({"architectures": ["OPTForCausalLM"], "ffn_dim": 8, "word_embed_proj_dim": 16}, "word_embed_proj_dim"),
     ({"architectures": ["GPT2LMHeadModel"], "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
     ({"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "layer_types": ["x"]}, "layer_types"),
+    *(({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": v}, "max_window_layers")
+      for v in (None, "1", [1], True, -1)),
+    ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": "yes"}, "use_sliding_window"),
+    ({"architectures": [["LlamaForCausalLM"]]}, "architecture"),
+    ({"hidden_act": ["silu"]}, "hidden_act"),
+    *(({"rope_theta": v}, "rope_theta") for v in (math.inf, math.nan, 10**400, 0, False, "1e4")),
+    ({"rope_parameters": {"rope_theta": math.inf}}, "rope_theta"),
+    *(({"rms_norm_eps": v}, "rms_norm_eps") for v in (math.inf, math.nan, None, [1e-5])),
+    *(({n: v}, n) for n in ("tie_word_embeddings", "attention_bias", "mlp_bias") for v in (1, "false", [])),
+    ({"architectures": ["GPT2LMHeadModel"], "n_positions": 8, "layer_norm_epsilon": math.inf}, "layer_norm_epsilon"),
+    ({"architectures": ["GPT2LMHeadModel"], "n_positions": 8, "tie_word_embeddings": 0}, "tie_word_embeddings"),
+    *(({"architectures": ["OPTForCausalLM"], "ffn_dim": 8, n: "x"}, n)
+      for n in ("do_layer_norm_before", "enable_bias", "_remove_final_layer_norm", "tie_word_embeddings")),
 ])
 def test_unsupported_configs_are_named(change: dict, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
