@@ -65,7 +65,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _at_least("max_model_len", self.max_model_len, 1)
+        _at_least("max_model_len", self.max_model_len, 2)  # a token of the prompt and one of the answer
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.load_format not in ("auto", "dummy"):

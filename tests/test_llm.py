@@ -185,6 +185,7 @@ def test_no_setting_is_a_list(name):
     (dict(model=5), "model must be a string or None, got 5"),
     (dict(answer_worth="x"), "answer_worth must be an integer, got 'x'"),
     (dict(max_model_len=True), "max_model_len must be an integer or None, got True"),
+    (dict(max_model_len=1), "max_model_len must be an integer of at least 2, got 1"),
     (dict(kv_cache_memory=[1]), r"kv_cache_memory must be bytes or a number with K, M or G, got \[1\]"),
     (dict(kv_cache_memory=True), "kv_cache_memory must be bytes"), (dict(seed=None), "seed must be an integer, got None"),
     (dict(page_size=16.0), "page_size must be an integer, got 16.0"),

@@ -128,8 +128,10 @@ def make_mesh(tensor_parallel_size: int) -> Mesh:
 
 
 def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
-    """The window in tokens. ConfigError when more is asked for than the model's positions allow."""
+    """The window in tokens. ConfigError when more is asked for than the model's positions allow, or these hold no answer."""
     wanted, window = config.model.max_model_len, spec.max_position
+    if window < 2:
+        raise ConfigError("the model's window is 1 token, which leaves no room for an answer; at least 2 are needed")
     if wanted is not None and wanted > window:
         raise ConfigError(f"max_model_len is {wanted}, but the model's window is {window} tokens")
     return wanted or window

@@ -1,13 +1,32 @@
-"""What a start says while it compiles."""
+"""What a start says while it compiles, and what ends it."""
 
+import json
 import logging
 from types import SimpleNamespace
 
 import pytest
 
 from jaxkv.cli import engine_config
+from jaxkv.config import ConfigError
 from jaxkv.runtime import startup
 from tests.text_models import SMALL, small_model
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "vocab_size": 51, "hidden_size": 16, "intermediate_size": 24,
+         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def refusal(directory, changes, **options):
+    """The one line that a model without a tokenizer ends the start with."""
+    (directory / "config.json").write_text(json.dumps(LLAMA | changes))
+    options = {"model": str(directory), **SMALL, "max_model_len": None, "skip_tokenizer_init": True, **options}
+    with pytest.raises(ConfigError) as error:
+        startup.build_engine(engine_config(options))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_window_of_one_token_is_refused(tmp_path):
+    assert "window is 1 token" in refusal(tmp_path, {"max_position_embeddings": 1})
 
 
 @pytest.mark.parametrize("terminal", [False, True])
