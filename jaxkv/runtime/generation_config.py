@@ -31,13 +31,17 @@ def default_sampling(directory: str | Path) -> dict[str, Any]:
     return values
 
 
-def eos_token_ids(directory: str | Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Ids that end a sequence: those of generation_config.json (else config.json), then the tokenizer's own."""
+def eos_token_ids(directory: str | Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[int, ...]:
+    """Ids that end a sequence: those of generation_config.json (else config.json), then the tokenizer's own. ConfigError names
+    the file whose ids are none of the vocabulary."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         if not ids:
             value = _read(Path(directory) / name).get("eos_token_id")
             ids += value if isinstance(value, list) else [] if value is None else [value]
+            if any(type(i) is not int or not 0 <= i < vocab_size for i in ids):
+                raise ConfigError(f"{name}: eos_token_id must be an integer of the vocabulary, in [0, {vocab_size}), or a list "
+                                  f"of them, got {value!r}")
     if tokenizer is not None and tokenizer.hf.eos_token_id is not None:
         ids.append(tokenizer.hf.eos_token_id)
     return tuple(dict.fromkeys(ids))

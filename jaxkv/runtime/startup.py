@@ -52,6 +52,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
                        seed=config.seed, show_progress=show_progress, check=lambda spec: _check(config, spec))
     tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
     defaults = default_sampling(model.directory) if config.model.generation_config == "auto" else {}
+    vocab = model.spec.vocab_size
+    eos_ids = eos_token_ids(model.directory, tokenizer, vocab)
     max_model_len = resolve_max_model_len(config, model.spec)
     cache, sched = config.cache, config.sched
     kv_dtype = cached_dtype(cache.kv_cache_dtype, model.spec.dtype)
@@ -83,7 +85,6 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
             check_batches=sched.check_batches, progress=partial(_advance, bar) if show_progress else _logged())
     compiled = time.perf_counter()
     description = describe(config, model, mesh, kv, capacity, executor, loaded - start, compiled - loaded)
-    eos_ids, vocab = eos_token_ids(model.directory, tokenizer), model.spec.vocab_size
     return Engine(config, scheduler, executor, model_name=model.name, max_model_len=max_model_len,
                   vocab_size=vocab, tokenizer=tokenizer, weight_bytes=model.nbytes, capacity=capacity,
                   eos_ids=eos_ids, default_sampling=defaults,

@@ -25,8 +25,16 @@ def test_eos_ids(tmp_path, tokenizer, generation, config, files):
     (tmp_path / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert eos_token_ids(tmp_path, None) == files
-    assert eos_token_ids(tmp_path, tokenizer) == (*files, SPECIAL.index("<|im_end|>"))
+    assert eos_token_ids(tmp_path, None, 10) == files
+    assert eos_token_ids(tmp_path, tokenizer, 10) == (*files, SPECIAL.index("<|im_end|>"))
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("value", ["2", True, 2.0, -1, 10, [2, "x"], [[2]], {"a": 2}, ""])
+def test_eos_ids_that_are_none_end_the_start(tmp_path, file, value):
+    (tmp_path / file).write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ConfigError, match=rf"^{file}: eos_token_id must be .* \[0, 10\)"):
+        eos_token_ids(tmp_path, None, 10)
 
 
 def test_sampling_defaults_are_the_fields_that_are_set(tmp_path):

@@ -29,6 +29,13 @@ def test_a_window_of_one_token_is_refused(tmp_path):
     assert "window is 1 token" in refusal(tmp_path, {"max_position_embeddings": 1})
 
 
+def test_an_eos_id_that_is_none_is_refused(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    assert "generation_config.json: eos_token_id" in refusal(tmp_path, {})
+    (tmp_path / "generation_config.json").unlink()
+    assert "config.json: eos_token_id" in refusal(tmp_path, {"eos_token_id": 51})
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_compiling_shows_its_progress(terminal, monkeypatch, caplog, capsys):
     """As lines in the log, or on a terminal as a bar."""

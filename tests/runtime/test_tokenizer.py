@@ -55,7 +55,7 @@ def test_built_in_model():
     assert tokenizer.special_ids == {0, 1, 2}
     text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert set(eos_token_ids(DEFAULT, tokenizer)) == {0, 2}
+    assert set(eos_token_ids(DEFAULT, tokenizer, 4096)) == {0, 2}
 
 
 def test_bad_text_is_a_value_error(tokenizer):
