@@ -41,6 +41,15 @@ def free_device_memory(devices: Sequence[jax.Device]) -> tuple[int, int]:
     return free_host_memory(), min(CPU_POOL_LIMIT, _steady(free_host_memory() // 4))
 
 
+def check_weights(size: int, devices: Sequence[jax.Device]) -> None:
+    """ConfigError where weights of ``size`` bytes over all devices are more than is free. Devices that do not say what they
+    have are taken to have enough."""
+    if devices[0].platform != "cpu" and not devices[0].memory_stats():
+        return
+    if size > (free := free_device_memory(devices)[0]):
+        raise ConfigError(f"the model's weights take {size:,} bytes, but only {free:,} of the device memory are free")
+
+
 def _steady(size: int) -> int:
     """Rounded down to three significant bits: a pool's shape is part of the compile cache's key, so that the default
     may not follow every change of the free memory."""

@@ -27,11 +27,18 @@ from jaxkv.runtime.disk import DiskError, DiskFormat, DiskStore
 from jaxkv.runtime.engine import Engine
 from jaxkv.runtime.executor import JaxExecutor, ran_out_of_memory
 from jaxkv.runtime.generation_config import default_sampling, eos_token_ids
-from jaxkv.runtime.memory import FETCH_PAGES, Capacity, free_device_memory, free_host_memory, plan_capacity
+from jaxkv.runtime.memory import (
+    FETCH_PAGES,
+    Capacity,
+    check_weights,
+    free_device_memory,
+    free_host_memory,
+    plan_capacity,
+)
 from jaxkv.runtime.page_ops import PageForm
 from jaxkv.runtime.structured.compiler import GrammarCompiler
 from jaxkv.runtime.tokenizer import load_tokenizer
-from jaxkv.runtime.weights import LoadedModel, load_model
+from jaxkv.runtime.weights import LoadedModel, load_model, placed_bytes
 from jaxkv.sched.scheduler import Scheduler
 
 log = logging.getLogger("jaxkv")
@@ -48,8 +55,9 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     impl, platform = config.model.attention_impl, mesh.devices.flat[0].platform
     if impl.startswith("mosaic_") and impl != f"mosaic_{platform}":
         raise ConfigError(f"attention_impl {impl} needs a {impl[-3:].upper()}, but the devices are {platform}")
-    model = load_model(config.model.model, mesh, dtype=config.model.dtype, load_format=config.model.load_format,
-                       seed=config.seed, show_progress=show_progress, check=lambda spec: _check(config, spec))
+    with _memory_for("the model's weights"):
+        model = load_model(config.model.model, mesh, dtype=config.model.dtype, load_format=config.model.load_format,
+                           seed=config.seed, show_progress=show_progress, check=lambda spec: _check(config, spec, mesh))
     tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(model.directory)
     defaults = default_sampling(model.directory) if config.model.generation_config == "auto" else {}
     vocab = model.spec.vocab_size
@@ -77,7 +85,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     scheduler = Scheduler(sched, controller, max_model_len, step_sizes=step_sizes(shapes))
     loaded = time.perf_counter()
     with tqdm(desc="compiling steps", total=len(shapes), unit="", disable=not show_progress, leave=False) as bar, \
-            logging_redirect_tqdm(), _refusals(impl):
+            logging_redirect_tqdm(), _refusals(impl), \
+            _memory_for("the KV pools and a step: lower kv_cache_memory or max_num_batched_tokens"):
         executor = JaxExecutor(
             model.spec, model.params, kv, mesh, max_num_seqs=sched.max_num_seqs,
             max_num_batched_tokens=sched.max_num_batched_tokens, max_model_len=max_model_len,
@@ -94,7 +103,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
                         "kernels": _kernels()})
 
 
-def _check(config: EngineConfig, spec: ModelSpec) -> None:
+def _check(config: EngineConfig, spec: ModelSpec, mesh: Mesh) -> None:
     """What can be known to fail before a weight is read."""
     try:
         ops.codec_spec(config.cache.kv_codec, spec.num_layers)
@@ -103,6 +112,7 @@ def _check(config: EngineConfig, spec: ModelSpec) -> None:
     window, unit, size = resolve_max_model_len(config, spec), CacheConfig.page_size, config.cache.page_size
     if size > (most := -(-window // unit) * unit):  # one such page holds any sequence
         raise ConfigError(f"page_size must be at most {most} (max_model_len is {window}), got {size}")
+    check_weights(placed_bytes(spec, mesh), list(mesh.devices.flat))
 
 
 def open_disk(cache: CacheConfig, form: PageForm, fingerprint: str, copies: int) -> DiskStore | None:
@@ -176,8 +186,7 @@ def describe(
 
 @contextlib.contextmanager
 def _refusals(impl: str) -> Iterator[None]:
-    """Kernels that refuse the model or the cache end the start in one line, which gives their reasons; so does a device
-    without memory for the pools or for a step beside them."""
+    """Kernels that refuse the model or the cache end the start in one line, which gives their reasons."""
     try:
         yield
     except (NotImplementedError, ExceptionGroup) as error:
@@ -186,11 +195,18 @@ def _refusals(impl: str) -> Iterator[None]:
             raise
         text = "; ".join(dict.fromkeys(map(str, reasons)))
         raise ConfigError(f"attention_impl {impl} cannot serve this: {text}") from None
-    except jax.errors.JaxRuntimeError as error:
-        if not ran_out_of_memory(error):
+
+
+@contextlib.contextmanager
+def _memory_for(what: str) -> Iterator[None]:
+    """Too little memory for something, on the device or the host, ends the start in one line."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError, ValueError) as error:  # the latter of functions that have run before
+        if not isinstance(error, MemoryError) and not ran_out_of_memory(error):
             raise
-        raise ConfigError("the device's memory does not hold the KV pools and a step: lower kv_cache_memory or "
-                          f"max_num_batched_tokens ({str(error).partition(chr(10))[0]})") from None
+        reason = str(error).partition("\n")[0] or "MemoryError"
+        raise ConfigError(f"the device's memory does not hold {what} ({reason})") from None
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -93,6 +94,12 @@ def load_model(
             bar.update(decl.nbytes)
     return LoadedModel(spec, tuple(params), directory, model or BUILT_IN_NAME, config,
                        fingerprint(spec, config, contents.hexdigest()))
+
+
+def placed_bytes(spec: ModelSpec, mesh: Mesh) -> int:
+    """Bytes of weights over the whole mesh, replicas counted."""
+    return mesh.size * sum(math.prod(leaf_sharding(decl, mesh).shard_shape(decl.shape)) * np.dtype(decl.dtype).itemsize
+                           for decl in models.weight_table(spec))
 
 
 def find_model(model: str | None) -> Path:

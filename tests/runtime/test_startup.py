@@ -1,14 +1,17 @@
 """What a start says while it compiles, and what ends it."""
 
+import contextlib
 import json
 import logging
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from jaxkv.cli import engine_config
 from jaxkv.config import ConfigError
-from jaxkv.runtime import startup
+from jaxkv.runtime import startup, weights
+from jaxkv.runtime.memory import check_weights
 from tests.text_models import SMALL, small_model
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "vocab_size": 51, "hidden_size": 16, "intermediate_size": 24,
@@ -34,6 +37,40 @@ def test_an_eos_id_that_is_none_is_refused(tmp_path):
     assert "generation_config.json: eos_token_id" in refusal(tmp_path, {})
     (tmp_path / "generation_config.json").unlink()
     assert "config.json: eos_token_id" in refusal(tmp_path, {"eos_token_id": 51})
+
+
+def test_weights_beyond_the_memory_are_refused_before_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "place", None)
+    assert "weights take 128,0" in refusal(tmp_path, {"vocab_size": 10**12})
+
+
+@pytest.mark.parametrize("error", [MemoryError, jax.errors.JaxRuntimeError, ValueError])
+def test_no_memory_for_the_weights_is_one_line(error, tmp_path, monkeypatch):
+    def fail(*args):
+        raise error("RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes\nand more")
+
+    monkeypatch.setattr(weights, "place", fail)
+    assert "does not hold the model's weights (RESOURCE_EXHAUSTED" in refusal(tmp_path, {})
+    monkeypatch.setattr(weights, "place", None)
+    with pytest.raises(TypeError):
+        refusal(tmp_path, {})
+
+
+@pytest.mark.parametrize("size, stats, refused", [(100, {"bytes_limit": 60, "bytes_in_use": 10}, False), (1 << 60, None, False),
+                                                  (101, {"bytes_limit": 60, "bytes_in_use": 10}, True)])
+def test_weights_are_compared_with_what_the_devices_say(size, stats, refused):
+    devices = [SimpleNamespace(platform="gpu", memory_stats=lambda: stats)] * 2
+    with pytest.raises(ConfigError, match="101 bytes, but only 100") if refused else contextlib.nullcontext():
+        check_weights(size, devices)
+
+
+def test_replicas_count_as_weights(tmp_path):
+    """Of two devices each holds half of what is split and all of the rest."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    for tp in (1, 2):
+        model = weights.load_model(str(tmp_path), startup.make_mesh(tp), load_format="dummy")
+        placed = sum(shard.data.nbytes for leaf in model.params for shard in leaf.addressable_shards)
+        assert weights.placed_bytes(model.spec, startup.make_mesh(tp)) == placed
 
 
 @pytest.mark.parametrize("terminal", [False, True])
