@@ -30,24 +30,29 @@ class Capacity:
     host_bytes: int
 
 
-def free_device_memory(devices: Sequence[jax.Device]) -> tuple[int, int]:
+def free_device_memory(devices: Sequence[jax.Device], taken: int = 0) -> tuple[int, int]:
     """Bytes over all devices: (free, what the pools take when no size is given). The latter is 90 % of what
     JAX may take (on GPUs 75 % of the memory, or XLA_PYTHON_CLIENT_MEM_FRACTION) less what is in use; on CPU a quarter of the
-    free host memory, at most 4 GiB."""
+    free host memory, at most 4 GiB. ``taken``: bytes of every device that something else is about to take."""
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats:
-        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        free = max(0, stats["bytes_limit"] - stats["bytes_in_use"] - taken)
         return len(devices) * free, len(devices) * _steady(max(0, free - stats["bytes_limit"] // 10))
-    return free_host_memory(), min(CPU_POOL_LIMIT, _steady(free_host_memory() // 4))
+    free = max(0, free_host_memory() - len(devices) * taken)
+    return free, min(CPU_POOL_LIMIT, _steady(free // 4))
 
 
-def check_weights(size: int, devices: Sequence[jax.Device]) -> None:
-    """ConfigError where weights of ``size`` bytes over all devices are more than is free. Devices that do not say what they
-    have are taken to have enough."""
+def check_memory(weights: int, max_num_seqs: int, slots: int, devices: Sequence[jax.Device]) -> None:
+    """ConfigError where the weights, or with them what is kept of each of ``max_num_seqs`` sequences to sample from it
+    (``slots``), are more than is free: bytes over all devices. Devices that do not say what they have have enough."""
     if devices[0].platform != "cpu" and not devices[0].memory_stats():
         return
-    if size > (free := free_device_memory(devices)[0]):
-        raise ConfigError(f"the model's weights take {size:,} bytes, but only {free:,} of the device memory are free")
+    free = free_device_memory(devices)[0]
+    if weights > free:
+        raise ConfigError(f"the model's weights take {weights:,} bytes, but only {free:,} of the device memory are free")
+    if slots > free - weights:
+        raise ConfigError(f"max_num_seqs {max_num_seqs} takes {slots:,} bytes for the sampler's state, but only "
+                          f"{free - weights:,} of the device memory are free besides the weights")
 
 
 def _steady(size: int) -> int:
@@ -98,8 +103,9 @@ def plan_capacity(
     budget = kv_cache_memory if kv_cache_memory is not None else min(usual, cost(useful))
     pages = _largest(cost, budget, budget // min(above_bytes))
     if pages < need:
+        source = "" if kv_cache_memory is not None else f"; weights and max_num_seqs {sched.max_num_seqs} leave no more"
         raise ConfigError(f"kv_cache_memory of {budget:,} bytes holds {pages * page_size} tokens, less than one sequence "
-                          f"of max_model_len {max_model_len} ({cost(need):,} bytes with one page to spare)")
+                          f"of max_model_len {max_model_len} ({cost(need):,} bytes with one page to spare){source}")
     if shared:
         free_host -= cost(pages)
     if host_kv_memory is not None and host_kv_memory > free_host:

@@ -21,6 +21,7 @@ import pallas_kernels as ops
 from jaxkv.cache.controller import CacheController
 from jaxkv.config import CacheConfig, ConfigError, EngineConfig
 from jaxkv.device.batch import batch_shapes, step_sizes
+from jaxkv.device.sampling import sampler_bytes
 from jaxkv.device.spec import KVSpec, ModelSpec, cached_dtype, kv_groups
 from jaxkv.device.state import page_bytes
 from jaxkv.runtime.disk import DiskError, DiskFormat, DiskStore
@@ -30,7 +31,7 @@ from jaxkv.runtime.generation_config import default_sampling, eos_token_ids
 from jaxkv.runtime.memory import (
     FETCH_PAGES,
     Capacity,
-    check_weights,
+    check_memory,
     free_device_memory,
     free_host_memory,
     plan_capacity,
@@ -72,7 +73,8 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     disk = open_disk(cache, form, model.fingerprint, groups[0].kv_heads // model.spec.num_kv_heads)
     capacity = plan_capacity(
         groups, cache.page_size, sched, max_model_len, kv_cache_memory=cache.kv_cache_memory,
-        host_kv_memory=cache.host_kv_memory, free_device=free_device_memory(list(mesh.devices.flat)),
+        host_kv_memory=cache.host_kv_memory,
+        free_device=free_device_memory(list(mesh.devices.flat), sampler_bytes(sched.max_num_seqs, vocab)),
         free_host=free_host_memory(), shared=platform == "cpu", page_bytes=page_bytes(kv, mesh),
         host_page_bytes=form.bytes)
     kv = replace(kv, num_pages=capacity.num_pages)
@@ -86,7 +88,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     loaded = time.perf_counter()
     with tqdm(desc="compiling steps", total=len(shapes), unit="", disable=not show_progress, leave=False) as bar, \
             logging_redirect_tqdm(), _refusals(impl), \
-            _memory_for("the KV pools and a step: lower kv_cache_memory or max_num_batched_tokens"):
+            _memory_for("the KV pools and a step: lower kv_cache_memory, max_num_seqs or max_num_batched_tokens"):
         executor = JaxExecutor(
             model.spec, model.params, kv, mesh, max_num_seqs=sched.max_num_seqs,
             max_num_batched_tokens=sched.max_num_batched_tokens, max_model_len=max_model_len,
@@ -112,7 +114,8 @@ def _check(config: EngineConfig, spec: ModelSpec, mesh: Mesh) -> None:
     window, unit, size = resolve_max_model_len(config, spec), CacheConfig.page_size, config.cache.page_size
     if size > (most := -(-window // unit) * unit):  # one such page holds any sequence
         raise ConfigError(f"page_size must be at most {most} (max_model_len is {window}), got {size}")
-    check_weights(placed_bytes(spec, mesh), list(mesh.devices.flat))
+    slots = config.sched.max_num_seqs
+    check_memory(placed_bytes(spec, mesh), slots, mesh.size * sampler_bytes(slots, spec.vocab_size), list(mesh.devices.flat))
 
 
 def open_disk(cache: CacheConfig, form: PageForm, fingerprint: str, copies: int) -> DiskStore | None:

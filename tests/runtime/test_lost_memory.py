@@ -179,7 +179,7 @@ def test_no_memory_at_the_start_is_one_line(when, expected, monkeypatch):
         raise jax.errors.JaxRuntimeError("INTERNAL: the device fell off the bus")
 
     monkeypatch.setattr(JaxExecutor, when, fail)
-    with pytest.raises(expected, match="lower kv_cache_memory or max_num_batched_tokens|bus"):
+    with pytest.raises(expected, match="lower kv_cache_memory, max_num_seqs or max_num_batched_tokens|bus"):
         LLM(max_model_len=64, max_num_seqs=1, max_num_batched_tokens=16, kv_cache_memory=2**20, host_kv_memory=0)
 
 

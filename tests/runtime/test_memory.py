@@ -66,6 +66,13 @@ def test_impossible_sizes_name_the_field(kwargs, words):
         plan([FULL], **kwargs)
 
 
+def test_what_max_num_seqs_leaves_is_said_where_no_size_was_given():
+    with pytest.raises(ConfigError, match="max_num_seqs 4 leave no more"):
+        plan([FULL], free=(2**30, 8 * PAGE))
+    with pytest.raises(ConfigError, match="to spare\\)$"):
+        plan([FULL], kv=8 * PAGE)
+
+
 @pytest.mark.parametrize("size, steady", [(0, 0), (7, 7), (2**32, 2**32), (2**32 + 12345, 2**32), (7 * 2**29 + 1, 7 * 2**29)])
 def test_default_pools_do_not_follow_every_byte_of_free_memory(size, steady):
     assert _steady(size) == steady

@@ -10,8 +10,9 @@ import pytest
 
 from jaxkv.cli import engine_config
 from jaxkv.config import ConfigError
+from jaxkv.device.sampling import init_sampler_state, sampler_bytes
 from jaxkv.runtime import startup, weights
-from jaxkv.runtime.memory import check_weights
+from jaxkv.runtime.memory import _steady, check_memory, free_device_memory
 from tests.text_models import SMALL, small_model
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "vocab_size": 51, "hidden_size": 16, "intermediate_size": 24,
@@ -56,12 +57,31 @@ def test_no_memory_for_the_weights_is_one_line(error, tmp_path, monkeypatch):
         refusal(tmp_path, {})
 
 
-@pytest.mark.parametrize("size, stats, refused", [(100, {"bytes_limit": 60, "bytes_in_use": 10}, False), (1 << 60, None, False),
-                                                  (101, {"bytes_limit": 60, "bytes_in_use": 10}, True)])
-def test_weights_are_compared_with_what_the_devices_say(size, stats, refused):
+@pytest.mark.parametrize("weights, slots, stats, words", [
+    (90, 10, {"bytes_limit": 60, "bytes_in_use": 10}, None), (1 << 60, 1 << 60, None, None),
+    (101, 0, {"bytes_limit": 60, "bytes_in_use": 10}, "weights take 101 bytes, but only 100"),
+    (90, 11, {"bytes_limit": 60, "bytes_in_use": 10}, "max_num_seqs 5 takes 11 bytes .* only 10")])
+def test_what_must_fit_is_compared_with_what_the_devices_say(weights, slots, stats, words):
     devices = [SimpleNamespace(platform="gpu", memory_stats=lambda: stats)] * 2
-    with pytest.raises(ConfigError, match="101 bytes, but only 100") if refused else contextlib.nullcontext():
-        check_weights(size, devices)
+    with pytest.raises(ConfigError, match=words) if words else contextlib.nullcontext():
+        check_memory(weights, 5, slots, devices)
+
+
+def test_the_pools_get_what_the_sampler_leaves():
+    devices = [SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 2**20, "bytes_in_use": 2**18})] * 2
+    assert free_device_memory(devices, 2**19) == (2**19, 2 * _steady(2**18 - 2**20 // 10))
+    assert free_device_memory(devices, 2**20) == (0, 0)
+
+
+@pytest.mark.parametrize("most", [10**7, 10**13])
+def test_more_sequences_than_the_memory_holds_are_refused(most, tmp_path):
+    assert f"max_num_seqs {most} takes" in refusal(tmp_path, {"vocab_size": 10**4}, max_num_seqs=most,
+                                                   max_num_batched_tokens=most)
+
+
+def test_the_state_of_a_slot_is_counted_whole():
+    state = init_sampler_state(3, 51)
+    assert sampler_bytes(3, 51) == sum(leaf.nbytes for leaf in state)
 
 
 def test_replicas_count_as_weights(tmp_path):

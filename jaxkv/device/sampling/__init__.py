@@ -12,7 +12,14 @@ Top-k, top-p, min-p and the choice among what they keep are ``pallas_kernels.sam
 from jaxkv.device.sampling.logprobs import TokenLogprobs, prompt_logprobs, token_logprobs
 from jaxkv.device.sampling.masks import mask_words
 from jaxkv.device.sampling.sampler import SamplingColumns, columns_for, sample
-from jaxkv.device.sampling.slots import SamplerState, admit, admit_arguments, admit_pieces, init_sampler_state
+from jaxkv.device.sampling.slots import (
+    SamplerState,
+    admit,
+    admit_arguments,
+    admit_pieces,
+    init_sampler_state,
+    sampler_bytes,
+)
 
 __all__ = [
     "SamplerState",
@@ -26,5 +33,6 @@ __all__ = [
     "mask_words",
     "prompt_logprobs",
     "sample",
+    "sampler_bytes",
     "token_logprobs",
 ]

@@ -41,6 +41,11 @@ def init_sampler_state(slots: int, vocab: int) -> SamplerState:
     )
 
 
+def sampler_bytes(slots: int, vocab: int) -> int:
+    """What that takes."""
+    return slots * 4 * (vocab + 2 * MAX_LOGIT_BIAS + MAX_STOP_IDS)
+
+
 def admit_arguments(piece: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes of what ``admit`` takes after the state, for pieces of ``piece`` tokens."""
     return (jax.ShapeDtypeStruct((_HEADER + 2 * MAX_LOGIT_BIAS + MAX_STOP_IDS + piece,), jnp.int32),)
