@@ -121,6 +121,7 @@ class PromptRequest(ApiRequest):
 class GenerationRequest(PromptRequest):
     """What completions and chat share."""
 
+    replaceable: ClassVar[Mapping[str, str]] = MappingProxyType({"n": "n"})  # field that another may replace -> SamplingParams'
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -157,6 +158,7 @@ class GenerationRequest(PromptRequest):
                 setattr(self, name, value)
 
     def check(self) -> None:
+        self.check_replaceable()
         n = self.n or 1
         if self.best_of is not None and self.best_of < n:
             raise bad_request(f"best_of must be at least n ({n}), got {self.best_of}", "best_of")
@@ -164,6 +166,15 @@ class GenerationRequest(PromptRequest):
             raise bad_request(f"best_of must equal n ({n}) when stream is true, got {self.best_of}", "best_of")
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options is only allowed when stream is true", "stream_options")
+
+    def check_replaceable(self) -> None:
+        """Raises ApiError for a field that would be refused if it stood alone, whatever replaces it."""
+        for name, limited in self.replaceable.items():
+            if (value := getattr(self, name)) is not None:
+                try:
+                    SamplingParams(**{limited: value})
+                except ValueError as error:
+                    raise from_value_error(error, {name}, {limited: name}) from None
 
     def prompt_count(self) -> int:
         """How many prompts the request has."""
@@ -220,6 +231,7 @@ class GenerationRequest(PromptRequest):
 class CompletionRequest(GenerationRequest):
     """/v1/completions. ``prompt`` is checked by ``completions.prompts_of``: pydantic's union errors help nobody."""
 
+    replaceable = MappingProxyType({"n": "n", "prompt_logprobs": "prompt_logprobs"})
     prompt: Any = None
     echo: bool | None = None
     logprobs: int | None = None
@@ -236,6 +248,7 @@ class ChatRequest(GenerationRequest):
     """/v1/chat/completions."""
 
     model_config = ConfigDict(title="ChatCompletionRequest")
+    replaceable = MappingProxyType({"n": "n", "max_tokens": "max_tokens"})
     messages: Annotated[Items[ChatMessage], at_most(MAX_MESSAGES, "tool_calls"), at_most(MAX_MESSAGES)] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None

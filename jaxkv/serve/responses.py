@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -55,6 +56,7 @@ class ResponsesRequest(GenerationRequest):
     """/v1/responses. Sampling fields beyond OpenAI's are those of chat."""
 
     forwards_extra = True
+    replaceable = MappingProxyType({"max_tokens": "max_tokens", "max_output_tokens": "max_tokens", "top_logprobs": "logprobs"})
     input: Annotated[str | Items[dict[str, Any]], at_most(MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: int | None = None
@@ -76,6 +78,9 @@ class ResponsesRequest(GenerationRequest):
         for name, values in _NOTHING.items():
             if (value := getattr(self, name)) is not None and value not in values:
                 raise bad_request(f"{name} is not supported, got {shown(value)}", name, "unsupported_parameter")
+        self.check_replaceable()
+        if self.response_format is not None and self.text is not None and self.text.format is not None:
+            raise bad_request("only one of text.format and response_format may be given", "response_format")
 
     def renamed(self) -> dict[str, str]:
         structured = "text" if self.tool_choice in (None, "none", "auto") else "tools"

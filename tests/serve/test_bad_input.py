@@ -93,6 +93,35 @@ def test_top_logprobs_limit(http):
             param="top_logprobs")
 
 
+COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+FORM = {"format": {"type": "json_object"}}
+
+
+@pytest.mark.parametrize(("path", "fields", "param", "limit"), [
+    (COMPLETIONS, {"echo": True, "logprobs": 5, "prompt_logprobs": -1}, "prompt_logprobs", "[0, 20]"),
+    (COMPLETIONS, {"echo": True, "logprobs": 5, "prompt_logprobs": -1, "max_tokens": 0}, "prompt_logprobs", "[0, 20]"),
+    (COMPLETIONS, {"best_of": 2, "n": 0}, "n", "[1, 128]"), (CHATS, {"best_of": 2, "n": -3}, "n", "[1, 128]"),
+    (CHATS, {"max_tokens": -2, "max_completion_tokens": 3}, "max_tokens", "at least 1"),
+    (CHATS, {"max_tokens": 0, "max_completion_tokens": 3}, "max_tokens", "at least 1"),
+    (CHATS, {"max_tokens": 3, "max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
+    (RESPONSES, {"top_logprobs": -1}, "top_logprobs", "[0, 20]"), (RESPONSES, {"top_logprobs": 99}, "top_logprobs", "[0, 20]"),
+    (RESPONSES, {"max_tokens": -2, "max_output_tokens": 3}, "max_tokens", "at least 1"),
+    (RESPONSES, {"max_output_tokens": 0, "max_completion_tokens": 3}, "max_output_tokens", "at least 1"),
+    (RESPONSES, {"response_format": {"type": "json_schema"}, "text": FORM}, "response_format", "only one"),
+])
+def test_a_field_that_another_replaces_is_checked_too(http, path, fields, param, limit):
+    good = {COMPLETIONS: GOOD, CHATS: CHAT, RESPONSES: {"input": "hi"}}[path]
+    message = refused(http.post(path, json=good | fields), param=param)
+    assert param in message and limit in message
+
+
+def test_a_good_field_that_another_replaces_is_taken(http):
+    for path, fields in ((COMPLETIONS, {"echo": True, "logprobs": 5, "prompt_logprobs": 2, "max_tokens": 0}),
+                         (CHATS, {"max_completion_tokens": 3}), (RESPONSES, {"max_output_tokens": 3, "top_logprobs": 20})):
+        good = {COMPLETIONS: GOOD, CHATS: CHAT, RESPONSES: {"input": "hi", "max_tokens": 2}}[path]
+        assert http.post(path, json=good | fields).status_code == 200
+
+
 @pytest.mark.parametrize("body", [
     b"", b"{", b"[]", b"null", b'"x"', b'{"prompt": "\\ud800"}', b"\xff\xfe", b"[" * 5000, b'{"prompt": "a",}', b"NaN",
     b'{"prompt": "a", "temperature": NaN,}', b'{"prompt": "a", "temperature": nan}', b"[" * 5000 + b"NaN" + b"]" * 5000,
@@ -167,8 +196,8 @@ def test_metadata_has_the_bounds_of_openai(http):
 
 
 def test_prompts_and_answers_together_are_bounded(http):
-    for more, param in (({"n": 128}, "prompt"), ({"n": 1, "best_of": 100}, "prompt"), ({"prompt": "a", "n": 1025}, "n"),
-                        ({"prompt": ["a"] * 1025}, "prompt")):
+    for more, param in (({"n": 128}, "prompt"), ({"n": 1, "best_of": 100}, "prompt"),
+                        ({"prompt": "a", "best_of": 1025}, "best_of"), ({"prompt": ["a"] * 1025}, "prompt")):
         assert "1024" in refused(http.post("/v1/completions", json={"prompt": [[1]] * 5000, **more}), param=param)
     assert http.post("/v1/completions", json={"prompt": [[1]] * 20, "n": 3, "max_tokens": 1}).status_code == 200
 
