@@ -57,14 +57,16 @@ def scorer(config: TinyConfig):
 
 
 def perplexity(score, tokenizer: Tokenizer, limit: int | None = None) -> dict[str, float]:
-    """Over the held-out files, in windows of 2,048 tokens without overlap."""
+    """Over the held-out files, in windows of 2,048 tokens without overlap: the first ``limit``, or what whole batches hold."""
     stream = token_stream(tokenizer, held_out=True).astype(np.int32)
     size = sum(len(text.encode()) for _, text in stdlib_texts(held_out=True))
-    count = (len(stream) - 1) // WINDOW
-    count = count - count % ROWS if limit is None else limit
+    there = (len(stream) - 1) // WINDOW
+    count = there - there % ROWS if limit is None else limit
+    if not 1 <= count <= there:
+        raise ValueError(f"windows must be in [1, {there}], got {count}")
     total = 0.0
     for first in range(0, count, ROWS):
-        rows = [stream[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(first, first + ROWS)]
+        rows = [stream[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(first, min(first + ROWS, count))]
         total += float(score(np.stack(rows))[0].sum())
     nll = total / (count * WINDOW)
     bytes_per_token = size / len(stream)

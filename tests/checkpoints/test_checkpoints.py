@@ -122,3 +122,29 @@ def test_export_inverts_and_fits() -> None:
         np.testing.assert_array_equal(value, again[name])
     assert 3_000_000 <= sum(value.size for value in shipped.values()) <= 8_000_000
     assert (DEFAULT / "model.safetensors").stat().st_size <= 16_000_000
+
+
+@pytest.fixture
+def eval_tiny():
+    pytest.importorskip("orbax.checkpoint")
+    import eval_tiny
+
+    return eval_tiny
+
+
+@pytest.mark.parametrize("windows", [1, 2, 4, 6, 7, None])
+def test_perplexity_is_the_mean_over_as_many_windows_as_asked_for(eval_tiny, monkeypatch, windows) -> None:
+    monkeypatch.setattr(eval_tiny, "token_stream", lambda *_, **__: np.arange(8 * eval_tiny.WINDOW))
+    monkeypatch.setattr(eval_tiny, "stdlib_texts", lambda **_: [("a.py", "x" * 8 * eval_tiny.WINDOW)])  # a byte a token
+    result = eval_tiny.perplexity(lambda ids: (ids[:, 1:] / 1000, None), None, windows)
+    tokens = eval_tiny.WINDOW * (windows or 4)  # whole batches of the 7 windows that there are
+    assert result["tokens"] == tokens and result["loss"] == pytest.approx((tokens + 1) / 2000)
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] / np.log(2))
+
+
+@pytest.mark.parametrize("windows", [0, -1, 8])
+def test_windows_that_are_not_there(eval_tiny, monkeypatch, windows) -> None:
+    monkeypatch.setattr(eval_tiny, "token_stream", lambda *_, **__: np.arange(8 * eval_tiny.WINDOW))
+    monkeypatch.setattr(eval_tiny, "stdlib_texts", lambda **_: [])
+    with pytest.raises(ValueError, match=r"in \[1, 7\]"):
+        eval_tiny.perplexity(None, None, windows)
