@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -30,22 +31,25 @@ TESTS = "tests/pallas_kernels/test_on_gpu.py"
 SECONDS, CPU_SECONDS = 470, 110
 
 
-def device_tests(seconds: float) -> tuple[bool, str]:
-    """Runs the kernels' tests that need the device in a process of their own, for so long at most; whether none failed, and
-    what pytest said. They need pytest alone, no plugin and no settings."""
+def device_tests(seconds: float) -> tuple[str, str]:
+    """Runs the kernels' tests that need the device in a process of their own, for so long at most; whether they "passed",
+    "failed", "did not run" or "did not finish", and what pytest said. They need pytest alone, no plugin and no settings."""
     if importlib.util.find_spec("pytest") is None:
-        return True, "not run: pytest is not installed"
+        return "did not run", "not run: pytest is not installed"
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", ".", "--noconftest", "-p", "no:cacheprovider",
                "-o", "markers=gpu", "-q", TESTS]
+    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as late:
         said = (late.stdout or b"").decode(errors="replace").strip().splitlines() or ["nothing"]
-        return "F" not in said[-1], f"not finished in {seconds:.0f} s: {said[-1]}"
+        failed = any(re.fullmatch(r"[.sxX]*[FE][.sxXFE]*( *\[ *\d+%\])?", line) for line in said)
+        return "failed" if failed else "did not finish", f"not finished in {seconds:.0f} s: {said[-1]}"
     said = (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["nothing"])[-1].strip("= ")
     if done.returncode:
         print(done.stdout[-4000:])
-    return done.returncode == 0, said
+        sys.stderr.write(done.stderr[-4000:])
+    return "failed" if done.returncode else "passed", said
 
 
 def main() -> int:
@@ -63,13 +67,13 @@ def main() -> int:
         parser.error(f"--only: kinds are {', '.join(KINDS)}, got {args.only!r}")
     start, longest = time.monotonic(), args.seconds or SECONDS
     with ends_within(longest + 90):
-        passed, said = (True, "skipped") if args.skip_tests else device_tests(0.4 * longest)
+        ended, said = ("did not run", "skipped") if args.skip_tests else device_tests(0.4 * longest)
         print(f"kernel tests on the device: {said}", flush=True)
-        return measure(args, start, said) if passed else 1
+        return measure(args, start, ended, said) if ended != "failed" else 1
 
 
-def measure(args: argparse.Namespace, start: float, said: str) -> int:
-    """All but the tests, of which `said` is the outcome."""
+def measure(args: argparse.Namespace, start: float, ended: str, said: str) -> int:
+    """All but the tests, of which `ended` and `said` are the outcome: no target is met by kernels that they did not prove."""
     import jax
 
     from bench.kernel_report import document, show
@@ -77,6 +81,9 @@ def measure(args: argparse.Namespace, start: float, said: str) -> int:
     from bench.limits import measure_limits
 
     platform = jax.default_backend()
+    if ended == "passed" and platform != "cpu" and " passed" not in said:
+        ended = "did not run"  # all were skipped, as they are on a CPU
+    unproven = "" if ended == "passed" else f"not proven: device tests {ended}"
     setups = {"cpu": CPU, "gpu": GPU, "tiny": TINY}
     setup = setups["cpu" if platform == "cpu" else "gpu"] if args.setup == "auto" else setups[args.setup]
     limits = measure_limits(platform)
@@ -85,7 +92,10 @@ def measure(args: argparse.Namespace, start: float, said: str) -> int:
 
     def save(waiting: list[str]) -> dict:
         rows = sorted(bench.rows, key=lambda row: KINDS.index(row["kind"]))
-        result = document(limits, rows, judge(rows, platform), losses(rows), bench.absent,
+        verdicts = judge(rows, platform)
+        if unproven:
+            verdicts = [v if v.verdict == "not on this device" else v._replace(verdict=unproven) for v in verdicts]
+        result = document(limits, rows, verdicts, losses(rows), bench.absent,
                           bench.skipped + [f"{name}: not reached" for name in waiting], said)
         write(args.json, result)
         return result

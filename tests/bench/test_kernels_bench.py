@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 
 import numpy as np
 import pytest
@@ -271,21 +272,69 @@ def test_a_run_that_is_killed_leaves_what_it_measured(tmp_path, monkeypatch):
 def test_the_device_tests_need_nothing_but_pytest(tmp_path, monkeypatch):
     (tmp_path / "hypothesis.py").write_text("raise ImportError('not installed')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # no pytest-timeout
-    passed, said = kernels.device_tests(250)
-    assert passed and "skipped" in said, said
+    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", raising=False)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
+    ended, said = kernels.device_tests(250)
+    assert ended == "passed" and "skipped" in said, said
 
 
-def test_device_tests_that_fail_hang_or_cannot_run(tmp_path, monkeypatch):
+@pytest.fixture
+def device_test(tmp_path, monkeypatch):
+    """Gives the source of a test module that takes the place of the device tests."""
     monkeypatch.setattr(kernels, "TESTS", str(tmp_path / "test_it.py"))
-    (tmp_path / "test_it.py").write_text("def test_it():\n    assert False\n")
-    passed, said = kernels.device_tests(100)
-    assert not passed and said.startswith("1 failed")
-    (tmp_path / "test_it.py").write_text("def test_it():\n    __import__('time').sleep(100)\n")
-    passed, said = kernels.device_tests(5)
-    assert passed and said.startswith("not finished in 5 s")
+    return (tmp_path / "test_it.py").write_text
+
+
+def test_device_tests_that_pass_fail_or_cannot_run(device_test, monkeypatch, capsys):
+    device_test("def test_it(request):\n    assert not request.config.pluginmanager.list_plugin_distinfo()\n")
+    ended, said = kernels.device_tests(100)
+    assert ended == "passed" and said.startswith("1 passed")
+    assert capsys.readouterr().err == ""
+    device_test("def test_it():\n    assert False\n")
+    ended, said = kernels.device_tests(100)
+    assert ended == "failed" and said.startswith("1 failed")
+    device_test("__import__('os').abort()\n")
+    assert kernels.device_tests(100)[0] == "failed" and "Fatal Python error: Aborted" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert kernels.device_tests(5) == (True, "not run: pytest is not installed")
+    assert kernels.device_tests(5) == ("did not run", "not run: pytest is not installed")
+
+
+@pytest.mark.parametrize("progress, ended", [
+    ("", "did not finish"), ("..s.x   [ 50%]\n...", "did not finish"), ("..F. [ 50%]\n....", "failed"),
+    ("..s. [ 50%]\n.E..", "failed"), ("... [  9%]\nFatal Error", "did not finish")])
+def test_device_tests_that_take_too_long(monkeypatch, progress, ended):
+    def late(command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout, progress.encode() or None)
+
+    monkeypatch.setattr("bench.kernels.subprocess.run", late)
+    got, said = kernels.device_tests(5)
+    assert got == ended and said == f"not finished in 5 s: {progress.splitlines()[-1] if progress else 'nothing'}"
+
+
+def test_device_tests_that_hang(device_test):
+    device_test("def test_it():\n    __import__('time').sleep(100)\n")
+    assert kernels.device_tests(5)[0] == "did not finish"
+
+
+@pytest.mark.parametrize("platform, ended, said, verdict", [
+    ("cpu", "passed", "9 skipped", "met"), ("gpu", "passed", "9 passed, 1 skipped", "met"),
+    ("gpu", "passed", "9 skipped", "not proven: device tests did not run"),
+    ("gpu", "did not run", "not run: pytest is not installed", "not proven: device tests did not run"),
+    ("gpu", "did not finish", "not finished in 5 s: ...", "not proven: device tests did not finish"),
+    ("cpu", "did not run", "skipped", "not proven: device tests did not run")])
+def test_no_target_is_met_without_the_device_tests(tmp_path, monkeypatch, capsys, platform, ended, said, verdict):
+    path, judged = tmp_path / "out.json", [roofline.Verdict("t", "s", 2.0, 1.0, "met"),
+                                           roofline.Verdict("u", "", None, 1.0, "not on this device")]
+    monkeypatch.setattr(kernels, "device_tests", lambda seconds: (ended, said))
+    monkeypatch.setattr(kernels, "judge", lambda rows, platform: judged)
+    monkeypatch.setattr("jax.default_backend", lambda: platform)
+    monkeypatch.setattr("bench.kernel_runs.measure_all", lambda bench, kinds, save: None)
+    monkeypatch.setattr("bench.limits.measure_limits", lambda platform: Limits(1e10, {"float32": 1e11}))
+    monkeypatch.setattr("sys.argv", ["kernels", "--setup", "tiny", "--json", str(path)])
+    assert kernels.main() == 0
+    document = json.loads(path.read_text())
+    assert document["tests"] == said and [v["verdict"] for v in document["targets"]] == [verdict, "not on this device"]
+    assert verdict in capsys.readouterr().out
 
 
 def test_flex_attention_stays_compiled_after_many_shapes(monkeypatch):
