@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as pk
-from bench.kernel_cases import LAYOUT, reason
+from bench.kernel_cases import CACHE_BYTES, LAYOUT, reason
 from bench.roofline import token_bytes
 from bench.timing import Candidate
 from pallas_kernels.arg_specs import HeadSpec
@@ -23,7 +23,7 @@ from pallas_kernels.kv_write.api import IMPLEMENTATIONS
 from pallas_kernels.layout import from_storage, storage_dtype
 from pallas_kernels.page_copy.api import GATHER, SCATTER
 
-TURNS = 4  # index sets that take turns, so that no cache holds what a call reads
+TURNS = 4  # index sets that take turns at least; those of pages as many as no cache holds
 
 
 class Move(NamedTuple):
@@ -61,9 +61,9 @@ def moves(sizes: Sizes, platform: str, names: list[str]) -> Iterator[Move]:
     for n, impl in itertools.product(sizes.batches, names):
         moved = 2 * n * sizes.layers * sizes.page_size * row
         yield Move("page_copy", f"gather {n} pages", impl, moved,
-                   lambda n=n, i=impl: _checked(i, GATHER, lambda: _gather(sizes, state, n, i)))
+                   lambda n=n, i=impl: _checked(i, GATHER, lambda: _gather(state, page_sets(sizes, n, platform), i)))
         yield Move("page_copy", f"scatter {n} pages", impl, moved,
-                   lambda n=n, i=impl: _checked(i, SCATTER, lambda: _scatter(sizes, state, n, i)))
+                   lambda n=n, i=impl: _checked(i, SCATTER, lambda: _scatter(state, page_sets(sizes, n, platform), i)))
     for n in sizes.batches:
         for way in ("to host", "to device"):
             yield Move("tier", f"{n} pages {way}", "device_put", n * sizes.layers * sizes.page_size * row,
@@ -81,17 +81,26 @@ def _checked(impl: str, known: Any, make: Callable[[], Candidate]) -> Candidate:
         raise RuntimeError(reason(error)) from error
 
 
-def _indices(sizes: Sizes, n: int, of: int) -> list[jax.Array]:
-    """Index sets [n] within [0, of), each without repeats."""
+def page_sets(sizes: Sizes, n: int, platform: str) -> list[jax.Array]:
+    """Index sets [n] of pages, so many that together they exceed the cache, as far as the pool has other pages for them."""
+    size = n * sizes.layers * sizes.page_size * token_bytes(sizes.heads, sizes.kv_dtype)
+    enough = min(-(-CACHE_BYTES[platform] // size), sizes.pool_pages // n)
+    return _indices(n, sizes.pool_pages, max(sizes.turns, enough))
+
+
+def _indices(n: int, of: int, turns: int) -> list[jax.Array]:
+    """Index sets [n] within [0, of), each without repeats, and all of them together if there are enough."""
     rng = np.random.default_rng(n)
-    return [jnp.asarray(rng.permutation(of)[:n], jnp.int32) for _ in range(sizes.turns)]
+    if turns * n <= of:
+        return [jnp.asarray(part, jnp.int32) for part in np.split(rng.permutation(of)[:turns * n], turns)]
+    return [jnp.asarray(rng.permutation(of)[:n], jnp.int32) for _ in range(turns)]
 
 
 def _write(sizes: Sizes, state: dict[str, Any], tokens: int, impl: str) -> Candidate:
     """One layer's write of `tokens` rows into a donated pool, `turns` times."""
     rows = jax.random.normal(jax.random.key(0), (tokens, sizes.heads.kv_heads, sizes.heads.head_dim))
     rows = rows.astype(from_storage(state["pools"][0]).dtype)
-    slots = jnp.stack(_indices(sizes, tokens, sizes.pool_pages * sizes.page_size))
+    slots = jnp.stack(_indices(tokens, sizes.pool_pages * sizes.page_size, sizes.turns))
 
     def write(pool: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
         step = lambda pool, at: (pk.kv_write(pool, rows, rows, at, layout=LAYOUT, impl=impl), None)  # noqa: E731
@@ -111,25 +120,25 @@ def _write(sizes: Sizes, state: dict[str, Any], tokens: int, impl: str) -> Candi
     return Candidate(run, jax.block_until_ready, sizes.turns)
 
 
-def _gather(sizes: Sizes, state: dict[str, Any], n: int, impl: str) -> Candidate:
-    pages = _indices(sizes, n, sizes.pool_pages)
+def _gather(state: dict[str, Any], pages: list[jax.Array], impl: str) -> Candidate:
     call = jax.jit(lambda pools, at: pk.gather_pages(pools, at, layout=LAYOUT, impl=impl))
     return Candidate(lambda: [call(state["pools"], at) for at in pages], jax.block_until_ready, len(pages))
 
 
-def _scatter(sizes: Sizes, state: dict[str, Any], n: int, impl: str) -> Candidate:
-    pages = _indices(sizes, n, sizes.pool_pages)
-    data = jax.jit(lambda pools, at: pk.gather_pages(pools, at, layout=LAYOUT, impl="xla") + 1)(state["pools"], pages[0])
+def _scatter(state: dict[str, Any], pages: list[jax.Array], impl: str) -> Candidate:
+    """Every set has data of its own, which no cache holds either."""
+    more = jax.jit(lambda pools, at: pk.gather_pages(pools, at, layout=LAYOUT, impl="xla") + 1)
+    data = [more(state["pools"], at) for at in pages]
     call = jax.jit(lambda pools, at, data: pk.scatter_pages(pools, at, data, layout=LAYOUT, impl=impl), donate_argnums=0)
     back = jax.jit(lambda pools, at: pk.gather_pages(pools, at, layout=LAYOUT, impl="xla"))
 
     def run() -> Any:
-        for at in pages:
-            state["pools"] = call(state["pools"], at, data)
+        for at, part in zip(pages, data, strict=True):
+            state["pools"] = call(state["pools"], at, part)
         return state["pools"]
 
     run()
-    if not bool((back(state["pools"], pages[-1]) == data).all()):
+    if not bool((back(state["pools"], pages[-1]) == data[-1]).all()):
         raise AssertionError("pages are not what was written")
     return Candidate(run, jax.block_until_ready, len(pages))
 

@@ -11,7 +11,7 @@ from bench import kernels, roofline, tune
 from bench.kernel_cases import CACHE_BYTES, attention, dense, difference, make_case
 from bench.kernel_peers import peers
 from bench.kernel_runs import GPU, TINY, Bench, measure_all, sections
-from bench.page_moves import Sizes, moves
+from bench.page_moves import TURNS, Sizes, moves, page_sets
 from bench.roofline import TARGETS, Limits, Target, Work, attention_work, bound, judge, kind_of, losses, token_bytes
 from bench.timing import Candidate, time_together
 from bench.torch_peers import flex
@@ -179,6 +179,23 @@ def test_moves_are_checked_and_counted():
         ("tier", "3 pages to device"): 3 * page}
     with pytest.raises(RuntimeError, match="not registered"):
         next(m for m in moves(sizes, "cpu", ["gone"])).make()
+
+
+def test_pages_that_take_turns_exceed_the_cache(monkeypatch):
+    model = MODELS[GPU.model]
+    sizes = Sizes(model, GPU.dtype, 16, model.layers, GPU.pool_pages, GPU.writes, GPU.batches)
+    page = 16 * 4096 * 32  # tokens, bytes of one, layers: 2 MiB
+    assert {n: len(page_sets(sizes, n, "gpu")) for n in GPU.batches} == {1: 128, 4: 32, 16: 8, 64: 4, 256: 4}
+    for n in GPU.batches:
+        pages = np.concatenate(page_sets(sizes, n, "gpu"))
+        assert len(set(pages)) == len(pages) and len(pages) * page >= CACHE_BYTES["gpu"] > 50 << 20, "an H100's L2"
+    assert [len(page_sets(sizes, n, "cpu")) for n in (1, 64)] == [TURNS, TURNS]
+    small = sizes._replace(pool_pages=20)
+    assert [len(page_sets(small, n, "gpu")) for n in (1, 3, 7)] == [20, 6, TURNS], "more would be the same pages again"
+    monkeypatch.setitem(CACHE_BYTES, "cpu", 10 << 20)
+    tiny = Sizes(SMALL, "float32", 4, 2, 16, (6,), (3,), turns=2)
+    made = [m.make() for m in moves(tiny, "cpu", ["xla"]) if m.kind == "page_copy"]
+    assert [candidate.calls for candidate in made] == [5, 5]
 
 
 @pytest.mark.parametrize("batch", [BatchSpec((1, 1), (50, 50)), BatchSpec((5, 1, 9), (30, 40, 9))], ids=["decode", "mixed"])
