@@ -271,6 +271,9 @@ class Engine:
             if bad:
                 raise ValueError(f"{name} holds token id {bad[0]!r}, outside of the vocabulary of {self.vocab_size}")
         room = self.max_model_len - len(prompt)
+        if params.min_tokens > room:
+            raise ValueError(f"min_tokens must be at most {room}, what the prompt leaves of max_model_len, "
+                             f"got {params.min_tokens}")
         return min(params.max_tokens or room, room)
 
     def _grammar(self, params: SamplingParams) -> Grammar | None:

@@ -132,7 +132,7 @@ class JaxExecutor:
         for name, column in self._by_slot.items():
             column[admit.slot] = values[name]
         bans = admit.params.min_tokens and admit.params.structured is None  # else the mask knows better
-        self._ban_until[admit.slot] = admit.prompt_len + admit.params.min_tokens if bans else 0
+        self._ban_until[admit.slot] = min(admit.prompt_len + admit.params.min_tokens, 2**31 - 1) if bans else 0
         self._logprobs[admit.slot] = admit.params.logprobs is not None
         self._embed[admit.slot] = admit.params.embed
         if admit.params.needs_slot_state:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxkv.params import SamplingParams
+from jaxkv.params import CacheHints, SamplingParams
 from tests.engine_harness import BUDGET, POOL, engine, executor, greedy, model, run_all
 from tests.oracle import DenseOracle
 
@@ -110,6 +110,36 @@ def test_stop_ids_are_banned_until_min_tokens_and_end_the_sequence_after(run):
     assert cut.tokens == [stop] and cut.deltas[-1].finish_reason == "stop" and cut.deltas[-1].stop_reason == stop
     held = run_all(run, {"m": (PROMPT, greedy(12, stop_token_ids=(stop,), min_tokens=5))})["m"]
     assert len(held.tokens) >= 5 and stop not in held.tokens[:4]
+
+
+@pytest.mark.parametrize("size", [2**31 - 1, 2**31, 2**63 - 1, 2**63, 10**30])
+def test_no_number_is_too_large_for_the_device(run, size):
+    """Each is refused where it comes in, or does no harm: a column of 32 bits that overflows would end the server."""
+    fields = ("min_tokens", "max_tokens", "seed", "top_k", "n", "logprobs", "prompt_logprobs", "temperature", "top_p", "min_p",
+              "repetition_penalty", "presence_penalty", "frequency_penalty")
+    refused = set()
+    for name, value in [*((name, size) for name in fields), ("seed", -size), ("stop_token_ids", (size,)),
+                        ("logit_bias", {size: 1.0}), ("logit_bias", {1: size}), ("priority", size), ("retention", size)]:
+        hints = {name: value} if name in ("priority", "retention") else {}
+        params = {"max_tokens": None, "temperature": 1.0, "presence_penalty": 1.0} | ({} if hints else {name: value})
+        try:
+            run.add_request(name, PROMPT, SamplingParams(**params), CacheHints(**hints))
+        except ValueError as error:
+            assert str(error).startswith(name)
+            refused.add(name)
+        while run.has_work:
+            run.step()
+    assert "min_tokens" in refused and not {"max_tokens", "top_k"} & refused
+    with pytest.raises(ValueError, match="prompt holds token id"):
+        run.add_request("prompt", [1, size], greedy(1))
+
+
+def test_min_tokens_may_be_all_that_the_window_leaves(run):
+    room = run.max_model_len - len(PROMPT)
+    params = greedy(None, stop_token_ids=tuple(range(20)), min_tokens=room)
+    assert len(run_all(run, {"r": (PROMPT, params)})["r"].tokens) == room
+    with pytest.raises(ValueError, match=f"min_tokens must be at most {room}, what the prompt leaves of max_model_len, got"):
+        run.add_request("more", PROMPT, greedy(None, min_tokens=room + 1))
 
 
 def test_any_of_several_eos_ids_ends_an_answer(run):

@@ -263,6 +263,19 @@ def test_metrics_match_usage(http):
     assert grown == [usage["completion_tokens"], usage["prompt_tokens"]]
 
 
+def test_numbers_too_large_for_the_device_end_nobodys_answer(http):
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 2}
+    for path, body in (("/v1/chat/completions", chat), ("/v1/completions", {"prompt": "x", "max_tokens": 2})):
+        for size in (2**31 - 1, 2**31, 2**63 - 1, 2**63, 10**30):
+            limit = dict.fromkeys([name for name in body if name.startswith("max")])
+            more = ({"stop_token_ids": [size]}, {"logit_bias": {str(size): 1}}, {"seed": size}, {"priority": size})
+            for fields in ({"min_tokens": size} | limit, {"top_k": size, "temperature": 1}, *more):
+                answer = http.post(path, json=body | fields)
+                assert answer.status_code in (200, 400), answer.text
+                assert answer.status_code == 200 or answer.json()["error"]["param"].partition("[")[0] in fields
+                assert "min_tokens" not in fields or answer.status_code == 400
+
+
 def test_model_without_weights_is_one_line(tmp_path):
     code, errors = ServerProcess("-m", "jaxkv.serve", "--port", "0", "--model", str(tmp_path)).end(120)
     assert code == 2 and len(errors.splitlines()) == 1 and str(tmp_path) in errors, errors
