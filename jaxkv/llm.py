@@ -135,18 +135,16 @@ class LLM:
                 hints = CacheHints(**{key: prompt[key] for key in _HINTS if key in prompt})
             except ValueError as error:
                 raise ValueError(f"{name}.{error}") from None
-            if len(keys) == 2:
-                text, ids = prompt["prompt"], prompt["prompt_token_ids"]
-                ids = _token_ids(ids, f"{name}.prompt_token_ids")
+            if "prompt_token_ids" in keys:
+                text, ids = prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"], f"{name}.prompt_token_ids")
                 return _Input(text if isinstance(text, str) else None, ids, hints)
-            key = keys.pop()
-            prompt, field = prompt[key], f"{name}.{key}"
+            prompt, field = prompt["prompt"], f"{name}.prompt"
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError(f"{field} must not be empty")
             with _naming(name):
                 return _Input(prompt, self._tokenizer("a prompt as text").encode(prompt), hints)
-        return _Input(None, _token_ids(prompt, field), hints)
+        return _Input(None, _token_ids(prompt, field, "a string or a list of token ids"), hints)
 
     def _run(self, inputs: Sequence[_Input], sampling_params: SamplingParams | Sequence[SamplingParams] | None,
              use_tqdm: bool) -> list[RequestOutput]:
@@ -279,9 +277,9 @@ def _named_conversations(messages: Any) -> list[tuple[str, Sequence[Message]]]:
     return [("", messages)]
 
 
-def _token_ids(ids: Any, name: str) -> list[int]:
+def _token_ids(ids: Any, name: str, what: str = "a list of token ids") -> list[int]:
     if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Sequence):
-        raise ValueError(f"{name} must be a string or a list of token ids, got {type(ids).__name__}")
+        raise ValueError(f"{name} must be {what}, got {type(ids).__name__}")
     if not ids:
         raise ValueError(f"{name} must not be empty")
     bad = next((token for token in ids if not _is_int(token)), None)

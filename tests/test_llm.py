@@ -149,6 +149,8 @@ def test_chat(llm):
     (["ok", [5, 400]], None, r"prompts\[1\].*token id 400.*vocabulary of 400"),
     (["ok", [5] * 128], None, r"prompts\[1\].*128 tokens; max_model_len is 128"),
     ({"text": "x"}, None, "prompts has an unknown key 'text'"),
+    ({"prompt_token_ids": "12 13"}, None, "prompts.prompt_token_ids must be a list of token ids, got str"),
+    ([{"prompt": "x", "prompt_token_ids": ""}], None, r"prompts\[0\].prompt_token_ids must be a list of token ids, got str"),
     ({}, None, "prompts must hold prompt or prompt_token_ids"),
     ({"prompt": "x", "cache_salt": 3}, None, "prompts.cache_salt must be a string"),
     ("\ud800", None, "prompt is not valid Unicode"),
