@@ -20,7 +20,7 @@ from jaxkv.generate import runner
 from jaxkv.generate.__main__ import main
 from jaxkv.generate.journal import Journal
 from jaxkv.generate.lines import Lines, pipeline
-from jaxkv.generate.work import Work
+from jaxkv.generate.work import Preparer, Work
 from tests.text_models import SMALL, small_llm, small_model
 
 ROOT = Path(__file__).parent.parent
@@ -254,6 +254,24 @@ def test_bad_lines_are_records_and_the_others_go_on(generate):
     assert {error["param"] for error in plain.values()} == {"max_tokens", "prompt", "stop_token_ids"}
     assert "max_model_len" in plain[14]["message"]
     assert records[17]["error"]["code"] == "invalid_json_line"
+
+
+@pytest.mark.parametrize("line", [
+    '{"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "user": DEEP}}',
+    '{"prompt": DEEP}', '{"prompt": "x", "max_tokens": 2, "id": DEEP}', '{"custom_id": DEEP}'])
+def test_a_line_that_is_nested_too_deeply_is_an_error_and_the_others_go_on(generate, line):
+    line = line.replace("DEEP", "[" * 300 + "]" * 300)
+    code, records = generate(jsonl({"prompt": "a", "max_tokens": 2}, line + "\n", {"prompt": "b", "max_tokens": 2}))
+    assert code == 0 and [n for n, record in records.items() if record.get("error")] == [1]
+    assert records[1]["error"]["message"] == "the line may be nested at most 100 levels deep, got more"
+
+
+def test_a_line_whose_preparation_fails_is_an_error_and_the_others_go_on(generate, monkeypatch, caplog):
+    inner = Preparer._work
+    monkeypatch.setattr(Preparer, "_work", lambda self, number, *rest: 1 // (number != 1) and inner(self, number, *rest))
+    code, records = generate(jsonl(*plain_rows(3)))
+    assert code == 0 and [n for n, record in records.items() if record.get("error")] == [1]
+    assert records[1]["error"]["code"] == "generation_failed" and "line 1 cannot be prepared" in caplog.text
 
 
 def test_overrides_win(generate):

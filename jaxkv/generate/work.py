@@ -6,6 +6,7 @@ classes do both. Nothing here fails: a line that cannot be answered becomes a ``
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -19,6 +20,7 @@ from jaxkv.runtime.structured.compiler import Grammar, GrammarCompiler
 from jaxkv.runtime.tokenizer import Tokenizer
 from jaxkv.serve import chat, completions
 from jaxkv.serve.answer import Choice, Form, best_of, usage_of
+from jaxkv.serve.bounds import check_levels
 from jaxkv.serve.calls import Call, Mailbox
 from jaxkv.serve.dialect import ChatOptions, choose_dialect
 from jaxkv.serve.envelope import Envelope, envelope_of
@@ -26,6 +28,7 @@ from jaxkv.serve.errors import ApiError, bad_request, generation_failed
 from jaxkv.serve.logprobs import TokenText
 from jaxkv.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
 
+log = logging.getLogger("jaxkv")
 _URLS = ("/v1/chat/completions", "/v1/completions")
 _SEED_BYTES = 8
 
@@ -105,10 +108,15 @@ class Preparer:
                 raise bad_request(f"the line is not valid JSON: {error}", code="invalid_json_line") from None
             if not isinstance(data, dict):
                 raise bad_request(f"the line must be a JSON object, got {type(data).__name__}")
+            check_levels(data, "the line")
             envelope = envelope_of(data, envelope)
             return self._work(number, line, data, envelope)
         except ApiError as error:
             return Refused(number, digest(line), envelope.refusal(error))
+        except Exception:  # ends this line and not the batch
+            log.exception("line %d cannot be prepared", number)
+            why = "internal error: the line cannot be prepared"
+            return Refused(number, digest(line), envelope.refusal(generation_failed(why)))
 
     def _work(self, number: int, line: bytes, data: dict[str, Any], envelope: Envelope) -> Work:
         """Raises ApiError."""
