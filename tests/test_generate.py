@@ -1,5 +1,6 @@
 """``python -m jaxkv.generate``: formats, bad lines, and coming back after an interruption of any kind."""
 
+import errno
 import json
 import os
 import re
@@ -351,6 +352,17 @@ def test_files_that_do_not_fit(generate, capsys, tmp_path):
     assert "cannot be read" in call("--input", str(tmp_path), "--output", target)
     assert "cannot be written" in call("--input", str(generate.source), "--output", missing)
     assert "must not be the input" in call("--input", str(generate.source), "--output", str(generate.source))
+    os.mkfifo(target)
+    for special in ("/dev/null", target):
+        assert "must be a regular file" in call("--input", str(generate.source), "--output", special)
+
+
+def test_an_output_that_cannot_be_read_is_one_line(generate, capsys, monkeypatch):
+    def failing(fd, length):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("jaxkv.generate.journal.os.ftruncate", failing)
+    assert "cannot be read: Input/output error" in refused(capsys, lambda: generate(jsonl(*plain_rows(1))))
 
 
 def test_two_processes_do_not_share_an_output(generate, capsys):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from jaxkv.config import ConfigError
 
 
 class Journal:
-    """Opens ``path`` to go on with it, or creates it. ConfigError if it holds anything but our own records."""
+    """Opens ``path`` to go on with it, or creates it. ConfigError if it is no file or holds anything but our
+    own records."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -31,13 +33,18 @@ class Journal:
             raise ConfigError(f"output {str(path)!r} is being written by another process") from None
         except OSError as error:
             raise ConfigError(f"output {str(path)!r} cannot be written: {error.strerror}") from None
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):  # reading a pipe would never end
+            os.close(self._fd)
+            raise ConfigError(f"output {str(path)!r} must be a regular file")
         self.done: dict[int, str] = {}  # number of the input line -> its digest
         self.num_errors = 0
         try:
             self._read()
-        except ConfigError:
+        except (ConfigError, OSError) as error:
             os.close(self._fd)
-            raise
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"output {str(path)!r} cannot be read: {error.strerror}") from None
 
     def check(self, digest_of: Callable[[int], str | None]) -> None:
         """Compares every record with its input line, None where there is none. ConfigError if the input was changed."""
