@@ -77,8 +77,8 @@ class LLM:
         may carry the fields of ``CacheHints``, such as ``cache_salt``), or a list of these.
 
         ``sampling_params`` is one for all or a list with one per prompt. Everything is checked before anything runs:
-        ValueError names the prompt, the field and the limit. After any exception, Ctrl-C included, nothing of this
-        call is left in the engine.
+        ValueError names the prompt, the field and the limit. After an exception, Ctrl-C included, nothing of this
+        call is left in the engine; after one from inside a step of the engine, every later call raises RuntimeError.
         """
         return self._run([self._input(prompt, name) for name, prompt in _named_prompts(prompts)], sampling_params,
                          use_tqdm)

@@ -16,7 +16,7 @@ import pytest
 import jaxkv
 from jaxkv import LLM, SamplingParams, Structured
 from jaxkv.cli import EngineOptions, engine_config
-from jaxkv.runtime import weights
+from jaxkv.runtime import executor, weights
 from tests.text_models import SMALL, small_llm, small_model
 
 ROOT = Path(__file__).parent.parent
@@ -203,7 +203,7 @@ def test_paths_may_be_path_objects(tmp_path):
     assert config.model.model == config.cache.disk_kv_path == str(tmp_path)
 
 
-def test_a_failure_in_the_middle_leaves_nothing(llm, monkeypatch):
+def test_a_failure_between_steps_leaves_nothing(llm, monkeypatch):
     step, calls = llm.engine.step, []
 
     def failing():
@@ -218,6 +218,29 @@ def test_a_failure_in_the_middle_leaves_nothing(llm, monkeypatch):
     monkeypatch.undo()
     assert not llm.engine.has_work
     assert llm.generate("The quick", GREEDY, use_tqdm=False)[0].finished
+
+
+@pytest.mark.parametrize("where", ["JaxExecutor._submit", "Handle._read"])
+def test_a_failure_inside_a_step_is_told_by_every_later_call(model_dir, monkeypatch, where):
+    owner, name = getattr(executor, where.partition(".")[0]), where.partition(".")[2]
+    inner, calls = getattr(owner, name), []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("boom")
+        return inner(*args)
+
+    with LLM(str(model_dir), **SMALL) as llm:
+        monkeypatch.setattr(owner, name, failing)
+        with pytest.raises(RuntimeError, match="^boom$"):
+            llm.generate(["a", "b"] * 5, GREEDY, use_tqdm=False)
+        monkeypatch.undo()
+        assert not llm.engine.has_work
+        for call in (llm.generate, lambda text, *rest, **more: llm.chat([{"role": "user", "content": text}], *rest, **more)):
+            with pytest.raises(RuntimeError, match="the engine has failed.*RuntimeError: boom") as told:
+                call("The quick", GREEDY, use_tqdm=False)
+            assert str(told.value.__cause__) == "boom"
 
 
 @pytest.fixture

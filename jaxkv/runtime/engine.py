@@ -38,7 +38,10 @@ IDLE_WAIT_S = 0.01  # longest sleep while nothing but fetches is under way
 
 
 class Engine:
-    """Built by ``startup.build_engine``. ``add_request`` and ``abort`` are called between steps, on the engine's thread."""
+    """Built by ``startup.build_engine``. ``add_request`` and ``abort`` are called between steps, on the engine's thread.
+
+    An error that leaves ``step`` is the engine's end: what was planned and what ran no longer agree. ``has_work`` is then
+    False, and ``add_request`` and ``step`` raise RuntimeError that names the error."""
 
     def __init__(
         self, config: EngineConfig, scheduler: Scheduler, executor: JaxExecutor, *, model_name: str, max_model_len: int,
@@ -66,6 +69,7 @@ class Engine:
         self._children: dict[str, list[str]] = {}  # user's request id -> ids of its open children
         self._pending: tuple[StepPlan, StepHandle] | None = None
         self._counter = 0
+        self._failure: BaseException | None = None  # the first error that left a step
 
     def describe(self) -> tuple[str, ...]:
         """What was built, in lines for a person: pools and tiers in tokens and bytes, executables, implementations."""
@@ -73,13 +77,14 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._pending is not None
+        return self._failure is None and (self.scheduler.has_work or self._pending is not None)
 
     def add_request(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams,
         hints: CacheHints = NO_HINTS,
     ) -> None:
         """Queues a prompt; its ``params.n`` children share the prompt's KV. ValueError names the field and the limit."""
+        self._check_alive()
         if request_id in self._children:
             raise ValueError(f"request_id {request_id!r} is already in use")
         prompt = tuple(prompt_token_ids)
@@ -113,6 +118,8 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees its pages now; unknown ids are ignored (it may just have finished)."""
+        if self._failure is not None:
+            return
         for child in self._children.pop(request_id, ()):
             if self._outputs.pop(child, None) is not None:
                 self._unseen.discard(child)
@@ -123,6 +130,14 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """One iteration: plan and submit, then learn from the step before (or, without overlap, from this one)."""
+        self._check_alive()
+        try:
+            return self._step()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _step(self) -> list[Delta]:
         t0 = time.thread_time()
         if self.executor.tiers.host_lost and self.scheduler.cache.has_host_tier:
             self.scheduler.lose_host_tier()
@@ -174,7 +189,8 @@ class Engine:
         if disk is None:
             return
         end = self._clock() + timeout
-        while not self.has_work and self._clock() < end and (plan := self.scheduler.plan_saves(SAVE_PAGES, self._clock())):
+        whole = self._failure is None and not self.has_work
+        while whole and self._clock() < end and (plan := self.scheduler.plan_saves(SAVE_PAGES, self._clock())):
             self.scheduler.commit(plan, self.executor.submit(plan).read(), self._clock())
             disk.flush(max(0.0, end - self._clock()))
         disk.close(max(1.0, end - self._clock()))
@@ -257,6 +273,11 @@ class Engine:
                 del self._children[delta.request_id]
             self.metrics.finished[delta.finish_reason] += 1
         return delta
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"the engine has failed, and has to be built anew: {type(self._failure).__name__}: "
+                               f"{self._failure}") from self._failure
 
     def _check(self, prompt: tuple[int, ...], params: SamplingParams) -> int:
         """The request's max_tokens, resolved against the window."""
