@@ -31,6 +31,8 @@ log = logging.getLogger("jaxkv.serve")
 MAX_QUESTIONS = 8
 ADD_TOKENS = 2**16  # of prompts that come between two steps, and one prompt more: running sequences wait meanwhile
 REPORT_S = 10.0  # between two lines in the log about a busy engine
+CLOSE_S = 3.0  # for what a disk tier is to keep when the server ends
+LATE_S = 2.0  # by which closing may take longer, with a disk that is slow to the last
 IDLE_CHECK_S = 5.0  # idle time after which the engine recomputes its page ownership, once
 
 
@@ -55,7 +57,7 @@ class EngineLike(Protocol):
     def check(self) -> None: ...
     def inspect_kv(self, top: int) -> dict[str, Any]: ...
     def report(self) -> str | None: ...
-    def close(self) -> None: ...
+    def close(self, timeout: float = ...) -> None: ...
 
 
 Question = tuple[Callable[[EngineLike], Any], "asyncio.Future[Any]"]
@@ -81,7 +83,7 @@ class EngineLoop:
         self._adds: list[Call] = []  # under _wakeup, like the next two
         self._aborts: list[str] = []
         self._questions: list[Question] = []
-        self._stopping = False
+        self._stopping = self._closing = False
         self._step_timeout = step_timeout  # seconds; 0: a step may take any time
         self._busy_since = 0.0  # when the round under way began; 0: none is
         self._next_report = time.monotonic() + REPORT_S
@@ -163,11 +165,14 @@ class EngineLoop:
         return call
 
     def stop(self, timeout: float) -> bool:
-        """Ends the thread after its current step; False if it did not end in time. Blocks."""
+        """Ends the thread after its current step, which gets ``timeout`` seconds, and closes the engine, which gets
+        ``CLOSE_S``; False if it did not end in time. Blocks."""
         with self._wakeup:
             self._stopping = True
             self._wakeup.notify()
         self._thread.join(timeout)
+        if self._closing:
+            self._thread.join(CLOSE_S + LATE_S)
         return not self._thread.is_alive()
 
     # --- on the event loop, called from the engine thread
@@ -228,7 +233,8 @@ class EngineLoop:
             self._post(self._set_ready, engine)
             while self._work(engine):
                 pass
-            engine.close()
+            self._closing = True
+            engine.close(CLOSE_S)
         except BaseException as error:  # reported, then the process ends: a supervisor starts a fresh one
             if not isinstance(error, ConfigError):
                 log.exception("the engine failed")

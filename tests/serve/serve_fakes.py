@@ -107,7 +107,7 @@ class FakeEngine:
     def report(self):
         return None
 
-    def close(self):
+    def close(self, timeout=10.0):
         self.closed = True
         if self.grammars:
             self.grammars.close()

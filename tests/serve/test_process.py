@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from serve_fakes import ROOT, ServerProcess, wait_for
 
+from jaxkv.serve.server import FLUSH_S
+
 # The real command line, socket, server and signals around the fake engine.
 MAIN = f"""
 import sys
@@ -38,6 +40,11 @@ def build(config, show_progress=False):
         engine.crash = RuntimeError("device lost")
     if config.seed == 16:
         engine.step = lambda: time.sleep(60)
+    if config.seed == 18:
+        def close(timeout):
+            time.sleep(timeout)
+            print("all is on disk", file=sys.stderr, flush=True)
+        engine.close = close
     if config.seed == 17:
         def render(messages, chat_template):
             raise ValueError("no such filter in " + chat_template)
@@ -166,6 +173,14 @@ def test_signal_when_idle(number):
     assert urllib.request.urlopen(f"{url}/models").status == 200  # leaves an idle connection behind
     process.child.send_signal(number)
     assert process.end(15)[0] == 0
+
+
+def test_a_disk_tier_that_takes_its_time_is_closed():
+    process = start("--seed", "18")
+    process.ready()
+    began = time.monotonic()
+    process.child.terminate()
+    assert process.end(20) == (0, "all is on disk\n") and time.monotonic() - began > FLUSH_S
 
 
 def test_open_requests_get_the_grace_time():
