@@ -247,6 +247,7 @@ def whole_steps() -> Iterator[Any]:
         yield check
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    check()  # it may have come after the last step
 
 
 @contextlib.contextmanager

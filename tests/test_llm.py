@@ -16,6 +16,7 @@ import pytest
 import jaxkv
 from jaxkv import LLM, SamplingParams, Structured
 from jaxkv.cli import EngineOptions, engine_config
+from jaxkv.llm import whole_steps
 from jaxkv.runtime import executor, weights
 from tests.text_models import SMALL, small_llm, small_model
 
@@ -262,6 +263,15 @@ def test_ctrl_c_leaves_nothing(llm, default_sigint):
     killer.join()
     assert signal.getsignal(signal.SIGINT) is before
     assert not llm.engine.has_work
+
+
+def test_ctrl_c_after_the_last_step_is_not_lost(default_sigint):
+    with pytest.raises(KeyboardInterrupt), whole_steps() as check_interrupt:
+        check_interrupt()
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(ValueError, match="the first"), whole_steps():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("the first")
 
 
 def test_it_works_from_another_thread(llm):
