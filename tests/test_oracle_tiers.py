@@ -1,5 +1,6 @@
 """Pages that come from the disk, or fail to, change nothing in the tokens: the oracle of test_oracle.py below the host tier."""
 
+import threading
 import time
 
 import pytest
@@ -7,8 +8,9 @@ import pytest
 pytest.importorskip("xxhash", reason="the disk tier needs xxhash")
 
 from jaxkv.cache.costs import Costs
+from jaxkv.runtime.disk import DiskStore
 from jaxkv.types import Tier
-from tests.engine_harness import disk_store, engine, executor, run_all
+from tests.engine_harness import disk_store, engine, executor, greedy, run_all
 from tests.test_oracle import assert_greedy, follow_ups, requests
 
 
@@ -102,6 +104,32 @@ def test_pages_that_do_not_come_are_computed(fault, highest_precision, tmp_path,
     stats = with_disk.scheduler.cache.stats
     assert stats.failed_loads > 0 and [e for e in with_disk.events if e[0] == "failed"]
     assert fault == "late" or store.stats().corrupt > 0
+    with_disk.close()
+
+
+def test_pages_under_way_are_let_go_when_nobody_waits_for_them(highest_precision, tmp_path, monkeypatch):
+    """An abort while the disk is slow, and no request after it."""
+    monkeypatch.setattr(Costs, "measured", False)  # as above
+    run = executor(False)
+    store = disk_store(tmp_path, run)
+    with_disk = engine(run, pages=40, disk=store)
+    prompts = [[(7 * i + 11 * j) % 60 + 1 for i in range(50)] for j in range(6)]
+    for prompt in prompts:
+        run_all(with_disk, {"r": (prompt, greedy(3))})
+    assert store.flush(30)
+    read, go = DiskStore._read, threading.Event()
+    monkeypatch.setattr(DiskStore, "_read", lambda *args: go.wait(10) and read(*args))
+    with_disk.add_request("gone", prompts[0], greedy(3))
+    with_disk.step()
+    with_disk.abort("gone")
+    for _ in range(3):
+        assert with_disk.has_work and not with_disk.step()
+    assert with_disk.metrics.device.pages_active > 0
+    go.set()
+    while with_disk.has_work:
+        assert not with_disk.step()
+    assert with_disk.metrics.device.pages_active == 0 and run.tiers.fetches.host_bytes_held() == 0
+    with_disk.check()
     with_disk.close()
 
 

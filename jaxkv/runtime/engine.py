@@ -77,7 +77,13 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._failure is None and (self.scheduler.has_work or self._pending is not None)
+        """Whether to step. Pages under way count: a step learns that they came, and lets go of them if nobody wants them."""
+        return self._failure is None and (self._open or self.scheduler.cache.loading)
+
+    @property
+    def _open(self) -> bool:
+        """Whether a request is, or a step that has not been read."""
+        return self.scheduler.has_work or self._pending is not None
 
     def add_request(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams,
@@ -189,7 +195,7 @@ class Engine:
         if disk is None:
             return
         end = self._clock() + timeout
-        whole = self._failure is None and not self.has_work
+        whole = self._failure is None and not self._open
         while whole and self._clock() < end and (plan := self.scheduler.plan_saves(SAVE_PAGES, self._clock())):
             self.scheduler.commit(plan, self.executor.submit(plan).read(), self._clock())
             disk.flush(max(0.0, end - self._clock()))
