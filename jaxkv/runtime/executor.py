@@ -48,7 +48,7 @@ class JaxExecutor:
         # CPU seconds of this thread, but for "wait": wall seconds until a result was there
         self.stage_seconds = {"moves": 0.0, "pack": 0.0, "dispatch": 0.0, "wait": 0.0}
         self._pages_per_seq = -(-max_model_len // kv.page_size)
-        self._tables = np.zeros((len(kv.groups), max_num_seqs, self._pages_per_seq), np.int32)
+        self._tables = np.full((len(kv.groups), max_num_seqs, self._pages_per_seq), -1, np.int32)  # -1: no page
         self._by_slot = {f.name: np.zeros(max_num_seqs, np.dtype(f.dtype)) for f in _BY_SLOT}
         self._ban_until = np.zeros(max_num_seqs, np.int32)  # first position at which stop ids may be sampled
         self._check_batches = check_batches
@@ -128,6 +128,7 @@ class JaxExecutor:
         return self.tiers.bytes_held()
 
     def _admit(self, admit: Admit) -> None:
+        self._tables[:, admit.slot] = -1
         values = sampling.columns_for(admit.params, admit.seed, admit.child)
         for name, column in self._by_slot.items():
             column[admit.slot] = values[name]
@@ -147,6 +148,7 @@ class JaxExecutor:
             for g, (first, pages) in enumerate(c.pages):
                 if pages:
                     tables[g, c.slot, first : first + len(pages)] = pages
+                    tables[g, c.slot, first + len(pages) :] = -1
         slots = np.array([c.slot for c in chunks], np.int32)
         starts = np.array([c.start for c in chunks], np.int32)
         lens = np.array([len(c.tokens) for c in chunks], np.int32)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxkv.params import CacheHints, SamplingParams
+from jaxkv.types import Admit, Chunk, StepPlan
 from tests.engine_harness import BUDGET, POOL, engine, executor, greedy, model, run_all
 from tests.oracle import DenseOracle
 
@@ -225,6 +226,19 @@ def test_bfloat16_stays_close_to_the_dense_forward():
         agree += [int(row.argmax()) == t for row, t in zip(rows, r.tokens)]
     assert max(errors) < 0.35 and np.mean(errors) < 0.05, (max(errors), np.mean(errors))
     assert np.mean(agree) > 0.85, np.mean(agree)
+
+
+def test_a_length_beyond_the_pages_of_its_own_sequence_is_refused(highest_precision):
+    """Though the slot's last sequence left pages there, which exist."""
+    run = executor(False)
+    admit = Admit(0, "r", SamplingParams(), 0, 0, 12, (), ())
+    chunk = lambda *pages: Chunk("r", 0, 0, tuple(range(12)), 1, ((0, pages),))  # noqa: E731
+    assert run.submit(StepPlan(1, admits=(admit,), chunks=(chunk(5, 6, 7),))).read().tokens
+    fewer = chunk(11, 12)
+    for plan in (StepPlan(2, chunks=(fewer,)), StepPlan(3, admits=(admit,), chunks=(fewer,)),
+                 StepPlan(4, admits=(admit,), chunks=(chunk(),))):
+        with pytest.raises(ValueError, match=r"page [02] of its table must be in \[0, 160\), got -1"):
+            run.submit(plan)
 
 
 def test_a_thousand_requests_with_every_feature_compile_nothing(highest_precision):
