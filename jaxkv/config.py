@@ -126,7 +126,7 @@ class SchedConfig:
     max_num_batched_tokens: int = 2048
     enable_chunked_prefill: bool = True
     overlap: bool = True  # plan and submit step n + 1 before step n is read
-    check_batches: bool = False  # look at the page tables and lengths of a step before it runs; for debugging
+    check_batches: bool = False  # look at the pages and lengths of a step before it runs; for debugging
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -110,7 +110,7 @@ _OPTIONS = {
         _Option("max_num_batched_tokens", "int", "token budget of one step"),
         _Option("enable_chunked_prefill", "switch", "split long prompts over steps"),
         _Option("overlap", "switch", "plan a step while the previous one runs"),
-        _Option("check_batches", "switch", "look at the page tables and lengths of a step before it runs; for debugging"),
+        _Option("check_batches", "switch", "look at the pages and lengths of a step before it runs; for debugging"),
     ),
 }
 _KINDS = {option.name: option.kind for options in _OPTIONS.values() for option in options}

@@ -54,7 +54,7 @@ class JaxExecutor:
         self._check_batches = check_batches
         self._logprobs = [False] * max_num_seqs
         self._embed = [False] * max_num_seqs
-        self.tiers = Tiers(kv, mesh, host_bytes, form or PageForm(kv, mesh), disk, attention_impl)
+        self.tiers = Tiers(kv, mesh, host_bytes, form or PageForm(kv, mesh), disk, attention_impl, check_batches)
         self._zero_state = compile_zero_state(kv, max_num_seqs, spec.vocab_size, mesh)
         self.state = self._zero_state()
         self._planners = {s: _planner(spec, kv, s, mesh.size, attention_impl) for s in self.shapes}

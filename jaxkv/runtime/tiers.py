@@ -28,15 +28,16 @@ log = logging.getLogger("jaxkv")
 
 
 class Tiers:
-    """``apply`` runs the transfers of a plan on the pools and returns the new pools."""
+    """``apply`` runs the transfers of a plan on the pools and returns the new pools. ``check``: ValueError for a page outside
+    its pool, instead of what the kernels make of it."""
 
     def __init__(self, kv: KVSpec, mesh: Mesh, host_bytes: int, form: PageForm, disk: DiskStore | None = None,
-                 impl: str = "auto") -> None:
+                 impl: str = "auto", check: bool = False) -> None:
         self.host: dict[tuple[int, int], jax.Array] = {}  # (group, host page) -> page
         self.host_bytes = host_bytes
         self.host_lost = False  # memory ran out: pages demoted since then do not exist
         self.disk = disk
-        self._kv = kv
+        self._kv, self._check = kv, check
         self._on_device = form.sharding()
         self._on_host = form.sharding("pinned_host") if host_bytes or disk else None
         self._page_bytes = form.bytes
@@ -191,8 +192,11 @@ class Tiers:
         return self._ids(g, moves, _destinations(moves))
 
     def _ids(self, g: int, moves: list[PageMove], pages: list[int]) -> np.ndarray:
-        """Page numbers padded to the batch size with one that no pool has."""
-        return np.array(pages + [self._kv.num_pages[g]] * (padded(len(moves)) - len(moves)), np.int32)
+        """Page numbers of a pool, padded to the batch size with one that no pool has."""
+        most = self._kv.num_pages[g]
+        if self._check and (bad := [page for page in pages if not 0 <= page < most]):
+            raise ValueError(f"a page to move must be in [0, {most}) in group {g}, got {bad[0]}")
+        return np.array(pages + [most] * (padded(len(moves)) - len(moves)), np.int32)
 
 
 def _destinations(moves: list[PageMove]) -> list[int]:
