@@ -48,13 +48,16 @@ def note_implementation(op: str, name: str) -> None:
 
 @contextmanager
 def implementations_used() -> Iterator[dict[tuple[str, str], None]]:
-    """The (op, implementation) that this thread traces from here on to the end of the block, in order."""
+    """The (op, implementation) that this context traces from here on to the end of the block, in order. Blocks nest; threads
+    that trace for it run in copies of the context."""
     used: dict[tuple[str, str], None] = {}
     token = _used.set(used)
     try:
         yield used
     finally:
         _used.reset(token)
+        if (outer := _used.get()) is not None:
+            outer.update(used)
 
 
 def implementations_in_use() -> tuple[tuple[str, str], ...]:

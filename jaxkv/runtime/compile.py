@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from contextvars import copy_context
 from functools import partial
 
 import jax
@@ -48,7 +49,8 @@ def compile_steps(
 
     out: dict[BatchShape, Callable] = {}
     with ThreadPoolExecutor(2) as pool:  # tracing holds the interpreter lock, compiling does not
-        for shape, fn in zip(layouts, pool.map(compile_one, layouts.values())):
+        here = [copy_context() for _ in layouts]  # who notes down which kernels are traced
+        for shape, fn in zip(layouts, pool.map(lambda context, layout: context.run(compile_one, layout), here, layouts.values())):
             out[shape] = fn
             if progress:
                 progress(len(out), len(layouts))

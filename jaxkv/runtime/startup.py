@@ -87,7 +87,7 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
     scheduler = Scheduler(sched, controller, max_model_len, step_sizes=step_sizes(shapes))
     loaded = time.perf_counter()
     with tqdm(desc="compiling steps", total=len(shapes), unit="", disable=not show_progress, leave=False) as bar, \
-            logging_redirect_tqdm(), _refusals(impl), \
+            logging_redirect_tqdm(), _refusals(impl), ops.implementations_used() as used, \
             _memory_for("the KV pools and a step: lower kv_cache_memory, max_num_seqs or max_num_batched_tokens"):
         executor = JaxExecutor(
             model.spec, model.params, kv, mesh, max_num_seqs=sched.max_num_seqs,
@@ -95,14 +95,15 @@ def build_engine(config: EngineConfig, *, show_progress: bool = False) -> Engine
             host_bytes=capacity.host_bytes, attention_impl=impl, form=form, disk=disk,
             check_batches=sched.check_batches, progress=partial(_advance, bar) if show_progress else _logged())
     compiled = time.perf_counter()
-    description = describe(config, model, mesh, kv, capacity, executor, loaded - start, compiled - loaded)
+    kernels = ", ".join(f"{op} {name}" for op, name in used)
+    description = describe(config, model, mesh, kv, capacity, executor, kernels, loaded - start, compiled - loaded)
     return Engine(config, scheduler, executor, model_name=model.name, max_model_len=max_model_len,
                   vocab_size=vocab, tokenizer=tokenizer, weight_bytes=model.nbytes, capacity=capacity,
                   eos_ids=eos_ids, default_sampling=defaults,
                   grammars=GrammarCompiler(tokenizer, vocab, eos_ids) if tokenizer else None, description=description,
                   info={"model": model.name, "dtype": model.spec.dtype, "platform": platform,
                         "kv_layout": layout, "kv_cache_dtype": kv_dtype, "eviction_policy": cache.eviction_policy,
-                        "kernels": _kernels()})
+                        "kernels": kernels})
 
 
 def _check(config: EngineConfig, spec: ModelSpec, mesh: Mesh) -> None:
@@ -162,7 +163,7 @@ def use_compile_cache() -> None:
 
 def describe(
     config: EngineConfig, model: LoadedModel, mesh: Mesh, kv: KVSpec, capacity: Capacity, executor: JaxExecutor,
-    load_seconds: float, compile_seconds: float,
+    kernels: str, load_seconds: float, compile_seconds: float,
 ) -> tuple[str, ...]:
     """What was built, a line per fact."""
     device = mesh.devices.flat[0]
@@ -182,7 +183,7 @@ def describe(
         f"KV tier (disk): {executor.tiers.disk.describe()}" if executor.tiers.disk else "KV tier (disk): none",
         f"eviction: {config.cache.eviction_policy}; prefix cache {'on' if config.cache.enable_prefix_caching else 'off'}",
         f"pool layout: {kv.layout}, KV dtype: {kv.groups[0].dtype}, below the device: {config.cache.kv_codec}",
-        f"kernels: {_kernels()}",
+        f"kernels: {kernels}",
         f"{len(executor.shapes)} step executables, ready in {compile_seconds:.1f} s",
     )
 
@@ -218,10 +219,6 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
             yield from _leaves(inner)
     else:
         yield error
-
-
-def _kernels() -> str:
-    return ", ".join(f"{op} {name}" for op, name in ops.implementations_in_use())
 
 
 def _advance(bar: tqdm, done: int, total: int) -> None:

@@ -107,6 +107,18 @@ def test_compiling_shows_its_progress(terminal, monkeypatch, caplog, capsys):
     assert ("\r" in err and "compiling steps" in err) == terminal
 
 
+def test_an_engine_names_its_own_kernels():
+    """Whatever other engines of the process run, and whether its steps are traced or kept ones."""
+    found = []
+    for impl in ("ref", "auto", "ref", "auto"):
+        engine = startup.build_engine(engine_config(
+            {"model": str(small_model()), **SMALL, "max_num_seqs": 1, "max_num_batched_tokens": 16, "attention_impl": impl}))
+        engine.close()
+        found.append(set(engine.metrics.info["kernels"].split(", ")))
+        assert f"kernels: {engine.metrics.info['kernels']}" in engine.describe()
+    assert found[:2] == found[2:] and found[0] ^ found[1] >= {"ragged_paged_attention ref", "ragged_paged_attention xla"}
+
+
 def test_lines_are_seconds_apart(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "jaxkv")
     now = iter([10.0, 12.0, 15.0, 19.0, 30.0])
