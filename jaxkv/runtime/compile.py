@@ -49,8 +49,8 @@ def compile_steps(
 
     out: dict[BatchShape, Callable] = {}
     with ThreadPoolExecutor(2) as pool:  # tracing holds the interpreter lock, compiling does not
-        here = [copy_context() for _ in layouts]  # who notes down which kernels are traced
-        for shape, fn in zip(layouts, pool.map(lambda context, layout: context.run(compile_one, layout), here, layouts.values())):
+        compiles = [partial(copy_context().run, compile_one, layout) for layout in layouts.values()]  # kernels traced are noted
+        for shape, fn in zip(layouts, pool.map(lambda run: run(), compiles)):
             out[shape] = fn
             if progress:
                 progress(len(out), len(layouts))

@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import pallas_kernels as ops
 from jaxkv.cache.controller import CacheController
-from jaxkv.config import CacheConfig, ConfigError, EngineConfig
+from jaxkv.config import ATTENTION_IMPLS, CacheConfig, ConfigError, EngineConfig
 from jaxkv.device.batch import batch_shapes, step_sizes
 from jaxkv.device.sampling import sampler_bytes
 from jaxkv.device.spec import KVSpec, ModelSpec, cached_dtype, kv_groups
@@ -183,9 +183,18 @@ def describe(
         f"KV tier (disk): {executor.tiers.disk.describe()}" if executor.tiers.disk else "KV tier (disk): none",
         f"eviction: {config.cache.eviction_policy}; prefix cache {'on' if config.cache.enable_prefix_caching else 'off'}",
         f"pool layout: {kv.layout}, KV dtype: {kv.groups[0].dtype}, below the device: {config.cache.kv_codec}",
-        f"kernels: {kernels}",
+        f"kernels: {kernels}", *_why_not_ours(config.model.attention_impl, device.platform, kernels),
         f"{len(executor.shapes)} step executables, ready in {compile_seconds:.1f} s",
     )
+
+
+def _why_not_ours(impl: str, platform: str, kernels: str) -> tuple[str, ...]:
+    """A line where "auto" leaves the platform's own attention kernel aside."""
+    own = f"mosaic_{platform}"
+    if impl != "auto" or own not in ATTENTION_IMPLS or f"ragged_paged_attention {own}" in kernels:
+        return ()
+    return (f"attention_impl auto: XLA; {own} is there, but no result on this hardware is committed: --attention-impl {own} "
+            "takes it",)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,8 +12,11 @@ import pytest
 from jaxkv.cli import engine_config
 from jaxkv.config import ConfigError
 from jaxkv.device.sampling import init_sampler_state, sampler_bytes
+from jaxkv.device.spec import KVSpec, kv_groups
 from jaxkv.runtime import startup, weights
-from jaxkv.runtime.memory import _steady, check_memory, free_device_memory
+from jaxkv.runtime.memory import Capacity, _steady, check_memory, free_device_memory
+from jaxkv.runtime.weights import LoadedModel
+from tests.engine_harness import model
 from tests.text_models import SMALL, small_model
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "vocab_size": 51, "hidden_size": 16, "intermediate_size": 24,
@@ -117,6 +121,21 @@ def test_an_engine_names_its_own_kernels():
         found.append(set(engine.metrics.info["kernels"].split(", ")))
         assert f"kernels: {engine.metrics.info['kernels']}" in engine.describe()
     assert found[:2] == found[2:] and found[0] ^ found[1] >= {"ragged_paged_attention ref", "ragged_paged_attention xla"}
+
+
+@pytest.mark.parametrize("platform, impl, runs, said", [
+    ("gpu", "auto", "xla", True), ("tpu", "auto", "xla", True), ("cpu", "auto", "xla", False), ("gpu", "xla", "xla", False),
+    ("gpu", "auto", "mosaic_gpu", False), ("tpu", "mosaic_tpu", "mosaic_tpu", False)])
+def test_auto_says_that_it_leaves_the_kernels_of_an_accelerator_aside(platform, impl, runs, said):
+    devices = SimpleNamespace(flat=[SimpleNamespace(platform=platform, device_kind="faked")])
+    spec, params, _ = model(False)
+    groups = kv_groups(spec, 1, "float32")
+    lines = startup.describe(
+        engine_config({"attention_impl": impl}), LoadedModel(spec, params, Path(), "m", {}, ""),
+        SimpleNamespace(size=1, devices=devices), KVSpec(groups, (2,), 16, "head_major"), Capacity((2,), 1, (0,), 0),
+        SimpleNamespace(tiers=SimpleNamespace(disk=None), shapes=()), f"ragged_paged_attention {runs}, kv_write xla", 1.0, 1.0)
+    said_so = [line for line in lines if f"mosaic_{platform} is there" in line]
+    assert len(said_so) == said and all(f"--attention-impl mosaic_{platform} takes it" in line for line in said_so)
 
 
 def test_lines_are_seconds_apart(monkeypatch, caplog):
