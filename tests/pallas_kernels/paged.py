@@ -137,6 +137,25 @@ def _scores(case: Case, scale, window, soft_cap):
             yield s, kv_head, here, np.where(seen[:, None], x, -np.inf)
 
 
+def with_nan(case: Case, seq: int, part: int) -> Case:
+    """The case with NaN as the last key (part 0) or value (1) but one of a sequence, in a head_major pool."""
+    at, page_size = int(case.kv_lens[seq]) - 2, case.pool.shape[3]
+    pool = case.pool.copy()
+    pool.view(jnp.bfloat16 if pool.dtype == np.uint16 else pool.dtype)[case.page_table[seq, at // page_size], part, :,
+                                                                       at % page_size] = np.nan
+    return replace(case, pool=pool)
+
+
+def check_nan(case: Case, result, *, seq: int, part: int) -> None:
+    """What sees the NaN of `with_nan` is NaN; other sequences are finite."""
+    out, lse = (np.asarray(x, np.float32) for x in result)
+    begin, end = case.cu_q_lens[seq], case.cu_q_lens[seq + 1]
+    here = slice(max(begin, end - 2), end)
+    assert np.isnan(out[here]).all() and (part == 1 or np.isnan(lse[here]).all())
+    others = np.r_[0:begin, end : case.real_rows]
+    assert others.size and np.isfinite(out[others]).all() and np.isfinite(lse[others]).all()
+
+
 def check(case: Case, result, *, tolerance=None, lse_tolerance=2e-5, **options) -> None:
     """Compare (output, lse) with the oracle; every real row must be finite, padding must be 0 and -inf."""
     out, lse = (np.asarray(x) for x in result)

@@ -22,7 +22,7 @@ from pallas_kernels.ragged_paged_attention.mosaic_gpu import entry, plan
 from pallas_kernels.ragged_paged_attention.params import AttentionParams
 from pallas_kernels.ragged_paged_attention.tuning import Chip
 
-from .paged import TOLERANCE, check, make_case, quantised
+from .paged import TOLERANCE, check, check_nan, make_case, quantised, with_nan
 
 SMALL = Chip("h100", 3, 232_448, 233_472)  # so few multiprocessors that sequences are cut and workers have several items
 
@@ -132,6 +132,16 @@ def test_mass(q_lens, kv_lens, options):
     assert mass.shape == want.shape and mass.dtype == np.float32
     np.testing.assert_allclose(mass, want, atol=1e-5)
     assert (mass[want == 0] == 0).all() and (mass[0] > 0).any()
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["key", "value"])
+@pytest.mark.parametrize("quant", [None, "int8", "float8_e4m3fn"])
+def test_a_visible_nan_comes_out(quant, part):
+    case = with_nan(make_case([1, 2, 1], [33, 150, 40], heads=(4, 2), head_dim=64, dtype="float16"), 1, part)
+    q, pool, *rest = case.args
+    args = (q, quantised(pool, quant) if quant else pool, *rest, None, None)
+    result = entry.ragged_paged_attention(*args, params=params_of(max_q_len=2), chip=SMALL, interpret=InterpretGPUParams())
+    check_nan(case, result[:2], seq=1, part=part)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from pallas_kernels.ragged_paged_attention.mosaic_gpu.prefill_jobs import make_j
 from pallas_kernels.ragged_paged_attention.mosaic_gpu.prefill_tuning import PrefillBlocks
 from pallas_kernels.ragged_paged_attention.params import AttentionParams
 
-from .paged import TOLERANCE, make_case, oracle, quantised
+from .paged import TOLERANCE, check_nan, make_case, oracle, quantised, with_nan
 
 SMALL = PrefillBlocks(keys=64, stages=2, own_output=True, ctas=2)
 
@@ -101,6 +101,16 @@ def test_quantised_pools(kv_dtype, q_dtype, shape, options, blocks):
     n = case.real_rows
     np.testing.assert_allclose(out[:n].astype(jnp.float32), want[0][:n], atol=TOLERANCE[q_dtype], rtol=TOLERANCE[q_dtype])
     np.testing.assert_allclose(lse[:n], want[1][:n], atol=TOLERANCE[q_dtype], rtol=TOLERANCE[q_dtype])
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["key", "value"])
+@pytest.mark.parametrize("quant", [None, "int8", "float8_e4m3fn"])
+def test_a_visible_nan_comes_out(quant, part):
+    case = with_nan(make_case([40, 30], [150, 60], heads=(2, 1), head_dim=32, dtype="float16"), 0, part)
+    q, pool, *rest = case.args
+    args = (q, quantised(pool, quant) if quant else pool, *rest)
+    check_nan(case, attend(*args, tiles_of(case, 6), params=AttentionParams("head_major", 0.3, None, None, None)), seq=0,
+              part=part)
 
 
 def test_no_races_and_the_same_bits_twice():

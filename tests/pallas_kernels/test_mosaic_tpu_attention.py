@@ -14,7 +14,7 @@ from pallas_kernels.ragged_paged_attention import ref
 from pallas_kernels.ragged_paged_attention.mosaic_tpu import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.params import AttentionParams
 
-from .paged import TOLERANCE, check, make_case, quantised
+from .paged import TOLERANCE, check, check_nan, make_case, quantised, with_nan
 
 MIXED = ([1, 20, 0, 1, 40, 3], [5, 300, 9, 1, 40, 77])
 SCALE = 0.3
@@ -99,6 +99,13 @@ def test_quantised_pools_against_the_definition(quant, page_size, head_dim, layo
     args, sinks = tpu_args(case, quant, layout), sinks_of(6)
     static = params(window=25, mass="token", layout=layout, scale=head_dim**-0.5)
     same(run(args, sinks, static), definition(args, sinks, static), case)
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["key", "value"])
+@pytest.mark.parametrize("quant,layout", [(None, "head_major"), ("int8", "head_major"), ("float8_e4m3fn", "paired")])
+def test_a_visible_nan_comes_out(quant, layout, part):
+    case = with_nan(make_case([1, 3, 20], [33, 40, 50], heads=(2, 1), head_dim=16), 1, part)
+    check_nan(case, run(tpu_args(case, quant, layout), None, params(layout=layout))[:2], seq=1, part=part)
 
 
 @pytest.mark.parametrize("mass,layout", [("page", "head_major"), ("token", "head_major"), ("token", "paired")])

@@ -14,7 +14,7 @@ import pallas_kernels as pk
 from pallas_kernels.arg_specs import BATCHES, MODELS
 from pallas_kernels.quant import quantize_rows
 
-from .paged import CPU_IMPLS, check, make_case, oracle, oracle_mass, to_pool
+from .paged import CPU_IMPLS, check, check_nan, make_case, oracle, oracle_mass, quantised, to_pool, with_nan
 
 MIXED = dict(q_lens=[1, 5, 0, 20, 1, 3], kv_lens=[33, 5, 0, 50, 1, 19])  # decodes, whole and later chunks, a draft, padding
 impls = pytest.mark.parametrize("impl", CPU_IMPLS)
@@ -153,6 +153,16 @@ def test_quantised_keys_and_values(impl, layout, dtype):
     case, pool = quantized(make_case(**MIXED), dtype, layout)
     q, _, *rest = case.args
     check(case, attend(q, pool, *rest, layout=layout, scale=0.3, impl=impl), scale=0.3, tolerance=1e-5)
+
+
+@impls
+@pytest.mark.parametrize("part", [0, 1], ids=["key", "value"])
+@pytest.mark.parametrize("quant", [None, "int8", "float8_e4m3fn"])
+def test_a_visible_nan_comes_out(impl, quant, part):
+    case = with_nan(make_case(**MIXED), 3, part)
+    q, pool, *rest = case.args
+    pool = quantised(pool, quant) if quant else pool
+    check_nan(case, attend(q, pool, *rest, layout="head_major", scale=0.3, impl=impl), seq=3, part=part)
 
 
 @impls

@@ -134,7 +134,7 @@ def _attend(
         total = total * shrink + weights.sum(axis=1)
         plgpu.barrier_wait(v_ready.at[stage])
         if shape.quantised and not shape.scaled_values:
-            weights = jnp.where(weights > 0, weights * _by_key(shape, scales.at[stage, :, 1]), 0.0)  # unseen scales may be NaN
+            weights = jnp.where(weights == 0, 0.0, weights * _by_key(shape, scales.at[stage, :, 1]))  # unseen scales may be NaN
         p_smem[...] = weights.astype(p_smem.dtype)
         if shape.quantised:
             v_block = wide_smem.at[:, pl.ds(0, shape.width)]
@@ -253,8 +253,8 @@ def _store(shape: DecodeShape, head, item: _Item, acc, top, total, o_ref, lse_re
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    part, safe = jax.lax.axis_index("slice"), jnp.where(total > 0, total, 1.0)
-    lse_smem[...] = jnp.where(total > 0, top + jnp.log(safe) * LOG2E, EMPTY)
+    part, safe = jax.lax.axis_index("slice"), jnp.where(total == 0, 1.0, total)  # NaN stays
+    lse_smem[...] = jnp.where(total == 0, EMPTY, top + jnp.log(safe) * LOG2E)
     out = acc / jax.lax.broadcast_in_dim(safe, acc.shape, [0])
     for at in range(0, shape.width, shape.store_width):
         plgpu.wait_smem_to_gmem(0)

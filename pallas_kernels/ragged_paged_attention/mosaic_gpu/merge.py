@@ -133,7 +133,7 @@ def _merge(
             pl.when(number < count)(partial(fetch, np.int32(number)))
         zero = shape.place(jnp.zeros((blocks.rows, blocks.columns), jnp.float32), layout)
         acc, top, total = jax.lax.fori_loop(np.int32(0), count, step, (zero, state(EMPTY), state(0.0)))
-        safe = jnp.where(total > 0, total, 1.0)
+        safe = jnp.where(total == 0, 1.0, total)
         o_smem[0] = acc / spread(safe)
         lse_smem[0, rows] = top + jnp.log(safe) * LOG2E
         plgpu.commit_smem()

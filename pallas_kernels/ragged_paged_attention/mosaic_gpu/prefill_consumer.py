@@ -183,7 +183,7 @@ def _zero(shape: PrefillShape, v_block, first: jax.Array, stop: jax.Array) -> No
 def _store(shape: PrefillShape, job: Job, wg, state: State, out_tile, lse_row, out, lse) -> None:
     """Normalise and write the rows that the job has, 8 at a time, and the log-sum-exp of the whole tile."""
     acc, top, total = state
-    total = jnp.where(total > 0, total, 1.0)
+    total = jnp.where(total == 0, 1.0, total)
     out_tile[...] = (acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])).astype(out.dtype)
     lse_row[...] = top * math.log(2) + jnp.log(total)
     plgpu.commit_smem()

@@ -89,11 +89,15 @@ class Fetcher(NamedTuple):
 
         lax.fori_loop(0, count, page, I32(0))
 
+    def _seen(self, tile: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[start, stop) of a tile, counted from a block's first key."""
+        key = self.key(tile, block)
+        return self.start[tile] - key, self.stop[tile] - key
+
     def clear_unseen_values(self, tile: jax.Array, block: jax.Array, slot: jax.Array) -> None:
         """Zero the values (keys too where paired) that lie outside [start, stop): weight 0 times NaN is NaN."""
-        last = self.buffer.shape[2] - 1
-        key, keys = self.key(tile, block), self.shape.keys
-        low, high = self.start[tile] - key, self.stop[tile] - key
+        last, keys = self.buffer.shape[2] - 1, self.shape.keys
+        low, high = self._seen(tile, block)
 
         @pl.when((low > 0) | (high < keys))
         def _():
@@ -114,15 +118,20 @@ class Fetcher(NamedTuple):
         part = min(which, self.buffer.shape[2] - 1)
         return self.buffer[slot, :, part, head].reshape(self.shape.keys, self.shape.width).astype(dtype)
 
+    def value_scales(self, tile: jax.Array, block: jax.Array, slot: jax.Array, head: int) -> jax.Array:
+        """The `row_scales` of values, 0 outside [start, stop)."""
+        low, high = self._seen(tile, block)
+        at = lax.broadcasted_iota(I32, (1, self.shape.keys), 1)
+        return jnp.where((at >= low) & (at < high), self.row_scales(slot, 1, head), 0.0)
+
     def row_scales(self, slot: jax.Array, which: int, head: int) -> jax.Array:
-        """Their scales as [1, keys] float32, 0 for those that are not finite, which may lie where nothing was written.
+        """Their scales as [1, keys] float32; anything outside [start, stop), where nothing may have been written.
 
         They come as [pages, ps]. Mosaic does not reshape that to lanes, but every page can be repeated along the lanes, by
         doubling, and then be kept where it belongs.
         """
         pages, size, keys = self.shape.pages, self.shape.page_size, self.shape.keys
         wide = self.scale_buffer[slot, :, which, head]
-        wide = jnp.where(jnp.abs(wide) < jnp.inf, wide, 0.0)
         if size < LANES:
             wide = jnp.concatenate([wide, jnp.zeros((pages, LANES - size), jnp.float32)], axis=1)
             while size < LANES:

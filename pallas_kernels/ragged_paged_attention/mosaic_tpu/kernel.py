@@ -150,7 +150,7 @@ def _program(static: Static, quantised: bool, has_prior: bool, *arguments: Any) 
 
             fetch.wait_copy(tile, block, slot)
             fetch.clear_unseen_values(tile, block, slot)
-            _attend_block(static, fetch, scratch, tile, slot, tiles.position[tile] - fetch.key(tile, block))
+            _attend_block(static, fetch, scratch, tile, block, slot, tiles.position[tile] - fetch.key(tile, block))
             return carry
 
         lax.fori_loop(0, blocks, do_block, I32(0))
@@ -197,7 +197,7 @@ def scores(static: Static, fetch: Fetcher, q: jax.Array, slot: jax.Array, head: 
 
 
 def _attend_block(
-    static: Static, fetch: Fetcher, scratch: Scratch, tile: jax.Array, slot: jax.Array, position: jax.Array
+    static: Static, fetch: Fetcher, scratch: Scratch, tile: jax.Array, block: jax.Array, slot: jax.Array, position: jax.Array
 ) -> None:
     """Let a tile's queries see a block. A row that sees nothing of it before it has seen any key gathers rubbish of top
     EMPTY, which its first key, and its own is always there, wipes out."""
@@ -211,7 +211,7 @@ def _attend_block(
         scratch.top[head] = top
         scratch.total[head] = scratch.total[head] * shrink + _by_lane(weights)
         if fetch.scales is not None:
-            weights = weights * fetch.row_scales(slot, 1, head)
+            weights = weights * fetch.value_scales(tile, block, slot, head)
         values = fetch.rows(slot, 1, head, static.product)
         new = jnp.dot(weights.astype(static.product), values, precision=static.precision, preferred_element_type=jnp.float32)
         scratch.acc[head] = scratch.acc[head] * widen(shrink, new.shape[1]) + new
