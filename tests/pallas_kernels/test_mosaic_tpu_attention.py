@@ -116,6 +116,13 @@ def test_mass_against_the_definition(mass, layout, options):
     same(run(args, sinks, static), definition(args, sinks, static), case)
 
 
+@pytest.mark.parametrize("page_size", [48, 96])
+def test_mass_of_pages_that_do_not_divide_128_keys(page_size):
+    case = make_case([1, 20, 150], [5, 500, 400], page_size=page_size, heads=(2, 1))
+    args, static = tpu_args(case), params(mass="token")
+    same(run(args, None, static), definition(args, None, static), case)
+
+
 def test_mass_without_sinks_counts_the_queries():
     case = make_case(*MIXED, heads=(6, 2))
     mass = run(tpu_args(case), None, params(mass="page"))[2]
@@ -149,6 +156,12 @@ def test_what_the_kernel_cannot_do_it_refuses(reason, change):
     args = case.args if bits else tpu_args(case)
     with pytest.raises(NotImplementedError, match=reason):
         ragged_paged_attention(*args, None, None, params=params(layout=layout))
+
+
+def test_mass_refuses_blocks_that_vmem_does_not_hold():
+    case = make_case([3], [9], page_size=1008, heads=(2, 2), head_dim=128)
+    with pytest.raises(NotImplementedError, match="8064 of page size 1008 take 8257536 bytes"):
+        jax.eval_shape(lambda *a: ragged_paged_attention(*a, None, None, params=params(mass="page")), *tpu_args(case))
 
 
 def same(got, want, case):

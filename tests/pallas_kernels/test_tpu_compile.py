@@ -180,6 +180,13 @@ def test_attention_over_quantised_pools_with_mass(chip, kv_dtype, page_size, hea
     assert temporaries(compiled) < bytes_of(s.pool()) / 8
 
 
+@pytest.mark.parametrize("shape", [
+    dict(page_size=48), dict(page_size=96), dict(heads=(32, 32), dtype="float32", kv_dtype="float32")], ids=str)
+def test_mass_of_other_pages_and_of_many_heads(shape):
+    s = Shapes(**dict(tokens=256, seqs=8, columns=64) | shape)
+    assert kernels(compile_attention(s, return_mass="token")) == 3
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("shape", [
     dict(), dict(page_size=64, tokens=2048), dict(kv_dtype="float32"), dict(kv_dtype="int8"),

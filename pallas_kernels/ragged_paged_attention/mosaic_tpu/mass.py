@@ -7,6 +7,7 @@ is complete when its block is left and is written once.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from .kernel import LOG2_E, Static, scores
 from .packing import Tiles
 
 I32 = jnp.int32
+MAX_BLOCK_BYTES = 4 << 20  # of keys; two blocks are in VMEM
 
 
 def attention_mass(
@@ -30,13 +32,16 @@ def attention_mass(
 
     sequences: a tile list with one tile, of any height, for each; table, q, pool, scales: as for `kernel.attend`; lse:
     [R * G, 128] float32, sinks included; real_group: query heads of a KV head, without padding.
-    NotImplementedError: blocks that are not a multiple of 128 keys.
+    NotImplementedError: pages of which only too many together are a multiple of 128 keys.
     """
     kv_heads, _, width = q.shape
-    shape = static.block
-    if shape.keys % LANES:
-        raise NotImplementedError(f"attention mass needs blocks of a multiple of {LANES} keys, not {shape.keys} of page size "
-                                  f"{shape.page_size}")
+    unit = LANES // math.gcd(LANES, static.block.page_size)
+    shape = static.block._replace(pages=-(-static.block.pages // unit) * unit)
+    static = static._replace(block=shape)
+    size = shape.keys * kv_heads * -(-width // LANES) * LANES * pool.dtype.itemsize
+    if size > MAX_BLOCK_BYTES:
+        raise NotImplementedError(f"attention mass needs blocks of a multiple of {LANES} keys: {shape.keys} of page size "
+                                  f"{shape.page_size} take {size} bytes of VMEM, of which they may have {MAX_BLOCK_BYTES}")
     sequences = sequences._replace(start=sequences.start // shape.keys * shape.keys)
     context = -(-shape.columns * shape.page_size // shape.keys) * shape.keys
     zeros = jnp.zeros((seqs, kv_heads, context), jnp.float32)
