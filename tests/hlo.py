@@ -11,6 +11,7 @@ _INSTRUCTION = re.compile(r"^ +(?:ROOT )?%\S+ = (.*?) ([a-z][a-z-]*)\(")
 _ARRAY = re.compile(r"[a-z]\w*\[([\d,]*)\](\{\S*?\})?")
 # Name what is there already; a -done or -update names what its -start made.
 _VIEWS = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "conditional", "call", "opt-barrier"}
+_FETCHES = {"copy-start", "slice-start", "custom-call"}  # the last joins slices
 _PLACES = {"copy-start": slice(1), "collective-permute-start": slice(1, 2)}  # of the result among what the type names
 
 Shape = tuple[int, ...]
@@ -35,18 +36,18 @@ def given(opcode: str, result: str) -> list[tuple[Shape, bool]]:
     return arrays[_PLACES.get(opcode, slice(None))]
 
 
-def made(text: str, like: Iterable[Shape], tokens: int) -> Counter[tuple[str, Shape]]:
-    """How often an instruction makes an array in main memory with the elements of one of ``like``, in whatever order and type.
+def made(text: str, like: Iterable[Shape], *rows: int) -> Counter[tuple[str, Shape]]:
+    """How often an instruction makes an array with the elements of one of ``like``, in whatever order and type.
 
-    Not counted: activations of as many elements, known by their dimension ``tokens``.
+    Not counted: activations of as many elements, known by a dimension in ``rows``; what a TPU fetches into its vector memory.
     """
     like = {tuple(sorted(shape)) for shape in like}
     sizes = set(map(math.prod, like))
     return Counter((opcode, shape) for opcode, result in instructions(text)
                    if opcode not in _VIEWS and not opcode.endswith(("-update", "-done"))
                    for shape, vector_memory in given(opcode, result)
-                   if not vector_memory
-                   and (tuple(sorted(shape)) in like or (math.prod(shape) in sizes and tokens not in shape)))
+                   if not (vector_memory and opcode in _FETCHES)
+                   and (tuple(sorted(shape)) in like or (math.prod(shape) in sizes and not set(rows) & set(shape))))
 
 
 def collectives(text: str, entry: bool | None = None) -> Counter[tuple[str, Shape]]:

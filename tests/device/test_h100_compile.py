@@ -104,7 +104,7 @@ def check_copies(compiled, arguments: tuple, shape: BatchShape, config: dict, gp
     weights, pools = ([x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(tree) if x.ndim > 1]
                       for tree in (params, state.pools))
     item = params[0].dtype.itemsize
-    made = hlo.made(compiled.as_text(), weights + pools, shape.tokens)
+    made = hlo.made(compiled.as_text(), weights + pools, shape.tokens, shape.rows)
     assert made == Counter(("fusion", pool) for pool in pools)
 
     if not kernels:  # XLA's attention has buffers of its own
