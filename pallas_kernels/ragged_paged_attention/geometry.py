@@ -56,10 +56,11 @@ class Tiles(NamedTuple):
     stop: jax.Array
 
 
-class Blocks(NamedTuple):
-    """Tiles cut into blocks of pages; entries from `total` on are meaningless.
+class Splits(NamedTuple):
+    """What tiles read, cut into runs of blocks of pages, the longest first; entries from `total` on have no keys (`stop` is 0).
 
-    By block [I]: `row` of its tile, `key` position of its first key, `start` and `stop` of its tile; `pages` [I, n].
+    By split [I]: `row` of its tile, `key` position of its first key, `start` and `stop` of its tile, `blocks` in it, its
+    `pages` [I, n].
     """
 
     total: jax.Array
@@ -67,6 +68,7 @@ class Blocks(NamedTuple):
     key: jax.Array
     start: jax.Array
     stop: jax.Array
+    blocks: jax.Array
     pages: jax.Array
 
 
@@ -130,19 +132,28 @@ def tile_list(runs: Runs, batch: Batch, *, tile: int, most: int, window: int | N
     return Tiles(tiles[-1], row, rows, run, start, stop)
 
 
-def block_list(tiles: Tiles, table: jax.Array, *, block_pages: int, page_size: int, num_pages: int) -> Blocks:
-    """What each tile reads, cut into blocks of `block_pages` pages."""
-    pages = table.shape[1]
+def split_list(
+    tiles: Tiles, table: jax.Array, *, at_once: int, most_blocks: int, block_pages: int, page_size: int, num_pages: int
+) -> Splits:
+    """What each tile reads, cut into splits of at most `most_blocks` blocks of `block_pages` pages, and into smaller ones
+    where there would be fewer than twice as many splits as are worked on `at_once`."""
+    count, pages = tiles.row.shape[0], table.shape[1]
     first, last = tiles.start // page_size, (tiles.stop - 1) // page_size
-    real = (tiles.stop > tiles.start) & (jnp.arange(tiles.row.shape[0], dtype=I32) < tiles.total)
-    blocks = cumulative(jnp.where(real, (last - first) // block_pages + 1, 0))
-    number = jnp.arange(tiles.row.shape[0] * -(-pages // block_pages), dtype=I32)
-    at = _owner(blocks, number)
-    page = first[at] + (number - blocks[at]) * block_pages
-    index = jnp.minimum(page[:, None] + jnp.arange(block_pages, dtype=I32)[None, :], last[at][:, None])
-    taken = table[tiles.seq[at][:, None], jnp.clip(index, 0, pages - 1)]
-    return Blocks(blocks[-1], tiles.row[at], page * page_size, tiles.start[at], tiles.stop[at],
-                  jnp.clip(taken, 0, num_pages - 1))
+    real = (tiles.stop > tiles.start) & (jnp.arange(count, dtype=I32) < tiles.total)
+    blocks = jnp.where(real, (last - first) // block_pages + 1, 0)
+    longest = jnp.clip(jnp.sum(blocks) // (2 * at_once), 1, most_blocks)
+    sizes = longest - jnp.arange(most_blocks, dtype=I32)
+    rest = ((blocks % longest)[None, :] == sizes[:, None]) & (sizes > 0)[:, None]
+    ends = cumulative(rest.astype(I32).at[0].set(blocks // longest).reshape(-1))  # by size, then by tile
+    number = jnp.arange(count * (-(-pages // (block_pages * most_blocks)) + 1) + 4 * at_once, dtype=I32)
+    owner = _owner(ends, number)
+    size, tile = sizes[owner // count], owner % count
+    before = jnp.where(size == longest, number - ends[owner], blocks[tile] // longest) * longest
+    page = first[tile] + before * block_pages
+    index = jnp.minimum(page[:, None] + jnp.arange(most_blocks * block_pages, dtype=I32)[None, :], last[tile][:, None])
+    taken = table[tiles.seq[tile][:, None], jnp.clip(index, 0, pages - 1)]
+    stop = jnp.where(number < ends[-1], tiles.stop[tile], 0)
+    return Splits(ends[-1], tiles.row[tile], page * page_size, tiles.start[tile], stop, size, jnp.clip(taken, 0, num_pages - 1))
 
 
 def cumulative(counts: jax.Array) -> jax.Array:

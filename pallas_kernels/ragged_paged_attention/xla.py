@@ -17,20 +17,27 @@ badly and a softmax not at all, but runs one half's softmax beside the other's p
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ..layout import Pool, PoolDims, pool_dims, take_heads
-from .geometry import I32, Batch, Runs, block_list, grouped_batch, plain_batch, tile_list
+from .geometry import I32, Batch, Runs, grouped_batch, plain_batch, split_list, tile_list
 from .mass import attention_mass
-from .online import combine, empty_partials, finish, partial_attention
+from .online import Parts, attend, combine, empty_partials, finish, join, split
 from .params import AttentionParams
 
 KEYS, MANY_KEYS = 128, 512  # of a block; a tile reads MANY_KEYS at once while it has so many
 CHUNK_ROWS, GROUP_ROWS = 64, 32  # of a tile, where there may be chunks and where there are decodes only
 SINGLES, SINGLE_KEYS = 16, 64  # so many blocks of this size are done at once: enough work for a second core
+SINGLE_BLOCKS = 4  # of a row one after the other, before what they saw is added to what others of the row saw
 GROUP_MIN_MEMBERS, GROUP_MIN_KEYS = 8, 128  # fewer members or keys are not worth a tile
+
+_cut = partial(lax.dynamic_slice_in_dim, allow_negative_indices=False)
+_put = partial(lax.dynamic_update_slice_in_dim, allow_negative_indices=False)
+_at = partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
 
 
 def ragged_paged_attention(
@@ -82,28 +89,32 @@ def _singles(
     """Partials `out` [Hkv, T, G, D + 2] after the only row of each run has seen its keys; q [Hkv, T, G, D]."""
     pages = batch.table.shape[1]
     block_pages = max(1, min(SINGLE_KEYS // dims.page_size, pages))
-    tiles = tile_list(runs, batch, tile=1, most=most, window=params.window)
-    total, *columns, ids = block_list(tiles, batch.table, block_pages=block_pages, page_size=dims.page_size,
-                                      num_pages=dims.num_pages)
-    rows = jnp.concatenate([jnp.stack(columns, axis=1), ids], axis=1)  # one read per block of the loop, not one per column
     at_once = min(SINGLES, 4 * most, most * -(-pages // block_pages))
-    lanes = jnp.arange(at_once, dtype=I32)
+    tiles = tile_list(runs, batch, tile=1, most=most, window=params.window)
+    total, *columns, ids = split_list(tiles, batch.table, at_once=at_once, most_blocks=SINGLE_BLOCKS, block_pages=block_pages,
+                                      page_size=dims.page_size, num_pages=dims.num_pages)
+    rows = jnp.concatenate([jnp.stack(columns, axis=1), ids], axis=1)  # one read per turn of the loop, not one per column
+    rows = jnp.pad(rows, ((0, -rows.shape[0] % at_once), (0, 0)))
+    ahead = jnp.arange(block_pages * dims.page_size, dtype=I32)
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
-        number = i * at_once + lanes
-        block = rows.at[number].get(mode="clip")  # [W, 4 + n]
-        row, first, start, stop = (block[:, i] for i in range(4))
-        key = first[:, None] + jnp.arange(block_pages * dims.page_size, dtype=I32)[None, :]
-        stop = jnp.where(number < total, stop, 0)
-        there = (key >= start[:, None]) & (key < stop[:, None])  # [W, B]
-        k, v = take_heads(pool, block[:, 4:], params.layout)  # [W, Hkv, B, D]
-        v = jnp.where(there[:, None, :, None], v.astype(jnp.float32), 0.0)
+        splits = _cut(rows, i * at_once, at_once)  # [W, 5 + n]
+        row, first, start, stop, length = (splits[:, i] for i in range(5))
         mine = q.at[:, row].get(mode="promise_in_bounds").swapaxes(0, 1)  # [W, Hkv, G, D]
-        new = partial_attention(mine, k.astype(jnp.float32), v, there[:, None, None], params.soft_cap)
 
-        def add(w: jax.Array, out: jax.Array) -> jax.Array:  # one after the other: blocks may be of the same row
-            old = lax.dynamic_slice_in_dim(out, row[w], 1, axis=1)
-            return lax.dynamic_update_slice_in_dim(out, combine(old, new[w][:, None]), row[w], axis=1)
+        def block(j: jax.Array, seen: Parts) -> Parts:
+            key = (first + j * ahead.size)[:, None] + ahead[None, :]
+            there = (key >= start[:, None]) & (key < stop[:, None])  # [W, B]
+            k, v = take_heads(pool, _cut(splits, 5 + j * block_pages, block_pages, axis=1), params.layout)  # [W, Hkv, B, D]
+            v = jnp.where(there[:, None, :, None], v.astype(jnp.float32), 0.0)
+            return attend(seen, mine, k.astype(jnp.float32), v, there[:, None, None], params.soft_cap)
+
+        seen = split(empty_partials(mine.shape[:3], mine.shape[3]))
+        new = join(lax.fori_loop(0, length[0], block, seen))  # the longest comes first
+
+        def add(w: jax.Array, out: jax.Array) -> jax.Array:  # one after the other: splits may be of the same row
+            place = _at(row, w)
+            return _put(out, combine(_cut(out, place, 1, axis=1), _at(new, w)[:, None]), place, axis=1)
 
         return lax.fori_loop(0, at_once, add, out)
 
@@ -120,24 +131,32 @@ def _tiles(
     """
     kv_heads, tokens, groups, head_dim = q.shape
     page_size, pages = dims.page_size, batch.table.shape[1]
-    total, *columns = tile_list(runs, batch, tile=tile, most=max(most, 1), window=params.window)
+    tiles = tile_list(runs, batch, tile=tile, most=max(most, 1), window=params.window)
     few, many = (max(1, min(keys // page_size, pages)) for keys in (KEYS, MANY_KEYS))
-    rows = jnp.stack(columns, axis=1)
     table = jnp.clip(jnp.pad(batch.table, ((0, 0), (0, many))), 0, dims.num_pages - 1)
-    ahead = jnp.arange(tile, dtype=I32)
+    low = jnp.minimum(tiles.row, tokens - tile)
+    rows = low[:, None] + jnp.arange(tile, dtype=I32)[None, :]
+    its = (rows >= tiles.row[:, None]) & (rows < (tiles.row + tiles.rows)[:, None])
+    positions = jnp.where(its, batch.positions[rows], -1)  # [I, tile]
+
+    first, windowed = tiles.start // page_size, params.window is not None
+    count = (tiles.stop - 1) // page_size + 1 - first
+    seen_by_all = jnp.minimum(tiles.stop, jnp.where(its, positions, tiles.stop[:, None]).min(axis=1) + 1)
+    full = count if windowed else seen_by_all // page_size - first
+    large = full // many  # without a window these are blocks of which every row sees every key
+    small = (count - large * many + few - 1) // few
+    columns = jnp.stack([low, tiles.seq, tiles.start, tiles.stop, first, large, small], axis=1)
     halves = [slice(0, kv_heads // 2), slice(kv_heads // 2, kv_heads)] if kv_heads > 1 else [slice(0, 1)]
 
     def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
-        row, own, seq, start, stop = lax.dynamic_index_in_dim(rows, i, keepdims=False)
-        low = jnp.minimum(row, tokens - tile)
-        its = (low + ahead >= row) & (low + ahead < row + own)
-        mine = lax.dynamic_slice_in_dim(q, low, tile, axis=1).reshape(kv_heads, tile * groups, head_dim)
-        position = lax.dynamic_slice_in_dim(batch.positions, low, tile)
-        at = jnp.repeat(jnp.where(its, position, -1), groups)[:, None]  # [M, 1]
+        low, seq, start, stop, first, large, small = _at(columns, i)
+        mine = _cut(q, low, tile, axis=1).reshape(kv_heads, tile * groups, head_dim)
+        at = jnp.repeat(_at(positions, i), groups)[:, None]  # [M, 1]
 
-        def block(n: int, masked: bool, page: jax.Array, seen: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            """`seen` [Hkv / 2, M, D + 2] after the n pages from number `page` of the sequence."""
-            k, v = take_heads(pool, lax.dynamic_slice(table, (seq, page), (1, n)), params.layout)  # [1, Hkv, B, D]
+        def block(n: int, masked: bool, page: jax.Array, seen: tuple[Parts, ...]) -> tuple[Parts, ...]:
+            """`seen`, by half of the heads [Hkv / 2, M, ...], after the n pages from number `page` of the sequence."""
+            ids = lax.dynamic_slice(table, (seq, page), (1, n), allow_negative_indices=False)
+            k, v = take_heads(pool, ids, params.layout)  # [1, Hkv, B, D]
             k, v, ok = k[0].astype(jnp.float32), v[0].astype(jnp.float32), None
             if masked:
                 key = page * page_size + jnp.arange(n * page_size, dtype=I32)
@@ -146,20 +165,15 @@ def _tiles(
                 ok = (key[None, :] <= at) & there[None, :]  # [M, B]
                 if params.window is not None:
                     ok &= key[None, :] > at - params.window
-            return tuple(combine(x, partial_attention(mine[heads], k[heads], v[heads], ok, params.soft_cap))
-                         for x, heads in zip(seen, halves))
+            return tuple(attend(parts, mine[heads], k[heads], v[heads], ok, params.soft_cap)
+                         for parts, heads in zip(seen, halves))
 
-        first, windowed = start // page_size, params.window is not None
-        count = (stop - 1) // page_size + 1 - first
-        full = count if windowed else jnp.minimum(stop, jnp.min(jnp.where(its, position, stop)) + 1) // page_size - first
-        large = full // many  # without a window these are blocks of which every row sees every key
+        before = _cut(out, low, tile, axis=1).reshape(kv_heads, tile * groups, head_dim + 2)
+        seen = tuple(split(before[heads]) for heads in halves)
+        seen = lax.fori_loop(0, large, lambda j, x: block(many, windowed, first + j * many, x), seen)
         rest = first + large * many
-        before = lax.dynamic_slice_in_dim(out, low, tile, axis=1).reshape(kv_heads, tile * groups, head_dim + 2)
-        parts = tuple(before[heads] for heads in halves)
-        parts = lax.fori_loop(0, large, lambda j, x: block(many, windowed, first + j * many, x), parts)
-        small = (count - large * many + few - 1) // few
-        parts = lax.fori_loop(0, small, lambda j, x: block(few, True, rest + j * few, x), parts)
-        seen = jnp.where(jnp.repeat(its, groups)[None, :, None], jnp.concatenate(parts), before)
-        return lax.dynamic_update_slice_in_dim(out, seen.reshape(kv_heads, tile, groups, head_dim + 2), low, axis=1)
+        seen = lax.fori_loop(0, small, lambda j, x: block(few, True, rest + j * few, x), seen)
+        after = jnp.where((at >= 0)[None], jnp.concatenate([join(parts) for parts in seen]), before)
+        return _put(out, after.reshape(kv_heads, tile, groups, head_dim + 2), low, axis=1)
 
-    return lax.fori_loop(0, total, one_tile, out)
+    return lax.fori_loop(0, tiles.total, one_tile, out)
