@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from jaxkv.config import ConfigError
-from jaxkv.params import SamplingParams
+from jaxkv.params import MAX_STOP_IDS, SamplingParams
 from jaxkv.runtime.tokenizer import Tokenizer
+
+log = logging.getLogger("jaxkv")
 
 _FIELDS = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float,
            "max_new_tokens": int}
@@ -32,19 +35,21 @@ def default_sampling(directory: str | Path) -> dict[str, Any]:
 
 
 def eos_token_ids(directory: str | Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[int, ...]:
-    """Ids that end a sequence: those of generation_config.json (else config.json), then the tokenizer's own. ConfigError names
-    the file whose ids are none of the vocabulary."""
+    """Ids that end a sequence: those of generation_config.json (else config.json), then the tokenizer's own. Ids outside of
+    the vocabulary, which no model can give, are left out. ConfigError names the file whose value is no id."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         if not ids:
             value = _read(Path(directory) / name).get("eos_token_id")
             ids += value if isinstance(value, list) else [] if value is None else [value]
-            if any(type(i) is not int or not 0 <= i < vocab_size for i in ids):
-                raise ConfigError(f"{name}: eos_token_id must be an integer of the vocabulary, in [0, {vocab_size}), or a list "
-                                  f"of them, got {value!r}")
+            if any(type(i) is not int for i in ids) or len(ids) >= MAX_STOP_IDS:
+                raise ConfigError(f"{name}: eos_token_id must be an integer or a list of fewer than {MAX_STOP_IDS}, "
+                                  f"got {value!r}")
     if tokenizer is not None and tokenizer.hf.eos_token_id is not None:
         ids.append(tokenizer.hf.eos_token_id)
-    return tuple(dict.fromkeys(ids))
+    if outside := [i for i in ids if not 0 <= i < vocab_size]:
+        log.warning("eos_token_id %s: outside of the vocabulary of %d, left out", outside, vocab_size)
+    return tuple(i for i in dict.fromkeys(ids) if i not in outside)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -20,6 +20,8 @@ def tokenizer(tmp_path_factory):
     ({"eos_token_id": 7}, {}, (7,)),
     ({}, {"eos_token_id": 9}, (9,)),
     (None, {"eos_token_id": None}, ()),
+    ({"eos_token_id": [7, 10, -1]}, {"eos_token_id": 9}, (7,)),
+    ({}, {"eos_token_id": 50256}, ()),  # GPT2Config's default in a model of few tokens
 ])
 def test_eos_ids(tmp_path, tokenizer, generation, config, files):
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -30,10 +32,10 @@ def test_eos_ids(tmp_path, tokenizer, generation, config, files):
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-@pytest.mark.parametrize("value", ["2", True, 2.0, -1, 10, [2, "x"], [[2]], {"a": 2}, ""])
+@pytest.mark.parametrize("value", ["2", True, 2.0, [2, "x"], [[2]], {"a": 2}, "", list(range(32))])
 def test_eos_ids_that_are_none_end_the_start(tmp_path, file, value):
     (tmp_path / file).write_text(json.dumps({"eos_token_id": value}))
-    with pytest.raises(ConfigError, match=rf"^{file}: eos_token_id must be .* \[0, 10\)"):
+    with pytest.raises(ConfigError, match=rf"^{file}: eos_token_id must be an integer or a list of fewer than 32"):
         eos_token_ids(tmp_path, None, 10)
 
 

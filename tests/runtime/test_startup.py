@@ -41,7 +41,7 @@ def test_an_eos_id_that_is_none_is_refused(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     assert "generation_config.json: eos_token_id" in refusal(tmp_path, {})
     (tmp_path / "generation_config.json").unlink()
-    assert "config.json: eos_token_id" in refusal(tmp_path, {"eos_token_id": 51})
+    assert "config.json: eos_token_id" in refusal(tmp_path, {"eos_token_id": [[2]]})
 
 
 def test_weights_beyond_the_memory_are_refused_before_they_are_made(tmp_path, monkeypatch):
