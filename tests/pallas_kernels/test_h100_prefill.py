@@ -98,7 +98,7 @@ BOTH = dict(window=1000, soft_cap=30.0)
 
 
 @pytest.mark.parametrize("head_dim, page_size, groups, most, options", [
-    (128, 16, 4, 0, {}), (256, 16, 4, 20, {}), (64, 16, 1, 0, BOTH), (128, 16, 4, 40, BOTH), (256, 16, 4, 68, BOTH),
+    (128, 16, 4, 0, {}), (256, 16, 4, 20, {}), (64, 16, 1, 0, BOTH), (128, 16, 4, 48, BOTH), (256, 16, 4, 68, BOTH),
     (128, 16, 4, 0, BOTH | dict(kv_dtype="int8")), (80, 16, 4, 0, BOTH | dict(kv_dtype="int8")),
     (128, 64, 4, 0, BOTH | dict(kv_dtype="float8_e4m3fn")),
 ])

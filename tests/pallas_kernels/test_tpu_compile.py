@@ -262,7 +262,8 @@ def test_engine_step(config, topology, shape, pages, kv_dtype):
     # The scales of this quantised pool are small enough for vector memory: they are fetched, written there and stored back.
     assert made == Counter(("custom-call" if len(x) == len(pools[0]) else "copy-start", x) for x in pools)
     logits, sums = shape.rows * config["vocab_size"] * 4, shape.tokens * config["hidden_size"] * 12
-    assert memory.temp_size_in_bytes < max(2 * logits, sums) + min(pool, weights) / layers / 16
+    # Beyond these activations (1.0 times on jax 0.12, up to 1.4 on 0.10) a sixteenth of what a layer has.
+    assert memory.temp_size_in_bytes < 1.5 * max(2 * logits, sums) + min(pool, weights) / layers / 16
     # After attention and after the MLP of each layer, the last MLP for the sampled rows only; for the embedding, split by token
     # id; and for the first logit of each row, looked at for NaN. Conditional computations belong to sampling and prompt
     # log-probabilities.

@@ -1,7 +1,7 @@
 """Block sizes of the Hopper prefill kernel, as data.
 
 Every row was chosen by compiling for sm_90a; none has been timed on a GPU yet. All fit in 232,448 bytes of shared memory
-(at most 219,408). Spills: none up to head_dim 128; at most 40 bytes there with window and soft cap together, at most 72 bytes
+(at most 219,408). Spills: none up to head_dim 128; at most 48 bytes there with window and soft cap together, at most 72 bytes
 at head_dim 256. In the code looked at, they lie outside the loop over unmasked blocks.
 Measured rows, in `tuned.json` by `python -m bench.tune --write`, count before these.
 """
