@@ -82,6 +82,7 @@ def compile_call(sharding, dtype, head_dim, page_size, groups, tokens, sinks=Fal
         ("float8_e4m3fn", 128, 64, 8, 512, dict(max_q_len=8, window=512, soft_cap=30.0)),
         ("int8", 64, 256, 4, 64, dict(sinks=True)),
         ("int8", 128, 16, 4, 64, dict(queries="float16")),
+        ("int8", 64, 32, 4, 64, dict(queries="float16")),
         ("float8_e4m3fn", 80, 64, 4, 64, dict(queries="float16")),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else str(x),

@@ -44,6 +44,8 @@ def decode_partials(
     scratch = dict(
         wide_smem=plgpu.SMEM((shape.block_keys, dim), dtype, transforms=tiled(cols, dtype)),
         scales=plgpu.SMEM((shape.stages, units, 2, spec.unit_keys), jnp.float32)) if shape.quantised else {}
+    if shape.scaled_values:
+        scratch["v_scales"] = plgpu.SMEM((shape.block_keys,), jnp.float32)
     return plgpu.kernel(
         lambda items, workers, table, q, *refs, **smem: _work(
             shape, items, workers, table, q, refs[:-2], *refs[-2:], **smem),
@@ -97,7 +99,7 @@ def _work(shape: DecodeShape, items, worker_items, table, q_rows, pages, o_ref, 
 
 def _attend(
     shape: DecodeShape, head, item: _Item, table, q_rows, pages, o_ref, lse_ref, *, q_smem, k_smem, v_smem, p_smem, o_smem,
-    lse_smem, q_ready, k_ready, v_ready, wide_smem=None, scales=None,
+    lse_smem, q_ready, k_ready, v_ready, wide_smem=None, scales=None, v_scales=None,
 ) -> None:
     """One item from its first copy to its stored partial."""
     from jax.experimental import pallas as pl
@@ -123,6 +125,8 @@ def _attend(
         plgpu.barrier_wait(k_ready.at[stage])
         if shape.quantised:
             widen(shape, k_smem.at[stage], wide_smem, lambda keys: keys)
+            if shape.scaled_values:
+                v_scales[...] = scales_of(shape, scales.at[stage, :, 1])
             plgpu.commit_smem()
             scores = scores_of(shape, q_smem, wide_smem, _by_key(shape, scales.at[stage, :, 0]))
         else:
@@ -138,7 +142,7 @@ def _attend(
         p_smem[...] = weights.astype(p_smem.dtype)
         if shape.quantised:
             v_block = wide_smem.at[:, pl.ds(0, shape.width)]
-            factor = scales_of(shape, scales.at[stage, :, 1], axis=1) if shape.scaled_values else None
+            factor = shape.place(v_scales[...], row_layout) if shape.scaled_values else None
             widen(shape, v_smem.at[stage], v_block, lambda values: _known(shape, first, item, _times(values, factor)))
         else:
             v_block = v_smem.at[stage]

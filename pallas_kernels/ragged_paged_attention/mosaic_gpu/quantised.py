@@ -30,7 +30,7 @@ def widen(shape: DecodeShape, source, target, change: Callable[[jax.Array], jax.
             target[:, pl.ds(begin + at, shape.columns)] = change(values.astype(shape.dtype))
 
 
-def scales_of(shape: DecodeShape, pieces, axis: int = 0) -> jax.Array:
-    """Scales [units, unit keys] of a block as [block keys], laid out as a wgmma result without its `axis`."""
+def scales_of(shape: DecodeShape, pieces) -> jax.Array:
+    """Scales [units, unit keys] of a block as [block keys], laid out as columns of a wgmma result."""
     pieces = pieces if pieces.shape[0] > 1 else pieces.at[0]
-    return shape.place(pieces[...], plgpu.Layout.WGMMA.reduce(axis)).reshape(shape.block_keys)
+    return shape.place(pieces[...], plgpu.Layout.WGMMA.reduce(0)).reshape(shape.block_keys)
