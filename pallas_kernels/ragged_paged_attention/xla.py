@@ -2,11 +2,13 @@
 
 Online softmax over blocks of pages, in loops whose trip counts are read from the data, so nothing grows with the longest
 context. Rows are worked on in two ways:
-  * singles - one decode (q_len 1) over its own pages: `_singles`, a loop over blocks, several at once;
+  * singles - one decode (q_len 1) over its own pages, in splits of a few blocks: `_singles`, a loop over splits, several
+    at once, inside it one over blocks;
   * groups and chunks - decodes that start with the same pages, which read those together, once, and the queries of a
     sequence with more of them: `_tiles`, a loop over tiles of rows, inside it one over blocks.
 The work lists are computed inside the jit: they depend on no layer, so XLA's CSE leaves one copy per step, and the host has
-nothing to plan. They hold one short row for each of at most (rows / tile + S) tiles and S * P * ps / SINGLE_KEYS blocks.
+nothing to plan. They hold one short row for each of at most (rows / tile + S) tiles and about
+S * (P * ps / (SINGLE_KEYS * SINGLE_BLOCKS) + 1) splits.
 
 Constants were chosen by CPU time at 12 query and 4 KV heads of 64. Keys and values are multiplied in float32 whatever they
 are stored in, because XLA:CPU is slow at 16-bit products of few rows.
