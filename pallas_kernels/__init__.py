@@ -6,7 +6,7 @@ G = Hq / Hkv query heads per KV head. Every op has a folder with ``api.py`` (the
 """
 
 from .compiler import compiler_options
-from .dispatch import implementations_in_use, implementations_used, note_implementation
+from .dispatch import ARGUMENT_ALIGN, implementations_used, note_implementation
 from .kv_codec.api import decode_pages, encode_pages
 from .kv_codec.spec import CODECS, CodecSpec, codec_spec, encoded_bytes, encoded_shape
 from .kv_write.api import IMPLEMENTATIONS as KV_WRITE_IMPLEMENTATIONS
@@ -32,6 +32,7 @@ from .ragged_paged_attention.plan import AttentionPlanner, attention_planner
 from .sharded import MeshOps
 
 __all__ = [
+    "ARGUMENT_ALIGN",
     "CODECS",
     "KV_WRITE_IMPLEMENTATIONS",
     "AttentionPlanner",
@@ -52,7 +53,6 @@ __all__ = [
     "encoded_bytes",
     "encoded_shape",
     "gather_pages",
-    "implementations_in_use",
     "implementations_used",
     "kv_head_axis",
     "kv_write",

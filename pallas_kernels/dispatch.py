@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+ARGUMENT_ALIGN = 64  # int32: 256 bytes, where Mosaic GPU wants arguments to start; XLA may pass a slice without a copy
+
 _log = logging.getLogger(__name__)
-_chosen: dict[tuple[str, str], None] = {}  # (op, implementation) in the order of their first use in this process
+_said: set[tuple[str, str]] = set()  # (op, implementation) that the log has
 _used: ContextVar[dict[tuple[str, str], None] | None] = ContextVar("used", default=None)
 
 
@@ -39,8 +41,8 @@ def dispatch(op: str, implementations: Mapping[str, Callable[..., Any]], impl: s
 
 def note_implementation(op: str, name: str) -> None:
     """Say that `op` runs as `name`: `dispatch` does, and whoever has a function that was traced in another process."""
-    if (op, name) not in _chosen:
-        _chosen[op, name] = None
+    if (op, name) not in _said:
+        _said.add((op, name))
         _log.info("%s runs as %s", op, name)
     if (used := _used.get()) is not None:
         used[op, name] = None
@@ -58,8 +60,3 @@ def implementations_used() -> Iterator[dict[tuple[str, str], None]]:
         _used.reset(token)
         if (outer := _used.get()) is not None:
             outer.update(used)
-
-
-def implementations_in_use() -> tuple[tuple[str, str], ...]:
-    """(op, implementation) of everything that this process has traced, each logged once when it was first chosen."""
-    return tuple(_chosen)

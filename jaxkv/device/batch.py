@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ALIGN = 64  # words: 256 bytes. XLA may pass a column to a kernel as a pointer into the buffer, and Mosaic GPU wants that
+from pallas_kernels import ARGUMENT_ALIGN
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class BatchLayout:
 
     @cached_property
     def columns(self) -> dict[str, Column]:
-        """By name. Each starts at a multiple of ``ALIGN`` words, and so does what belongs to each KV group."""
+        """By name. Each starts at a multiple of ``ARGUMENT_ALIGN`` words, and so does what belongs to each KV group."""
         s = self.shape
         sizes = {"T": s.tokens, "S": s.seqs, "S+1": s.seqs + 1, "R": s.rows, "G": self.groups,
                  "P": self.pages_per_seq, "A": self.plan_words}
@@ -96,7 +96,7 @@ class BatchLayout:
         for field in FIELDS:
             dims = tuple(d if isinstance(d, int) else sizes[d] for d in field.dims)
             parts = self.groups if field.dims[0] == "G" else 1
-            stride = -(-int(np.prod(dims)) // parts // ALIGN) * ALIGN
+            stride = -(-int(np.prod(dims)) // parts // ARGUMENT_ALIGN) * ARGUMENT_ALIGN
             out[field.name] = Column(at, parts, stride, dims, field.dtype)
             at += parts * stride
         return out

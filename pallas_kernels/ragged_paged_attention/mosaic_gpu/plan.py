@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ...dispatch import ARGUMENT_ALIGN
 from ..tuning import CHIPS, Chip, decode_tuning
 from .prefix import FAR, Shared, find_shared
 
@@ -27,7 +28,6 @@ TILE_ROWS = 64  # of a wgmma
 ROW_ALIGN = 8
 PREFILL_ROWS = 128
 ITEM_FIELDS, TILE_FIELDS, PREFILL_FIELDS = 8, 8, 4
-ALIGN = 64  # int32: 256 bytes, to which Mosaic GPU wants its arguments aligned; XLA passes a slice as a pointer into its whole
 
 Array = Any  # numpy or jax.numpy
 
@@ -141,7 +141,7 @@ def plan_spec(
 
 def plan_size(spec: PlanSpec) -> int:
     """int32 entries of a plan; static."""
-    return sum(_round_up(int(np.prod(shape)), ALIGN) for shape in spec.shapes.values())
+    return sum(_round_up(int(np.prod(shape)), ARGUMENT_ALIGN) for shape in spec.shapes.values())
 
 
 def unpack(plan: Array, spec: PlanSpec) -> Plan:
@@ -152,7 +152,7 @@ def unpack(plan: Array, spec: PlanSpec) -> Plan:
     for name, shape in spec.shapes.items():
         size = int(np.prod(shape))
         parts[name] = plan[at : at + size].reshape(shape)
-        at += _round_up(size, ALIGN)
+        at += _round_up(size, ARGUMENT_ALIGN)
     return Plan(**parts)
 
 
@@ -171,7 +171,7 @@ def make_plan(
     if page_table is not None and window is None:
         shared = find_shared(q, kv, np.asarray(page_table), page_size, spec.tile_tokens, spec.shared_tiles)
     parts = _build(np, spec, q, kv, window, shared)
-    return np.concatenate([np.pad(part.ravel(), (0, -part.size % ALIGN)) for part in parts])
+    return np.concatenate([np.pad(part.ravel(), (0, -part.size % ARGUMENT_ALIGN)) for part in parts])
 
 
 def device_plan(spec: PlanSpec, cu_q_lens: jax.Array, kv_lens: jax.Array, window: int | None) -> Plan:
